@@ -1,0 +1,95 @@
+"""minilm: all-MiniLM-L6-v2 from scratch in PyTorch.
+
+A sentence goes through these files, which are best read in this order:
+
+1. `tokenizer.py`   text -> token ids
+2. `bert.py`        token ids -> embeddings -> six layers -> token vectors: the architecture
+3. `pooling.py`     token vectors -> one vector of length 1
+4. `encoder.py`     `SentenceEncoder`, which composes the three
+
+and before the first sentence, to load the published weights:
+
+5. `hub.py`         a folder or a name on the Hub -> verified files
+6. `folder.py`      those files -> everything that the encoder is built from, checked
+7. `checkpoint.py`  safetensors -> tensors under our names
+8. `config.py`      the sizes of the network
+
+Beside them: `similarity.py` compares vectors, `inputs.py` says what may be passed, `errors.py` what
+can go wrong, `parity.py` proves equality with the reference, `cli.py` is the command line.
+"""
+
+import importlib
+import logging
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# Names and where they live. They are imported when first used (PEP 562), so that `import minilm`
+# and `minilm --help` don't load torch.
+_HOMES = {
+    "BertConfig": "config",
+    "BertEmbeddings": "bert",
+    "BertFeedForward": "bert",
+    "BertLayer": "bert",
+    "BertModel": "bert",
+    "BertSelfAttention": "bert",
+    "ClsPooling": "pooling",
+    "MeanPooling": "pooling",
+    "MinilmError": "errors",
+    "Normalize": "pooling",
+    "SentenceEncoder": "encoder",
+    "TruncationWarning": "errors",
+    "WordPieceTokenizer": "tokenizer",
+    "attention": "bert",
+    "cos_sim": "similarity",
+}
+
+if TYPE_CHECKING:
+    from minilm.bert import BertEmbeddings as BertEmbeddings
+    from minilm.bert import BertFeedForward as BertFeedForward
+    from minilm.bert import BertLayer as BertLayer
+    from minilm.bert import BertModel as BertModel
+    from minilm.bert import BertSelfAttention as BertSelfAttention
+    from minilm.bert import attention as attention
+    from minilm.config import BertConfig as BertConfig
+    from minilm.encoder import SentenceEncoder as SentenceEncoder
+    from minilm.errors import MinilmError as MinilmError
+    from minilm.errors import TruncationWarning as TruncationWarning
+    from minilm.pooling import ClsPooling as ClsPooling
+    from minilm.pooling import MeanPooling as MeanPooling
+    from minilm.pooling import Normalize as Normalize
+    from minilm.similarity import cos_sim as cos_sim
+    from minilm.tokenizer import WordPieceTokenizer as WordPieceTokenizer
+
+__all__ = [
+    "BertConfig",
+    "BertEmbeddings",
+    "BertFeedForward",
+    "BertLayer",
+    "BertModel",
+    "BertSelfAttention",
+    "ClsPooling",
+    "MeanPooling",
+    "MinilmError",
+    "Normalize",
+    "SentenceEncoder",
+    "TruncationWarning",
+    "WordPieceTokenizer",
+    "__version__",
+    "attention",
+    "cos_sim",
+]
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(set(globals()) | set(__all__))

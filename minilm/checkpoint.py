@@ -1,0 +1,164 @@
+"""`model.safetensors` -> the tensors of `BertModel`, under our names, checked.
+
+In: the bytes of the file. Out: a state dict, then a filled `BertModel`. Next: `encoder.py`.
+
+The published file names its tensors as Google's first BERT release did; `NAMES` says where each
+one goes. Nothing is skipped in silence: what is not in the table is an error.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from minilm.bert import BertModel
+from minilm.config import BertConfig
+from minilm.errors import WeightsError
+
+__all__ = ["NAMES", "UNUSED", "build_bert", "read_checkpoint"]
+
+# Ours: the published name. `{}` is the layer's number; each row stands for `.weight` and, for
+# linear layers and norms, `.bias`: 101 tensors in all.
+NAMES = {
+    "embeddings.word_embeddings": "embeddings.word_embeddings",
+    "embeddings.position_embeddings": "embeddings.position_embeddings",
+    "embeddings.token_type_embeddings": "embeddings.token_type_embeddings",
+    "embeddings.layer_norm": "embeddings.LayerNorm",
+    "layers.{}.attention.query": "encoder.layer.{}.attention.self.query",
+    "layers.{}.attention.key": "encoder.layer.{}.attention.self.key",
+    "layers.{}.attention.value": "encoder.layer.{}.attention.self.value",
+    "layers.{}.attention.output": "encoder.layer.{}.attention.output.dense",
+    "layers.{}.attention_layer_norm": "encoder.layer.{}.attention.output.LayerNorm",
+    "layers.{}.feed_forward.intermediate": "encoder.layer.{}.intermediate.dense",
+    "layers.{}.feed_forward.output": "encoder.layer.{}.output.dense",
+    "layers.{}.feed_forward_layer_norm": "encoder.layer.{}.output.LayerNorm",
+}
+
+# In the published file, and not used by the sentence embedding.
+UNUSED = {
+    "embeddings.position_ids": "the numbers 0 to 511; counted where they are needed",
+    "pooler.dense.weight": "BERT's own [CLS] pooler; this model takes the mean instead",
+    "pooler.dense.bias": "the same",
+}
+
+_PREFIXES = ("0.auto_model.", "bert.")  # a file of the whole pipeline, or of a model with a head
+_OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
+
+
+def read_checkpoint(
+    data: bytes,
+    config: BertConfig,
+    dtype: torch.dtype = torch.float32,
+    path: str | Path = "model.safetensors",
+) -> dict[str, Tensor]:
+    """Read and check every tensor of a checkpoint.
+
+    Args:
+        data: The contents of a safetensors file.
+        config: The sizes that the tensors must have.
+        dtype: What to convert them to.
+        path: What to call the file in an error.
+
+    Returns:
+        The state dict of `BertModel(config)`. The tensors own their memory: neither the file nor
+        `data` is needed any more.
+
+    Raises:
+        WeightsError: The file is broken, or tensors are missing, unexpected, of the wrong shape,
+            not floating-point or not finite (also after conversion); all are listed.
+    """
+    expected = {name: tensor.shape for name, tensor in _without_memory(config).state_dict().items()}
+    with torch.inference_mode(False):  # parameters must be ordinary tensors wherever this is called
+        try:
+            found = {_plain(name): t for name, t in safetensors.torch.load(data).items()}
+        except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError) as error:
+            raise WeightsError(
+                path, [f"is not a safetensors file, or cut short: {error}"]
+            ) from error
+        state, problems = {}, []
+        for name, shape in expected.items():
+            published = published_name(name)
+            tensor = found.pop(published, None)
+            problem = _problem(tensor, shape, dtype)
+            if problem:
+                problems.append(f"{published} {problem}")
+            elif tensor is not None:
+                state[name] = tensor.to(dtype, copy=True)  # out of the buffer of the file
+    problems += [f"{name} is unexpected" for name in sorted(found) if name not in UNUSED]
+    if problems:
+        raise WeightsError(path, problems)
+    return state
+
+
+def build_bert(config: BertConfig, state: dict[str, Tensor]) -> BertModel:
+    """A `BertModel` around these tensors: nothing is initialized first, nothing is copied."""
+    with torch.inference_mode(False):
+        bert = _without_memory(config)
+        bert.load_state_dict(state, strict=True, assign=True)
+    return bert.eval()
+
+
+def published_name(name: str) -> str:
+    """Our name of a tensor -> the published one.
+
+    >>> published_name("layers.3.attention.query.bias")
+    'encoder.layer.3.attention.self.query.bias'
+    """
+    module, _, kind = name.rpartition(".")
+    parts = module.split(".")
+    layer = parts[1] if parts[0] == "layers" else ""
+    if layer:
+        parts[1] = "{}"
+    return f"{NAMES['.'.join(parts)].format(layer)}.{kind}"
+
+
+def _without_memory(config: BertConfig) -> BertModel:
+    """A `BertModel` on the meta device: names and shapes only."""
+    with torch.device("meta"), _NoRandomNumbers():
+        return BertModel(config)
+
+
+class _NoRandomNumbers(TorchFunctionMode):
+    """Drawing initial weights on the meta device does nothing, after importing a compiler (1 s)."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        is_initializer = getattr(func, "__module__", None) == "torch.nn.init"
+        if is_initializer or func in (Tensor.normal_, Tensor.uniform_):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+def _plain(name: str) -> str:
+    """A published name without what some writers put in front, and with today's norm names."""
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
+    for old, new in _OLD_NAMES.items():
+        name = name.replace(old, new)
+    return name
+
+
+def _problem(tensor: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> str | None:
+    if tensor is None:
+        return "is missing"
+    if tensor.shape != shape:
+        return f"has shape {list(tensor.shape)}, config.json asks for {list(shape)}"
+    if not tensor.is_floating_point():
+        return f"has dtype {tensor.dtype}, expected a floating-point one"
+    extremes = torch.stack(tensor.aminmax())  # a NaN anywhere is in both; one pass over the tensor
+    if not extremes.isfinite().all():
+        return "contains NaN or infinity"
+    if not extremes.to(dtype).isfinite().all():
+        return f"has values beyond the range of {dtype}"
+    return None

@@ -1,0 +1,139 @@
+"""`config.json` -> `BertConfig`: the sizes of the network.
+
+In: the parsed JSON object that ships with a published model.
+Out: a frozen dataclass, checked field by field. Next: `bert.py` builds the network from it.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from minilm.errors import ConfigError
+
+__all__ = ["BertConfig"]
+
+# Far beyond any BERT that was ever published, small enough that a corrupt or hostile file cannot
+# make the loader reserve absurd amounts of memory.
+_BOUNDS = {
+    "vocab_size": (1, 2_000_000),
+    "hidden_size": (1, 16_384),
+    "num_hidden_layers": (1, 256),
+    "num_attention_heads": (1, 256),
+    "intermediate_size": (1, 65_536),
+    "max_position_embeddings": (3, 131_072),
+    "type_vocab_size": (1, 1_024),
+}
+
+# Fields that change what the network computes, with the values that `bert.py` implements. A field
+# that is absent has the first value. Checkpoints write activation "gelu" for the erf form.
+_IMPLEMENTED: dict[str, tuple[Any, ...]] = {
+    "model_type": ("bert",),
+    "hidden_act": ("gelu",),
+    "position_embedding_type": ("absolute",),
+    "is_decoder": (False,),
+    "add_cross_attention": (False,),
+    "is_encoder_decoder": (False,),
+    "pruned_heads": ({}, None),
+    "quantization_config": (None,),
+}
+
+
+@dataclass(frozen=True)
+class BertConfig:
+    """The sizes of a BERT encoder, under the names that `config.json` uses.
+
+    The defaults are those of all-MiniLM-L6-v2.
+
+    Attributes:
+        vocab_size: Rows of the word embedding table.
+        hidden_size: Width of every token vector.
+        num_hidden_layers: Number of transformer layers.
+        num_attention_heads: Heads per layer; must divide `hidden_size`.
+        intermediate_size: Width of the feed-forward layer's inner activation.
+        max_position_embeddings: Rows of the position table: the longest input, in tokens.
+        type_vocab_size: Rows of the token type table.
+        layer_norm_eps: Added to the variance in every LayerNorm.
+        hidden_dropout_prob: Dropout on embeddings and sublayer outputs, in training only.
+        attention_probs_dropout_prob: Dropout on attention probabilities, in training only.
+        pad_token_id: The id that fills short rows of a batch.
+    """
+
+    vocab_size: int = 30522
+    hidden_size: int = 384
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 12
+    intermediate_size: int = 1536
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    layer_norm_eps: float = 1e-12
+    hidden_dropout_prob: float = 0.1
+    attention_probs_dropout_prob: float = 0.1
+    pad_token_id: int = 0
+
+    def __post_init__(self) -> None:
+        problems = _problems(self)
+        if problems:
+            raise ConfigError("BertConfig", problems)
+
+    @property
+    def head_size(self) -> int:
+        """Width of one attention head: 32 in all-MiniLM-L6-v2."""
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any], source: str | Path) -> "BertConfig":
+        """Read the object in a `config.json`.
+
+        Args:
+            values: The parsed JSON object. Fields that do not change the result are ignored.
+            source: What to call the file in an error.
+
+        Raises:
+            ConfigError: A size is missing or out of bounds, or the file asks for something that
+                is not implemented (another activation, relative positions, a decoder, ...).
+        """
+        problems = [
+            f"{name} is {values[name]!r}; supported: {' or '.join(map(repr, supported))}"
+            for name, supported in _IMPLEMENTED.items()
+            if name in values and values[name] not in supported
+        ]
+        # The reference falls back to BERT-base for a missing size; we do not guess sizes.
+        sizes = [name for name in _BOUNDS if name != "type_vocab_size"]
+        problems += [f"{name} is missing; give an integer" for name in sizes if name not in values]
+        if not problems:
+            known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
+            try:
+                return cls(**known)
+            except ConfigError as error:
+                problems = list(error.problems)
+        raise ConfigError(source, problems)
+
+
+def _problems(config: BertConfig) -> list[str]:
+    problems = []
+    for name, (low, high) in _BOUNDS.items():
+        value = getattr(config, name)
+        if type(value) is not int or not low <= value <= high:
+            problems.append(f"{name} is {value!r}; expected an integer from {low} to {high}")
+    if type(config.pad_token_id) is not int or config.pad_token_id < 0:
+        problems.append(f"pad_token_id is {config.pad_token_id!r}; expected an integer >= 0")
+    for name in ("layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob"):
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            problems.append(f"{name} is {value!r}; expected a number")
+        elif not (math.isfinite(value) and 0 <= value < 1):
+            problems.append(f"{name} is {value!r}; expected a number from 0 to below 1")
+    if not problems:
+        if config.hidden_size % config.num_attention_heads:
+            problems.append(
+                f"num_attention_heads is {config.num_attention_heads}; "
+                f"it must divide hidden_size, {config.hidden_size}"
+            )
+        if config.pad_token_id >= config.vocab_size:
+            problems.append(
+                f"pad_token_id is {config.pad_token_id}; expected less than vocab_size, "
+                f"{config.vocab_size}"
+            )
+    return problems

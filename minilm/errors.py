@@ -1,0 +1,144 @@
+"""Every error and warning of the package, as one tree.
+
+Each class also derives from the built-in that a caller would naturally catch, and carries
+what it is about as attributes, so that nobody has to parse a message::
+
+    MinilmError
+    ├── InputError (ValueError)              an argument: its value
+    │   └── InputTypeError (TypeError)       an argument: its type
+    ├── ConfigError (ValueError)             a JSON file of a model folder
+    ├── TokenizerError (ValueError)          tokenizer.json
+    ├── WeightsError (ValueError)            model.safetensors
+    ├── HashMismatchError (ValueError)       a file that is not the published one
+    ├── ModelFolderError (ValueError)        several of the above in one folder
+    └── ModelNotFoundError (FileNotFoundError)
+        └── NotAFolderError (NotADirectoryError)
+
+    TruncationWarning (UserWarning)          text beyond the length limit was not read
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+__all__ = [
+    "ConfigError",
+    "HashMismatchError",
+    "InputError",
+    "InputTypeError",
+    "MinilmError",
+    "ModelFolderError",
+    "ModelNotFoundError",
+    "NotAFolderError",
+    "TokenizerError",
+    "TruncationWarning",
+    "WeightsError",
+]
+
+
+class MinilmError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class InputError(MinilmError, ValueError):
+    """An argument has a value that cannot be used.
+
+    Attributes:
+        argument: The argument's name, with the position where there is one: `sentences[3]`.
+    """
+
+    def __init__(self, message: str, argument: str) -> None:
+        super().__init__(message)
+        self.argument = argument
+
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        return type(self), (str(self), self.argument)
+
+
+class InputTypeError(InputError, TypeError):
+    """An argument has a type that cannot be used."""
+
+
+class _FileError(MinilmError, ValueError):
+    """A file of a model folder cannot be used; lists every problem found in it.
+
+    Attributes:
+        path: The file.
+        problems: One sentence for each problem.
+    """
+
+    def __init__(self, path: str | Path, problems: Sequence[str]) -> None:
+        self.path = Path(path)
+        self.problems = tuple(problems)
+        super().__init__(describe(self.path, self.problems))
+
+    def __reduce__(self) -> tuple[type, tuple[Path, tuple[str, ...]]]:
+        return type(self), (self.path, self.problems)
+
+
+class ConfigError(_FileError):
+    """A JSON file of a model folder is broken or asks for what is not implemented."""
+
+
+class TokenizerError(_FileError):
+    """`tokenizer.json` is broken or is not a WordPiece tokenizer of the BERT family."""
+
+
+class WeightsError(_FileError):
+    """`model.safetensors` is broken or does not fit the configuration."""
+
+
+class HashMismatchError(MinilmError, ValueError):
+    """A file of the pinned model is not the published one.
+
+    Attributes:
+        path: The file.
+        expected: SHA-256 of the published file, in hex.
+        actual: SHA-256 of the file found, in hex.
+    """
+
+    def __init__(self, path: str | Path, expected: str, actual: str) -> None:
+        self.path, self.expected, self.actual = Path(path), expected, actual
+        super().__init__(
+            f"{self.path}: this is not the published file: its SHA-256 is {actual}, "
+            f"expected {expected}; delete it, so that it is fetched again"
+        )
+
+    def __reduce__(self) -> tuple[type, tuple[Path, str, str]]:
+        return type(self), (self.path, self.expected, self.actual)
+
+
+class ModelFolderError(MinilmError, ValueError):
+    """Several files of one model folder cannot be used.
+
+    Attributes:
+        path: The folder.
+        errors: The error of each file.
+    """
+
+    def __init__(self, path: str | Path, errors: Sequence[MinilmError]) -> None:
+        self.path = Path(path)
+        self.errors = tuple(errors)
+        super().__init__(describe(self.path, [str(error) for error in self.errors]))
+
+    def __reduce__(self) -> tuple[type, tuple[Path, tuple[MinilmError, ...]]]:
+        return type(self), (self.path, self.errors)
+
+
+class ModelNotFoundError(MinilmError, FileNotFoundError):
+    """The model, or a file of it, is in none of the places looked at."""
+
+
+class NotAFolderError(ModelNotFoundError, NotADirectoryError):
+    """A path that should be a model folder is something else."""
+
+
+class TruncationWarning(UserWarning):
+    """Some texts are longer than the model's limit; their ends were not read."""
+
+
+def describe(subject: str | Path, problems: Sequence[str]) -> str:
+    """`subject: problem`, or `subject:` and one indented line for each problem."""
+    if len(problems) == 1:
+        return f"{subject}: {problems[0]}"
+    lines = "".join("\n  - " + problem.replace("\n", "\n    ") for problem in problems)
+    return f"{subject}: {len(problems)} problems{lines}"

@@ -1,0 +1,328 @@
+"""The files of a model -> everything that an encoder is built from, read and checked beforehand.
+
+In: `ModelFiles`. Out: `ModelParts`. Next: `encoder.py` composes them.
+
+A folder in the sentence-transformers format holds `modules.json`, which lists the stages
+(Transformer, Pooling, optionally Normalize) and a path for the files of each. Versions 1 to 5 and
+version 6 of that library write some of the files differently; both are read.
+
+Nothing is guessed and nothing is built before all files have been read: what is wrong with any of
+them is reported in one error.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import PurePosixPath, PureWindowsPath
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from minilm.checkpoint import build_bert, read_checkpoint
+from minilm.config import BertConfig
+from minilm.errors import (
+    ConfigError,
+    MinilmError,
+    ModelFolderError,
+    TokenizerError,
+    WeightsError,
+)
+from minilm.hub import ModelFiles, looks_like
+from minilm.pooling import ClsPooling, MeanPooling, Normalize
+from minilm.similarity import SIMILARITY_FUNCTIONS
+from minilm.tokenizer import WordPieceTokenizer
+
+__all__ = ["ModelParts", "read_model"]
+
+_Part = TypeVar("_Part")
+
+_STAGES = ("Transformer", "Pooling", "Normalize")
+
+_POOLING_MODES: dict[str, Literal["mean", "cls"]] = {
+    "pooling_mode_mean_tokens": "mean",
+    "pooling_mode_cls_token": "cls",
+}
+
+# What version 6 can say of a stage and we implement in one way only.
+_TRANSFORMER_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "transformer_task": ("feature-extraction", None),
+    "modality_config": (
+        {"text": {"method": "forward", "method_output_name": "last_hidden_state"}},
+        None,
+    ),
+    "module_output_name": ("token_embeddings", None),
+    "processing_kwargs": ({}, None),
+    "query_length": (None,),
+    "document_length": (None,),
+    "query_expansion": (None, False),
+}
+_NORMALIZE_SETTINGS: dict[str, tuple[Any, ...]] = {
+    "module_input_name": ("sentence_embedding", None),
+    "module_output_name": ("sentence_embedding", None),
+}
+
+
+@dataclass(frozen=True)
+class ModelParts:
+    """What an encoder is made of.
+
+    Attributes:
+        config: The sizes of the network.
+        state: Its tensors, under our names.
+        tokenizer: The tokenizer.
+        pooling: How token vectors become one vector.
+        normalize: Whether that vector is scaled to length 1.
+        max_seq_length: The longest input in tokens, [CLS] and [SEP] included.
+        similarity_fn_name: The similarity that the model was trained for.
+    """
+
+    config: BertConfig
+    state: dict[str, Tensor]
+    tokenizer: WordPieceTokenizer
+    pooling: Literal["mean", "cls"]
+    normalize: bool
+    max_seq_length: int
+    similarity_fn_name: str
+
+    def build(self) -> list[nn.Module]:
+        """Compose the stages, in evaluation mode."""
+        pooling = MeanPooling() if self.pooling == "mean" else ClsPooling()
+        stages: list[nn.Module] = [build_bert(self.config, self.state), pooling]
+        if self.normalize:
+            stages.append(Normalize())
+        return [stage.eval() for stage in stages]
+
+
+def read_model(files: ModelFiles, dtype: torch.dtype) -> ModelParts:
+    """Read and check all files of a model.
+
+    Args:
+        files: Where they are.
+        dtype: What to convert the weights to.
+
+    Raises:
+        ConfigError, TokenizerError, WeightsError: One file is wrong.
+        ModelFolderError: Several are; it lists the errors of all.
+        HashMismatchError: A file of the default model is not the published one.
+    """
+    stages = _read_stages(files)  # where to look for the others; so this one comes first
+    transformer = stages["Transformer"]
+    errors: list[MinilmError] = []
+
+    def attempt(read: Callable[[], _Part]) -> _Part | None:
+        try:
+            return read()
+        except (ConfigError, TokenizerError, WeightsError) as error:
+            errors.append(error)
+            return None
+
+    config = attempt(lambda: _read_config(files, transformer + "config.json"))
+    settings = attempt(lambda: _read_settings(files, transformer)) or ({}, {})
+    similarity_fn_name = attempt(lambda: _read_similarity_fn_name(files))
+    pooling = attempt(lambda: _read_pooling(files, stages["Pooling"] + "config.json", config))
+    if "Normalize" in stages:
+        attempt(lambda: _read_normalize(files, stages["Normalize"] + "config.json"))
+    limit = attempt(lambda: _max_seq_length(files, transformer, settings, config))
+    tokenizer = attempt(lambda: _read_tokenizer(files, transformer, settings, config))
+    state = None
+    if config is not None:
+        state = attempt(
+            lambda: _read_weights(files, transformer + "model.safetensors", config, dtype)
+        )
+    if len(errors) == 1:
+        raise errors[0]
+    if errors:
+        raise ModelFolderError(files.location, errors)
+    assert config and state and tokenizer and pooling and limit and similarity_fn_name  # noqa: PT018
+    return ModelParts(
+        config, state, tokenizer, pooling, "Normalize" in stages, limit, similarity_fn_name
+    )
+
+
+def _read_stages(files: ModelFiles) -> dict[str, str]:
+    """modules.json -> the folder of each stage: "" or "1_Pooling/"."""
+    path = files.path("modules.json")
+    values = _read_json(files, "modules.json", list)
+    try:
+        stages = [(entry["type"].rsplit(".", 1)[-1], entry["path"]) for entry in values]
+        folders = [str(folder) for _, folder in stages]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(path, ["is not a list of stages with a type and a path"]) from error
+    problems = []
+    for folder in folders:
+        # Both separators, whatever this system's is: the file may come from another one.
+        parts = PureWindowsPath(folder).parts
+        if ".." in parts or PureWindowsPath(folder).anchor or PurePosixPath(folder).is_absolute():
+            problems.append(f"path {folder!r} leads outside the model's folder")
+    kinds = [kind for kind, _ in stages]
+    if tuple(kinds) not in (_STAGES, _STAGES[:2]):
+        problems.append(
+            f"lists the stages {', '.join(kinds) or 'none'}; "
+            f"supported: {', '.join(_STAGES)}, or without the last"
+        )
+    if problems:
+        raise ConfigError(path, problems)
+    as_prefix = ["".join(part + "/" for part in PureWindowsPath(f).parts) for f in folders]
+    return dict(zip(kinds, as_prefix, strict=True))
+
+
+def _read_config(files: ModelFiles, name: str) -> BertConfig:
+    return BertConfig.from_dict(_read_json(files, name, dict), files.path(name))
+
+
+def _read_settings(files: ModelFiles, folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The objects in sentence_bert_config.json and tokenizer_config.json; both are optional."""
+    name = folder + "sentence_bert_config.json"
+    sentence = _read_json(files, name, dict, {})
+    _check(files, name, sentence, _TRANSFORMER_SETTINGS)
+    return sentence, _read_json(files, folder + "tokenizer_config.json", dict, {})
+
+
+def _read_similarity_fn_name(files: ModelFiles) -> str:
+    name = "config_sentence_transformers.json"
+    values = _read_json(files, name, dict, {})
+    known = {
+        "similarity_fn_name": (*SIMILARITY_FUNCTIONS, None),
+        "model_type": ("SentenceTransformer",),
+    }
+    problems = _problems(values, known)
+    default_prompt = values.get("default_prompt_name")
+    if default_prompt is not None and (values.get("prompts") or {}).get(default_prompt) != "":
+        problems.append(
+            f"default_prompt_name is {default_prompt!r}; supported: null, since prompts are not "
+            "put in front of texts yet"
+        )
+    if problems:
+        raise ConfigError(files.path(name), problems)
+    return str(values.get("similarity_fn_name") or "cosine")
+
+
+def _read_pooling(
+    files: ModelFiles, name: str, config: BertConfig | None
+) -> Literal["mean", "cls"]:
+    values = _read_json(files, name, dict)
+    if "pooling_mode" in values:  # version 6
+        modes = values["pooling_mode"]
+        modes = [modes] if isinstance(modes, str) else modes
+        asked = [f"pooling_mode={mode}" for mode in modes if mode not in ("mean", "cls")]
+    else:
+        flags = [key for key, on in values.items() if key.startswith("pooling_mode_") and on]
+        asked = [flag for flag in flags if flag not in _POOLING_MODES]
+        modes = [_POOLING_MODES[flag] for flag in flags if flag in _POOLING_MODES]
+    problems = []
+    if asked or len(modes) != 1:
+        problems.append(
+            f"asks for the pooling {', '.join(asked or modes) or 'none'}; supported: mean or cls"
+        )
+    size = values.get("embedding_dimension", values.get("word_embedding_dimension"))
+    if config is not None and size not in (None, config.hidden_size):
+        problems.append(
+            f"the embedding dimension is {size!r}; hidden_size in config.json is "
+            f"{config.hidden_size}"
+        )
+    if problems:
+        raise ConfigError(files.path(name), problems)
+    return "mean" if modes[0] == "mean" else "cls"
+
+
+def _read_normalize(files: ModelFiles, name: str) -> None:
+    _check(files, name, _read_json(files, name, dict, {}), _NORMALIZE_SETTINGS)
+
+
+def _max_seq_length(
+    files: ModelFiles,
+    folder: str,
+    settings: tuple[dict[str, Any], dict[str, Any]],
+    config: BertConfig | None,
+) -> int:
+    sentence, tokenizer = settings
+    longest = config.max_position_embeddings if config else 131_072
+    name, field, value = "sentence_bert_config.json", "max_seq_length", None
+    if sentence.get(field) is not None:
+        value = sentence[field]
+    elif tokenizer.get("model_max_length") is not None:
+        name, field = "tokenizer_config.json", "model_max_length"
+        value = tokenizer[field]
+        if isinstance(value, int | float) and value > longest:
+            value = longest  # often a huge number that stands for "no limit of its own"
+    path = files.path(folder + name)
+    if value is None:
+        raise ConfigError(
+            path, ["max_seq_length is missing, and model_max_length in tokenizer_config.json too"]
+        )
+    if type(value) is not int or not 3 <= value <= longest:
+        raise ConfigError(path, [f"{field} is {value!r}; expected an integer from 3 to {longest}"])
+    return value
+
+
+def _read_tokenizer(
+    files: ModelFiles,
+    folder: str,
+    settings: tuple[dict[str, Any], dict[str, Any]],
+    config: BertConfig | None,
+) -> WordPieceTokenizer:
+    name = folder + "tokenizer.json"
+    path = files.path(name)
+    tokenizer = WordPieceTokenizer(
+        _read(files, name, TokenizerError),
+        settings=settings[1],
+        lower_case_first=bool(settings[0].get("do_lower_case", False)),
+        path=path,
+    )
+    if config is not None and tokenizer.vocab_size > config.vocab_size:
+        largest = tokenizer.vocab_size - 1
+        problem = f"gives ids up to {largest}; vocab_size in config.json is {config.vocab_size}"
+        raise TokenizerError(path, [problem])
+    return tokenizer
+
+
+def _read_weights(
+    files: ModelFiles, name: str, config: BertConfig, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    return read_checkpoint(_read(files, name, WeightsError), config, dtype, files.path(name))
+
+
+def _read(
+    files: ModelFiles, name: str, error: type[ConfigError | TokenizerError | WeightsError]
+) -> bytes:
+    data = files.read(name)
+    if data is None:
+        hint = "; only safetensors files are read, never pickles" if error is WeightsError else ""
+        raise error(files.path(name), ["is missing" + hint])
+    foreign = looks_like(data)
+    if foreign:
+        raise error(files.path(name), [f"looks like {foreign}"])
+    return data
+
+
+def _read_json(
+    files: ModelFiles, name: str, kind: type[Any], default: dict[str, Any] | None = None
+) -> Any:
+    if default is not None and files.find(name) is None:
+        return default
+    data = _read(files, name, ConfigError)
+    try:
+        values = json.loads(data)
+    except ValueError as error:
+        raise ConfigError(files.path(name), [f"is not JSON: {error}"]) from error
+    if not isinstance(values, kind):
+        word = "an object" if kind is dict else "a list"
+        raise ConfigError(files.path(name), [f"holds {type(values).__name__}; expected {word}"])
+    return values
+
+
+def _problems(values: dict[str, Any], known: dict[str, tuple[Any, ...]]) -> list[str]:
+    return [
+        f"{key} is {values[key]!r}; supported: {' or '.join(map(repr, supported))}"
+        for key, supported in known.items()
+        if key in values and values[key] not in supported
+    ]
+
+
+def _check(
+    files: ModelFiles, name: str, values: dict[str, Any], known: dict[str, tuple[Any, ...]]
+) -> None:
+    problems = _problems(values, known)
+    if problems:
+        raise ConfigError(files.path(name), problems)

@@ -1,0 +1,147 @@
+"""How alike are two vectors? Cosine, dot product, and two distances with their sign turned.
+
+In: embeddings as tensors, NumPy arrays or lists. Out: a tensor, larger where more alike.
+Each function comes in two forms: all pairs `[n, d] x [m, d] -> [n, m]`, and `pairwise_...`, row by
+row, `[n, d] x [n, d] -> [n]`. One vector `[d]` counts as one row.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minilm.errors import InputError, InputTypeError
+
+__all__ = [
+    "SIMILARITY_FUNCTIONS",
+    "Embeddings",
+    "cos_sim",
+    "dot_score",
+    "euclidean_sim",
+    "manhattan_sim",
+    "pairwise_cos_sim",
+    "pairwise_dot_score",
+    "pairwise_euclidean_sim",
+    "pairwise_manhattan_sim",
+]
+
+Embeddings = Tensor | np.ndarray[Any, Any] | Sequence[Any]
+
+
+def cos_sim(a: Embeddings, b: Embeddings) -> Tensor:
+    """cos(a_i, b_j) = a_i·b_j / (‖a_i‖ ‖b_j‖), `[n, d] x [m, d] -> [n, m]`; 0 for a zero vector.
+
+    Args:
+        a, b: Embeddings. Floating dtypes are kept (float64 stays float64) and the wider of two
+            different ones is taken; integers become float32.
+
+    Raises:
+        InputError: The two have different widths, or more than two dimensions.
+        InputTypeError: One is not a tensor, an array or a list of numbers.
+    """
+    a, b = _matrices(a, b)
+    return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
+
+
+def dot_score(a: Embeddings, b: Embeddings) -> Tensor:
+    """a_i·b_j, `[n, d] x [m, d] -> [n, m]`. Arguments and errors as in `cos_sim`."""
+    a, b = _matrices(a, b)
+    return a @ b.T
+
+
+def euclidean_sim(a: Embeddings, b: Embeddings) -> Tensor:
+    """-‖a_i - b_j‖₂, `[n, d] x [m, d] -> [n, m]`. Arguments and errors as in `cos_sim`."""
+    a, b = _matrices(a, b)
+    return -torch.cdist(a, b, p=2.0)
+
+
+def manhattan_sim(a: Embeddings, b: Embeddings) -> Tensor:
+    """-‖a_i - b_j‖₁, `[n, d] x [m, d] -> [n, m]`. Arguments and errors as in `cos_sim`."""
+    a, b = _matrices(a, b)
+    return -torch.cdist(a, b, p=1.0)
+
+
+def pairwise_cos_sim(a: Embeddings, b: Embeddings) -> Tensor:
+    """cos(a_i, b_i), `[n, d] x [n, d] -> [n]`. Errors as in `cos_sim`, or if n differs."""
+    a, b = _rows(a, b)
+    return (F.normalize(a, dim=-1) * F.normalize(b, dim=-1)).sum(dim=-1)
+
+
+def pairwise_dot_score(a: Embeddings, b: Embeddings) -> Tensor:
+    """a_i·b_i, `[n, d] x [n, d] -> [n]`. Errors as in `cos_sim`, or if n differs."""
+    a, b = _rows(a, b)
+    return (a * b).sum(dim=-1)
+
+
+def pairwise_euclidean_sim(a: Embeddings, b: Embeddings) -> Tensor:
+    """-‖a_i - b_i‖₂, `[n, d] x [n, d] -> [n]`. Errors as in `cos_sim`, or if n differs."""
+    a, b = _rows(a, b)
+    distances: Tensor = torch.linalg.vector_norm(a - b, ord=2, dim=-1)
+    return -distances
+
+
+def pairwise_manhattan_sim(a: Embeddings, b: Embeddings) -> Tensor:
+    """-‖a_i - b_i‖₁, `[n, d] x [n, d] -> [n]`. Errors as in `cos_sim`, or if n differs."""
+    a, b = _rows(a, b)
+    distances: Tensor = torch.linalg.vector_norm(a - b, ord=1, dim=-1)
+    return -distances
+
+
+Similarity = Callable[[Embeddings, Embeddings], Tensor]
+
+# By the names that `similarity_fn_name` in config_sentence_transformers.json uses.
+SIMILARITY_FUNCTIONS: dict[str, tuple[Similarity, Similarity]] = {
+    "cosine": (cos_sim, pairwise_cos_sim),
+    "dot": (dot_score, pairwise_dot_score),
+    "euclidean": (euclidean_sim, pairwise_euclidean_sim),
+    "manhattan": (manhattan_sim, pairwise_manhattan_sim),
+}
+
+
+def _matrices(a: Embeddings, b: Embeddings) -> tuple[Tensor, Tensor]:
+    """Both as `[rows, d]` tensors of one floating dtype on one device."""
+    first, second = _matrix(a, "a"), _matrix(b, "b")
+    if first.shape[1] != second.shape[1]:
+        raise InputError(
+            f"b has vectors of width {second.shape[1]}, a of width {first.shape[1]}; "
+            "pass embeddings of one model",
+            "b",
+        )
+    dtype = torch.promote_types(first.dtype, second.dtype)
+    return first.to(dtype), second.to(first.device, dtype)
+
+
+def _matrix(embeddings: Embeddings, argument: str) -> Tensor:
+    try:
+        if isinstance(embeddings, Tensor):
+            tensor = embeddings
+        elif len(embeddings) and isinstance(embeddings[0], Tensor):
+            tensor = torch.stack(list(embeddings))
+        else:
+            tensor = torch.as_tensor(np.asarray(embeddings))
+    except (TypeError, ValueError, KeyError) as error:
+        raise InputTypeError(
+            f"{argument} is {type(embeddings).__name__}; pass a tensor, an array or a list of "
+            "vectors of one width",
+            argument,
+        ) from error
+    if not tensor.is_floating_point():
+        tensor = tensor.to(torch.float32)
+    if tensor.ndim == 1:
+        tensor = tensor.unsqueeze(0)  # [d] -> [1, d]
+    if tensor.ndim != 2:
+        raise InputError(
+            f"{argument} has shape {list(tensor.shape)}; pass one vector [d] or rows [n, d]",
+            argument,
+        )
+    return tensor
+
+
+def _rows(a: Embeddings, b: Embeddings) -> tuple[Tensor, Tensor]:
+    first, second = _matrices(a, b)
+    if len(first) != len(second):
+        raise InputError(f"b has {len(second)} rows, a has {len(first)}; pass as many", "b")
+    return first, second

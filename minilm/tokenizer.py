@@ -1,0 +1,260 @@
+"""Text -> token ids, with the published `tokenizer.json` and the `tokenizers` library.
+
+In: `list[str]`. Out: `Tokens`, for each text its ids, cut to the length limit, and how many there
+were before the cut; `pad` makes the rectangular tensors of a batch. Next: `bert.py`.
+
+What happens to a text (WordPiece, Devlin et al. 2018, section 3.2): control characters go, letters
+become lower case and lose their accents, words are split at blanks and punctuation, and each word
+into the longest pieces that the vocabulary knows. [CLS] is put in front and [SEP] behind.
+
+Three length limits ship with this model. `tokenizer.json` says 128 (and pads everything to 128),
+`tokenizer_config.json` 512, `sentence_bert_config.json` 256: the last is right. So what the file
+says on truncation and padding is switched off, once, here. The limit is an argument of each call
+and is applied to the ids: a tokenizer has no state that two threads could fight over.
+"""
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tokenizers
+import torch
+from tokenizers.normalizers import BertNormalizer, Lowercase
+from tokenizers.normalizers import Sequence as NormalizerSequence
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from minilm.errors import InputError, TokenizerError, TruncationWarning
+
+__all__ = ["Tokens", "WordPieceTokenizer"]
+
+_Entry = TypeVar("_Entry")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What the tokenizer made of a list of texts; one entry for each text.
+
+    Attributes:
+        input_ids: The ids, [CLS] and [SEP] included, at most as many as the limit allows.
+        token_counts: How many ids there were before the cut.
+        offsets: For each id its (start, end) in the original text, in characters, `end` exclusive,
+            (0, 0) for [CLS] and [SEP]; None unless asked for.
+    """
+
+    input_ids: list[list[int]]
+    token_counts: list[int]
+    offsets: list[list[tuple[int, int]]] | None = None
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def warn_if_cut(self, stacklevel: int) -> None:
+        """Issue one `TruncationWarning` that adds up all that was cut; none if nothing was.
+
+        Args:
+            stacklevel: As in `warnings.warn`, counted from the caller of this method.
+        """
+        kept = [len(row) for row in self.input_ids]
+        cut = [row for row, count in enumerate(self.token_counts) if count > kept[row]]
+        if cut:
+            unread = 1 - sum(kept[row] for row in cut) / sum(self.token_counts[row] for row in cut)
+            warnings.warn(
+                f"{len(cut):,} of {len(self):,} texts were cut at {kept[cut[0]]} tokens; "
+                f"{unread:.0%} of their tokens were not read; first: sentences[{cut[0]}]",
+                TruncationWarning,
+                stacklevel=stacklevel + 1,
+            )
+
+
+class WordPieceTokenizer:
+    """The published tokenizer. Calling it changes nothing in it, so that threads may share it.
+
+    Attributes:
+        vocab_size: One more than the largest id that it can give.
+        pad_token_id: The id that fills short rows.
+    """
+
+    def __init__(
+        self,
+        tokenizer_json: bytes | str,
+        *,
+        settings: Mapping[str, Any] | None = None,
+        lower_case_first: bool = False,
+        path: str | Path = "tokenizer.json",
+    ) -> None:
+        """Args:
+            tokenizer_json: The contents of the file.
+            settings: The object in `tokenizer_config.json`. As in the reference its
+                `do_lower_case`, `strip_accents` and `tokenize_chinese_chars` win over what
+                `tokenizer.json` says of them.
+            lower_case_first: Lower-case every text before anything else:
+                `sentence_bert_config.json`'s `do_lower_case`. When false, as in the published
+                model, the published normalizer still lower-cases.
+            path: What to call the file in an error.
+
+        Raises:
+            TokenizerError: The file is broken, or is not a BERT WordPiece tokenizer.
+        """
+        settings = settings or {}
+        self._backend = _load(tokenizer_json, settings, lower_case_first, path)
+        self.vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
+        self.pad_token_id = self._backend.token_to_id(str(settings.get("pad_token", "[PAD]"))) or 0
+
+    @property
+    def backend(self) -> tokenizers.Tokenizer:
+        """The `tokenizers.Tokenizer` that does the work. Changing it changes the model's input."""
+        return self._backend
+
+    def __call__(
+        self,
+        texts: Sequence[str],
+        max_length: int | None = None,
+        *,
+        return_offsets: bool = False,
+        argument: str = "sentences",
+    ) -> Tokens:
+        """Tokenize texts.
+
+        Args:
+            texts: Any Unicode text: empty, blank, with control characters, of any length. As in
+                the reference, a literal "[MASK]" or "[SEP]" becomes that special token.
+            max_length: Ids to keep at most, [CLS] and [SEP] included, at least 3; None keeps all.
+            return_offsets: Also give character offsets, which takes twice the time.
+            argument: What to call `texts` in an error.
+
+        Raises:
+            InputError: A text has a lone surrogate, so that it isn't Unicode text.
+        """
+        backend = self._backend
+        encode_batch = backend.encode_batch if return_offsets else backend.encode_batch_fast
+        try:
+            encodings = encode_batch(list(texts))
+        except (TypeError, UnicodeEncodeError):
+            _find_lone_surrogate(texts, argument)
+            raise
+        input_ids = [_cut(encoding.ids, max_length) for encoding in encodings]
+        offsets = None
+        if return_offsets:
+            offsets = [_cut(encoding.offsets, max_length) for encoding in encodings]
+        return Tokens(input_ids, [len(encoding) for encoding in encodings], offsets)
+
+    def pad(
+        self, input_ids: Sequence[Sequence[int]], device: torch.device | str = "cpu"
+    ) -> dict[str, Tensor]:
+        """Make a batch: rows of unequal length -> rectangular tensors.
+
+        Args:
+            input_ids: At least one row.
+            device: Where the tensors go.
+
+        Returns:
+            `input_ids`, `token_type_ids` (all 0) and `attention_mask` (1 at real tokens, 0 at
+            padding), int64 `[batch, tokens]`, as wide as the longest row.
+        """
+        rows = [torch.tensor(row, dtype=torch.int64) for row in input_ids]
+        padded = pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id)
+        lengths = torch.tensor([len(row) for row in rows])
+        attention_mask = (torch.arange(padded.shape[1]) < lengths[:, None]).to(torch.int64)
+        features = {
+            "input_ids": padded,
+            "token_type_ids": torch.zeros_like(padded),
+            "attention_mask": attention_mask,
+        }
+        return {name: tensor.to(device) for name, tensor in features.items()}
+
+    def tokens(self, input_ids: Sequence[int]) -> list[str]:
+        """The word pieces that ids stand for: `[101, 7592, 102]` -> `["[CLS]", "hello", "[SEP]"]`.
+
+        Raises:
+            InputError: An id is not in the vocabulary.
+        """
+        pieces = [self._backend.id_to_token(token_id) for token_id in input_ids]
+        for position, piece in enumerate(pieces):
+            if piece is None:
+                place = f"input_ids[{position}]"
+                raise InputError(f"{place} is {input_ids[position]}: no such token", place)
+        return [piece for piece in pieces if piece is not None]
+
+
+def _cut(row: list[_Entry], max_length: int | None) -> list[_Entry]:
+    """The first `max_length` entries, but the last one kept: [SEP] closes a cut text too."""
+    if max_length is None or len(row) <= max_length:
+        return row
+    return row[: max_length - 1] + row[-1:]
+
+
+def _find_lone_surrogate(texts: Sequence[str], argument: str) -> None:
+    for row, text in enumerate(texts):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            place = f"{argument}[{row}]"
+            raise InputError(
+                f"{place} has a lone surrogate, {text[error.start]!r}, at character {error.start}: "
+                "it is not Unicode text; decode its source with errors='replace'",
+                place,
+            ) from error
+
+
+def _load(
+    tokenizer_json: bytes | str,
+    settings: Mapping[str, Any],
+    lower_case_first: bool,
+    path: str | Path,
+) -> tokenizers.Tokenizer:
+    try:
+        values = json.loads(tokenizer_json)
+        model, normalizer = values["model"], values["normalizer"] or {}
+        kinds = {
+            "model.type": (model.get("type"), "WordPiece"),
+            "normalizer.type": (normalizer.get("type"), "BertNormalizer"),
+            "pre_tokenizer.type": ((values["pre_tokenizer"] or {}).get("type"), "BertPreTokenizer"),
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TokenizerError(path, [f"is not the JSON of a tokenizer: {error!r}"]) from error
+    problems = [
+        f"{name} is {found!r}; supported: {supported!r}"
+        for name, (found, supported) in kinds.items()
+        if found != supported
+    ]
+    problems += [
+        f"{name} is {settings[name]!r} in tokenizer_config.json; supported: 'right'"
+        for name in ("padding_side", "truncation_side")
+        if settings.get(name, "right") != "right"
+    ]
+    if problems:
+        raise TokenizerError(path, problems)
+    try:
+        text = tokenizer_json if isinstance(tokenizer_json, str) else tokenizer_json.decode("utf-8")
+        backend = tokenizers.Tokenizer.from_str(text)
+        backend.no_truncation()
+        backend.no_padding()
+    except Exception as error:  # the library raises plain Exception
+        raise TokenizerError(path, [f"can't be loaded: {error}"]) from error
+
+    unknown = model.get("unk_token")
+    if unknown is None or backend.token_to_id(unknown) is None:
+        problems.append(f"the unknown token {unknown!r} is not in the vocabulary")
+    else:
+        ends = backend.encode("a").tokens
+        if len(ends) != 3 or (ends[0], ends[-1]) != ("[CLS]", "[SEP]"):
+            problems.append(f"'a' becomes {ends}; expected [CLS], one token, [SEP]")
+    if problems:
+        raise TokenizerError(path, problems)
+
+    normalizer = {
+        "clean_text": normalizer.get("clean_text", True),
+        "handle_chinese_chars": settings.get(
+            "tokenize_chinese_chars", normalizer.get("handle_chinese_chars", True)
+        ),
+        "strip_accents": settings.get("strip_accents", normalizer.get("strip_accents")),
+        "lowercase": settings.get("do_lower_case", normalizer.get("lowercase", True)),
+    }
+    backend.normalizer = BertNormalizer(**normalizer)
+    if lower_case_first:
+        backend.normalizer = NormalizerSequence([Lowercase(), backend.normalizer])
+    return backend
