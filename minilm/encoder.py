@@ -18,13 +18,11 @@ from torch import Tensor, nn
 from minilm import folder, hub
 from minilm.bert import BertModel
 from minilm.errors import InputError, InputTypeError
-from minilm.inputs import as_device, as_dtype, as_texts, check_positive_int
+from minilm.inputs import as_device, as_dtype, as_texts, check_choice, check_positive_int
 from minilm.similarity import SIMILARITY_FUNCTIONS, Embeddings
 from minilm.tokenizer import WordPieceTokenizer
 
 __all__ = ["SentenceEncoder"]
-
-_DEFAULT_BATCH_SIZE = 32  # sentences, as in the reference
 
 logger = logging.getLogger(__name__)
 
@@ -121,13 +119,9 @@ class SentenceEncoder(nn.Module):
             tokenizer, max_seq_length = parts.tokenizer, parts.max_seq_length
             similarity_fn_name = parts.similarity_fn_name
         self.bert, self.pooling, self.normalize = _stages(modules or [])
-        if similarity_fn_name not in SIMILARITY_FUNCTIONS:
-            raise InputError(
-                f"similarity_fn_name is {similarity_fn_name!r}; "
-                f"pass one of {', '.join(SIMILARITY_FUNCTIONS)}",
-                "similarity_fn_name",
-            )
-        self.similarity_fn_name = similarity_fn_name
+        self.similarity_fn_name = check_choice(
+            similarity_fn_name, SIMILARITY_FUNCTIONS, "similarity_fn_name"
+        )
         self.tokenizer = tokenizer
         self.max_seq_length = max_seq_length or self.bert.config.max_position_embeddings
         if model_name_or_path is not None:
@@ -243,7 +237,7 @@ class SentenceEncoder(nn.Module):
             sentences: A str, or any iterable of str: list, generator, NumPy array, pandas or
                 polars Series, Arrow array. Text beyond `max_seq_length` tokens is not read, and a
                 `TruncationWarning` says how much that was.
-            batch_size: Sentences computed at a time; None (the default) leaves it to the library.
+            batch_size: Sentences computed at a time; None leaves it to the library (now 32).
             show_progress_bar: By default only if this package's logger is at INFO or below.
             convert_to_numpy: Give NumPy arrays, else tensors on the model's device.
             convert_to_tensor: Give one tensor, whatever `convert_to_numpy` says.
@@ -259,27 +253,29 @@ class SentenceEncoder(nn.Module):
             InputError: A text has a lone surrogate, or an argument's value can't be used.
         """
         texts, is_single = as_texts(sentences)
-        limit = check_positive_int(
-            _DEFAULT_BATCH_SIZE if batch_size is None else batch_size, "batch_size"
-        )
+        batch_size = 32 if batch_size is None else check_positive_int(batch_size, "batch_size")
         if device is not None:
             self.to(as_device(device))
         if show_progress_bar is None:
             show_progress_bar = logger.isEnabledFor(logging.INFO)
         to_numpy = convert_to_numpy and not convert_to_tensor
+        output_device = "cpu" if to_numpy else self.device
 
         tokens = self._tokenizer(texts, self.max_seq_length)
         tokens.warn_if_cut(stacklevel=2)
         # Texts of like length together, so that little padding is computed; the longest first,
         # so that memory runs out at once or never.
         order = sorted(range(len(tokens)), key=lambda row: -len(tokens.input_ids[row]))
+        batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
+        if show_progress_bar:
+            from tqdm.auto import tqdm  # comes with huggingface_hub
+
+            batches = tqdm(batches, desc="Batches")
         size = (len(tokens), self.get_sentence_embedding_dimension())
         # Ordinary tensors, usable in training, but without a gradient of their own.
         with torch.inference_mode(False), torch.no_grad(), _eval_mode(self):
-            where = "cpu" if to_numpy else self.device
-            embeddings = torch.empty(size, dtype=self.dtype, device=where)
-            for start in _progress(range(0, len(order), limit), show_progress_bar):
-                rows = order[start : start + limit]
+            embeddings = torch.empty(size, dtype=self.dtype, device=output_device)
+            for rows in batches:
                 features = self._tokenizer.pad([tokens.input_ids[row] for row in rows], self.device)
                 embeddings[rows] = self(features)["sentence_embedding"].to(embeddings)
 
@@ -375,10 +371,7 @@ class SentenceEncoder(nn.Module):
     @property
     def _tokenizer(self) -> WordPieceTokenizer:
         if self.tokenizer is None:
-            raise InputError(
-                "tokenizer is None: this encoder can't read text; pass tokenizer= with modules=",
-                "tokenizer",
-            )
+            raise InputError("tokenizer is None; pass tokenizer= with modules=", "tokenizer")
         return self.tokenizer
 
 
@@ -398,19 +391,9 @@ def _stages(modules: Sequence[nn.Module]) -> tuple[BertModel, nn.Module, nn.Modu
 def _eval_mode(model: nn.Module) -> Iterator[None]:
     """No dropout inside; each module gets its mode back afterwards."""
     training = [module for module in model.modules() if module.training]
+    model.eval()
     try:
-        for module in training:
-            module.training = False
         yield
     finally:
         for module in training:
             module.training = True
-
-
-def _progress(starts: range, show: bool) -> Iterable[int]:
-    if not show:
-        return starts
-    from tqdm.auto import tqdm  # comes with huggingface_hub
-
-    bar: Iterable[int] = tqdm(starts, desc="Batches")
-    return bar

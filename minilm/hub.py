@@ -15,11 +15,12 @@ import os
 import subprocess
 import sys
 import tempfile
+import uuid
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import IO, Literal
 
 from minilm.errors import (
     HashMismatchError,
@@ -28,7 +29,16 @@ from minilm.errors import (
     describe,
 )
 
-__all__ = ["DEFAULT_MODEL", "REVISION", "SHA256", "ModelFiles", "download", "locate", "looks_like"]
+__all__ = [
+    "DEFAULT_MODEL",
+    "REVISION",
+    "SHA256",
+    "ModelFiles",
+    "download",
+    "locate",
+    "looks_like",
+    "write_atomically",
+]
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 REVISION = "1110a243fdf4706b3f48f1d95db1a4f5529b4d41"
@@ -208,6 +218,29 @@ _ORIGINS = {
 }
 
 
+def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Write a file so that it is complete or not there, also beside parallel writers.
+
+    Args:
+        path: Where it goes; its folder must exist.
+        write: Is given the open file, and leaves it open.
+
+    Raises:
+        OSError: The folder is missing or may not be written to, or the disk is full.
+    """
+    # A name of its own in the same folder: parallel runs don't meet, and the rename is atomic.
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    try:
+        with temporary.open("xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
 def looks_like(data: bytes) -> str | None:
     """What a file that is neither JSON nor safetensors seems to be, by its first bytes."""
     start = data[:512].lstrip().lower()
@@ -340,24 +373,12 @@ def _is_published(path: Path, name: str) -> bool:
 
 
 def _write_verified(target: Path, name: str, data: bytes) -> None:
-    """Write one file, complete or not at all."""
     path = target / name
     actual = hashlib.sha256(data).hexdigest()
     if actual != SHA256[name]:
         raise HashMismatchError(path, SHA256[name], actual)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # A name of its own in the same folder: parallel runs don't meet, and the rename is atomic.
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    write_atomically(path, lambda file: file.write(data))
 
 
 def _fetch_from_hub(names: list[str], target: Path) -> None:

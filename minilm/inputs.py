@@ -6,7 +6,7 @@ Out: `list[str]` in positional order. Next: `tokenizer.py`.
 No framework is imported here: columns are told apart by what they can do.
 """
 
-from collections.abc import Iterable, Mapping, Set
+from collections.abc import Collection, Iterable, Mapping, Set
 from pathlib import PurePath
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 
 from minilm.errors import InputError, InputTypeError
 
-__all__ = ["as_device", "as_dtype", "as_texts", "check_positive_int"]
+__all__ = ["as_device", "as_dtype", "as_texts", "check_choice", "check_positive_int"]
 
 _HINT = "pass a string or an iterable of strings"
 
@@ -89,6 +89,17 @@ def _short(value: Any) -> str:
     return text if len(text) <= 40 else text[:37] + "..."
 
 
+def check_choice(value: str, choices: Collection[str], argument: str) -> str:
+    """Return `value` if it is one of `choices`.
+
+    Raises:
+        InputError: It is none of them; they are listed.
+    """
+    if value not in choices:
+        raise InputError(f"{argument} is {value!r}; pass one of {', '.join(choices)}", argument)
+    return value
+
+
 def as_device(device: str | torch.device | None) -> torch.device:
     """A device that can be used here: `device`, or by default cuda, else mps, else cpu.
 
@@ -137,7 +148,4 @@ def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
     """
     if dtype is None:
         return torch.float32
-    name = str(dtype).removeprefix("torch.")
-    if name not in _DTYPES:
-        raise InputError(f"dtype is {dtype!r}; pass one of {', '.join(_DTYPES)}", "dtype")
-    return _DTYPES[name]
+    return _DTYPES[check_choice(str(dtype).removeprefix("torch."), _DTYPES, "dtype")]
