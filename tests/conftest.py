@@ -1,0 +1,204 @@
+"""Models for the tests: a tiny seeded one that needs no file, the published one, the reference.
+
+Most tests use the tiny one. Tests of the published weights are skipped where
+`weights/all-MiniLM-L6-v2` is absent (`scripts/fetch_weights` puts it there).
+"""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+from minilm import BertConfig, BertModel, MeanPooling, Normalize, SentenceEncoder
+from minilm.checkpoint import published_name
+from minilm.hub import SHA256, WEIGHTS_FOLDER
+from minilm.tokenizer import WordPieceTokenizer
+
+# Nothing here may reach the network; the tests of hub.py bring their own server.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = ROOT / "tests" / "data"
+SHARED = ROOT.parent / "shared" / "data"
+
+TINY = BertConfig(
+    vocab_size=40,
+    hidden_size=32,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    intermediate_size=64,
+    max_position_embeddings=24,
+)
+
+TINY_WORDS = (
+    "[PAD] [UNK] [CLS] [SEP] [MASK] the a dog cat man bites sees sun is out walk ##s ##ing run "
+    "cafe . , ! ?"
+).split()
+
+
+def tiny_tokenizer_json() -> dict[str, Any]:
+    """A WordPiece tokenizer of 23 words, in the form of the published file."""
+    special = [
+        {"id": i, "content": t, "single_word": False, "lstrip": False, "rstrip": False,
+         "normalized": False, "special": True}
+        for i, t in enumerate(TINY_WORDS[:5])
+    ]  # fmt: skip
+    template = [
+        {"SpecialToken": {"id": "[CLS]", "type_id": 0}},
+        {"Sequence": {"id": "A", "type_id": 0}},
+        {"SpecialToken": {"id": "[SEP]", "type_id": 0}},
+    ]
+    return {
+        "version": "1.0",
+        "truncation": {
+            "max_length": 8,
+            "strategy": "LongestFirst",
+            "stride": 0,
+            "direction": "Right",
+        },
+        "padding": {
+            "strategy": {"Fixed": 8},
+            "direction": "Right",
+            "pad_to_multiple_of": None,
+            "pad_id": 0,
+            "pad_type_id": 0,
+            "pad_token": "[PAD]",
+        },
+        "added_tokens": special,
+        "normalizer": {
+            "type": "BertNormalizer",
+            "clean_text": True,
+            "handle_chinese_chars": True,
+            "strip_accents": None,
+            "lowercase": True,
+        },
+        "pre_tokenizer": {"type": "BertPreTokenizer"},
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": template,
+            "pair": template,
+            "special_tokens": {
+                t: {"id": t, "ids": [TINY_WORDS.index(t)], "tokens": [t]}
+                for t in ("[CLS]", "[SEP]")
+            },
+        },
+        "decoder": {"type": "WordPiece", "prefix": "##", "cleanup": True},
+        "model": {
+            "type": "WordPiece",
+            "unk_token": "[UNK]",
+            "continuing_subword_prefix": "##",
+            "max_input_chars_per_word": 100,
+            "vocab": {word: i for i, word in enumerate(TINY_WORDS)},
+        },
+    }
+
+
+def seeded_bert(config: BertConfig = TINY, seed: int = 0) -> BertModel:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return BertModel(config).eval()
+
+
+def write_model_folder(folder: Path, config: BertConfig = TINY, seed: int = 0) -> Path:
+    """A complete model folder in the sentence-transformers format, with seeded weights."""
+    (folder / "1_Pooling").mkdir(parents=True)
+    stages = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normalize")]
+    contents: dict[str, Any] = {
+        "modules.json": [
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for i, (kind, path) in enumerate(stages)
+        ],
+        "config.json": {
+            **{name: getattr(config, name) for name in BertConfig.__dataclass_fields__},
+            "model_type": "bert",
+            "hidden_act": "gelu",
+            "position_embedding_type": "absolute",
+        },
+        "sentence_bert_config.json": {"max_seq_length": 12, "do_lower_case": False},
+        "tokenizer_config.json": {"do_lower_case": True, "model_max_length": 512},
+        "tokenizer.json": tiny_tokenizer_json(),
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": config.hidden_size,
+            "pooling_mode_cls_token": False,
+            "pooling_mode_mean_tokens": True,
+            "pooling_mode_max_tokens": False,
+            "pooling_mode_mean_sqrt_len_tokens": False,
+        },
+    }
+    for name, value in contents.items():
+        (folder / name).write_text(json.dumps(value), encoding="utf-8")
+    state = seeded_bert(config, seed).state_dict()
+    tensors = {published_name(name): tensor.contiguous() for name, tensor in state.items()}
+    safetensors.torch.save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    """Change fields of a JSON object in a file; a value of `...` deletes the field."""
+    values = json.loads(path.read_text(encoding="utf-8")) | changes
+    kept = {key: value for key, value in values.items() if value is not ...}
+    path.write_text(json.dumps(kept), encoding="utf-8")
+
+
+@pytest.fixture
+def tiny_folder(tmp_path: Path) -> Path:
+    """A model folder that a test may damage."""
+    return write_model_folder(tmp_path / "tiny")
+
+
+@pytest.fixture
+def tiny_encoder() -> SentenceEncoder:
+    """The tiny model, composed from modules, with a tokenizer and a limit of 12 tokens."""
+    return SentenceEncoder(
+        modules=[seeded_bert(), MeanPooling(), Normalize()],
+        tokenizer=WordPieceTokenizer(json.dumps(tiny_tokenizer_json())),
+        max_seq_length=12,
+    )
+
+
+@pytest.fixture(scope="session")
+def published() -> Path:
+    """The folder with the published files."""
+    folder = ROOT / WEIGHTS_FOLDER
+    missing = [name for name in SHA256 if not (folder / name).is_file()]
+    if missing:
+        pytest.skip(f"{folder} lacks {missing[0]}; run scripts/fetch_weights")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def encoder(published: Path) -> SentenceEncoder:
+    """The published model in float32. Shared: a test must not change it."""
+    return SentenceEncoder.from_pretrained(published, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def encoder64(published: Path) -> SentenceEncoder:
+    """The published model in float64. Shared: a test must not change it."""
+    return SentenceEncoder.from_pretrained(published, device="cpu", dtype="float64")
+
+
+def _load_reference(folder: Path, dtype: torch.dtype) -> Any:
+    sentence_transformers = pytest.importorskip(
+        "sentence_transformers", reason="needs the reference: pip install 'minilm[reference]'"
+    )
+    # "eager" is the reference's plain softmax: the only path that shows its probabilities.
+    return sentence_transformers.SentenceTransformer(
+        str(folder), device="cpu", model_kwargs={"attn_implementation": "eager", "dtype": dtype}
+    )
+
+
+@pytest.fixture(scope="session")
+def reference(published: Path) -> Any:
+    """The reference library's model in float32."""
+    return _load_reference(published, torch.float32)
+
+
+@pytest.fixture(scope="session")
+def reference64(published: Path) -> Any:
+    """The reference library's model in float64."""
+    return _load_reference(published, torch.float64)
