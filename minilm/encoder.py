@@ -351,10 +351,10 @@ class SentenceEncoder(nn.Module):
         return (stage for stage in stages if not isinstance(stage, nn.Identity))
 
     def __len__(self) -> int:
-        return len(list(self))
+        return sum(1 for _ in self)
 
     def __getitem__(self, index: int) -> nn.Module:
-        return list(self)[index]
+        return list(iter(self))[index]
 
     def __repr__(self) -> str:
         config = self.bert.config

@@ -372,12 +372,12 @@ def compare_stages(
 
     limits = bars(dtype)
     report_rows = []
-    for name, (mine, its) in errors.items():
-        own = {} if truth is None else its.measures()
+    for name, (our_error, its_error) in errors.items():
+        own = {} if truth is None else its_error.measures()
         allowed = _stage_bars(limits, name)
         if name.startswith("attention"):
             allowed = _within_own_error(allowed, own)
-        report_rows.append(Row(name, mine.measures(), allowed, own, mine.worst_text))
+        report_rows.append(Row(name, our_error.measures(), allowed, own, our_error.worst_text))
     if truth is not None and limits.between is not None:
         allowed = {"max abs": limits.between}
         name = "the same, ours - reference"
@@ -403,10 +403,10 @@ class _RowSum:
 
 def _stage_bars(limits: Bars, stage: str) -> dict[str, float]:
     if stage == "sentence_embedding":
-        values = limits.sentence_embedding, limits.sentence_embedding_rms
-    else:
-        values = limits.attention if stage.startswith("attention") else limits.stage, None
-    return {m: v for m, v in zip(("max abs", "rms"), values, strict=True) if v is not None}
+        max_abs, rms = limits.sentence_embedding, limits.sentence_embedding_rms
+        return {"max abs": max_abs} | ({} if rms is None else {"rms": rms})
+    bar = limits.attention if stage.startswith("attention") else limits.stage
+    return {} if bar is None else {"max abs": bar}
 
 
 def _within_own_error(allowed: dict[str, float], own: dict[str, float]) -> dict[str, float]:
@@ -491,12 +491,15 @@ def compare_with_golden(encoder: SentenceEncoder, golden: Golden) -> list[Row]:
     assert encoder.tokenizer is not None
     rows = compare_ids(encoder.tokenizer, encoder.max_seq_length, golden.texts, golden.input_ids)
     tokens = encoder.tokenizer(golden.texts, encoder.max_seq_length)
-    features = encoder.tokenizer.pad(tokens.input_ids, encoder.device)
-    with torch.no_grad():
-        ours = encoder(features)["sentence_embedding"].cpu()  # one batch, padded to the longest
+    order = sorted(range(len(golden.texts)), key=lambda row: len(tokens.input_ids[row]))
     difference = _Difference()
-    every = torch.ones(len(ours), dtype=torch.bool)
-    difference.add(ours, golden.embeddings, every, torch.arange(len(ours)))
+    for start in range(0, len(order), 5):  # batches with padding in them
+        batch = torch.tensor(order[start : start + 5])
+        features = encoder.tokenizer.pad([tokens.input_ids[row] for row in batch], encoder.device)
+        with torch.no_grad():
+            ours = encoder(features)["sentence_embedding"].cpu()
+        every = torch.ones(len(batch), dtype=torch.bool)
+        difference.add(ours, golden.embeddings[batch], every, batch)
     name = "sentence_embedding"
     allowed = _stage_bars(bars(encoder.dtype), name)
     return [*rows, Row(name, difference.measures(), allowed, worst_text=difference.worst_text)]

@@ -39,12 +39,16 @@ antidisestablishmentarianism|pneumonoultramicroscopicsilicovolcanoconiosis|flocc
 SPECIAL = [
     "", " ", "  \n\t ", "[MASK]", "[CLS] [SEP]", "[PAD][PAD]", "the [UNK] word", "##ing", "[mask]",
     "a" * 100, "a" * 101, "a" * 5000, "a b " * 400, "cafe\u0301", "caf\u00e9", "e" + "\u0301" * 40,
-    "\u200b", "\ufeffbom", "nul\x00here", "\x01\x02\x1f", "tab\tand\r\nnewline", "\u202eright to left",
+    "\u200b", "\ufeffbom", "nul\x00here", "\x01\x02\x1f", "tab\tand\r\nnewline",
+    "\u202eright to left",
     "soft\u00adhyphen", "no\u00a0break", "ideographic\u3000space", "line\u2028separator", "\ufffd",
-    "\U0001d54c\U0001d55f\U0001d55a\U0001d554\U0001d560\U0001d555\U0001d556", "ﬁ ligature", "İstanbul I ı i",
+    "\U0001d54c\U0001d55f\U0001d55a\U0001d554\U0001d560\U0001d555\U0001d556",
+    "ﬁ ligature", "İstanbul I ı i",
     "ǅ Ǆ ǆ", "ΑΣ ας", "한국어 한국어", "漢字とかな", "\u4e00\u4e8c\u4e09", "\U00020000 rare",
-    "👩‍👩‍👧‍👦 family", "🇩🇪🇫🇷 flags", "👍🏽 skin", "☃ ☂ ✓ ✗", "→ ⇒ ∀ ∃", "“quotes” ‘and’ —dashes–", "_under_score_",
-    "snake_case camelCase kebab-case", "!!!???...", "(((())))", "a.b.c", "don't can't won't", "$100 €100 £100",
+    "👩‍👩‍👧‍👦 family", "🇩🇪🇫🇷 flags", "👍🏽 skin", "☃ ☂ ✓ ✗", "→ ⇒ ∀ ∃",
+    "“quotes” ‘and’ —dashes–", "_under_score_",
+    "snake_case camelCase kebab-case", "!!!???...", "(((())))", "a.b.c",
+    "don't can't won't", "$100 €100 £100",
 ]  # fmt: skip
 
 CODE = """\
@@ -112,7 +116,6 @@ def make_texts(directory: Path) -> None:
 def make_golden() -> None:
     """20 texts with the reference's token ids and float64 embeddings."""
     import torch
-
     from reference import load_reference
 
     texts = [

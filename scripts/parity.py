@@ -130,7 +130,7 @@ def compare(
         else:
             same = load_reference(folder, dtype)
             rows = compare_stages(encoder, same, texts, truth=truth)
-            report.add(f"{_name(dtype)}: - reference in float64", rows)
+            report.add(f"{_name(dtype)}: ours, and the reference, - reference in float64", rows)
             if dtype == torch.float32:
                 rows = invariance(encoder, texts)
                 report.add("float32: one text in any company", rows)
@@ -160,7 +160,7 @@ def gradients(
         model.zero_grad()
         embeddings = model(dict(features))["sentence_embedding"]  # [32, 384], length 1
         (embeddings @ embeddings.T).mean().backward()
-        bert = encoder.bert if model is encoder else model[0].auto_model
+        bert: Any = encoder.bert if model is encoder else model[0].auto_model
         both.append({n: p.grad for n, p in bert.named_parameters() if p.grad is not None})
         model.zero_grad()
     return {published_name(name): grad for name, grad in both[0].items()}, both[1]

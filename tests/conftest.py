@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+
 from minilm import BertConfig, BertModel, MeanPooling, Normalize, SentenceEncoder
 from minilm.checkpoint import published_name
 from minilm.hub import SHA256, WEIGHTS_FOLDER
@@ -34,10 +35,10 @@ TINY = BertConfig(
     max_position_embeddings=24,
 )
 
-TINY_WORDS = (
-    "[PAD] [UNK] [CLS] [SEP] [MASK] the a dog cat man bites sees sun is out walk ##s ##ing run "
-    "cafe . , ! ?"
-).split()
+TINY_WORDS = [
+    "[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "the", "a", "dog", "cat", "man", "bites", "sees",
+    "sun", "is", "out", "walk", "##s", "##ing", "run", "cafe", ".", ",", "!", "?",
+]  # fmt: skip
 
 
 def tiny_tokenizer_json() -> dict[str, Any]:

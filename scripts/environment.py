@@ -1,0 +1,74 @@
+"""Make the virtual environment that `scripts/demo` and `scripts/test` run in.
+
+Standard library only, so that it works before anything is installed. Safe to repeat: what was
+installed is remembered, and a second call with the same requirements does nothing.
+"""
+
+import hashlib
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / ".venv"
+CONSTRAINTS = ROOT / "scripts" / "constraints.txt"
+_STAMPS = FOLDER / "minilm-stamps"
+
+
+def prepare(extra: str = "") -> Path:
+    """Install this checkout, editable, into `.venv`.
+
+    Args:
+        extra: An extra of pyproject.toml, or "" for the runtime packages alone.
+
+    Returns:
+        The environment's Python.
+    """
+    if sys.version_info < (3, 11):
+        sys.exit(f"minilm needs Python 3.11 or newer; this is {sys.version.split()[0]}")
+    python = FOLDER / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    if not python.exists():
+        print(f"making the environment {FOLDER}", flush=True)
+        venv.create(FOLDER, with_pip=True, clear=True)
+    # What is in test is a superset of what is in "".
+    wanted = [extra] if extra else ["", "test"]
+    if not any(_stamp(name).is_file() for name in wanted):
+        _install(python, extra)
+        _STAMPS.mkdir(exist_ok=True)
+        _stamp(extra).touch()
+    return python
+
+
+def run(*command: str | Path) -> None:
+    """Run a command in the checkout; exit with its status if it fails."""
+    status = subprocess.run([str(word) for word in command], cwd=ROOT, check=False).returncode
+    if status:
+        sys.exit(status)
+
+
+def _stamp(extra: str) -> Path:
+    requirements = (ROOT / "pyproject.toml").read_bytes() + CONSTRAINTS.read_bytes()
+    checked = requirements + sys.version.encode() + str(ROOT).encode()
+    return _STAMPS / f"{extra or 'runtime'}-{hashlib.sha256(checked).hexdigest()[:16]}"
+
+
+def _install(python: Path, extra: str) -> None:
+    target = f".[{extra}]" if extra else "."
+    print(f"installing {target} (some minutes the first time)", flush=True)
+    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    command += ["--editable", target]
+    pinned = [*command, "--constraint", str(CONSTRAINTS)]
+    # torch first: other packages ask for any torch, and pip might take a larger build for them.
+    torch = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "torch"]
+    torch += ["--constraint", str(CONSTRAINTS)]
+    for attempt in (torch, pinned):
+        if subprocess.run(attempt, cwd=ROOT, check=False).returncode:
+            print(
+                "the versions in scripts/constraints.txt can't be installed here (see above); "
+                "installing what pip finds instead",
+                flush=True,
+            )
+            run(*command)
+            return

@@ -1,0 +1,153 @@
+"""Ours against the reference library, stage by stage, on the texts in tests/data."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DATA, ROOT
+from mutations import planted
+
+from minilm import SentenceEncoder
+from minilm.parity import compare_stages
+
+pytestmark = pytest.mark.reference
+
+parity = pytest.importorskip("parity", reason="needs scripts/parity.py")
+reference_module = pytest.importorskip("reference")
+if not reference_module.is_installed():
+    pytest.skip("needs the reference: pip install 'minilm[reference]'", allow_module_level=True)
+
+TEXTS = parity.read_texts(DATA / "parity_texts.jsonl")
+
+
+def test_texts_are_many_and_varied(encoder: SentenceEncoder) -> None:
+    assert len(TEXTS) >= 500
+    assert encoder.tokenizer is not None
+    lengths = {len(ids) for ids in encoder.tokenizer(TEXTS, 256).input_ids}
+    assert {2, 3, 256} <= lengths
+    assert len(lengths) > 100
+
+
+def test_full_report_passes(published: Path) -> None:
+    """Ids, float64 and float32 stages, gradients and invariance, as scripts/parity.py runs it."""
+    report, about = parity.run(str(published), None, None)
+    print(report.to_text())
+    assert report.passed, report.to_text()
+    assert about["texts"].startswith(f"{len(TEXTS)} of 2 to 256 tokens")
+    headings = [heading.split(":")[0] for heading, _ in report.sections]
+    assert headings == ["token ids", "float64", "float64", "float32", "float32"]
+
+
+@pytest.fixture(scope="module")
+def truth(published: Path) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    source: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+    source = reference_module.load_reference(published, torch.float64)
+    return source
+
+
+# Where a fault sits and where the report must see it first.
+@pytest.mark.parametrize(
+    ("fault", "stage"),
+    [
+        ("type_row_left_out", "embeddings"),
+        ("eps_1e_6_in_every_norm", "embeddings"),
+        ("padding_attended", "attention 1"),
+        ("scale_left_out", "attention 1"),
+        ("query_and_key_swapped", "attention 1"),
+        ("tanh_gelu", "layer 1"),
+        ("norm_before_instead_of_after", "attention 1"),
+        ("norms_of_a_layer_swapped", "layer 3"),
+        ("heads_in_another_order", "layer 4"),
+        ("two_layers_swapped", "attention 3"),
+        ("one_bias_left_out", "layer 6"),
+        ("padding_in_the_mean", "pooled"),
+        ("not_normalized", "sentence_embedding"),
+    ],
+)
+def test_fault_is_located(
+    encoder64: SentenceEncoder,
+    truth: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
+    fault: str,
+    stage: str,
+) -> None:
+    with planted(fault, encoder64) as broken:
+        rows = compare_stages(broken, truth, TEXTS[:12], batch_size=6)
+    assert next(row.stage for row in rows if not row.passed) == stage
+
+
+def run_script(
+    *arguments: str, before: str = "", **environment: str
+) -> "subprocess.CompletedProcess[str]":
+    """Run scripts/parity.py in a process of its own, after the statements in `before`."""
+    code = f"""
+import sys
+sys.path[:0] = [{str(ROOT / "scripts")!r}, {str(ROOT)!r}]
+{before}
+import parity
+sys.exit(parity.main())
+"""
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        encoding="utf-8",
+        env=os.environ | {"PYTHONIOENCODING": "utf-8"} | environment,
+    )
+
+
+def test_script_on_own_texts_as_json(published: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "texts with blanks.txt"
+    texts.write_text("One text a line.\n\nZwölf Boxkämpfer\n", encoding="utf-8")
+    done = run_script(
+        "--model", str(published), "--texts", str(texts), "--dtype", "float64", "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["passed"] is True
+    assert report["texts"] == 3
+
+
+def test_script_fails_and_names_the_stage_and_the_text(published: Path, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    texts.write_text("a text\n", encoding="utf-8")
+    tanh_gelu = """
+import functools, torch.nn.functional as F
+F.gelu = functools.partial(F.gelu, approximate="tanh")
+"""
+    # The reference binds its own GELU beforehand, so that only ours is changed.
+    before = "import transformers.activations\nfrom minilm import bert" + tanh_gelu
+    arguments = ["--model", str(published), "--texts", str(texts), "--dtype", "float64"]
+    done = run_script(*arguments, before=before)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "first stage that diverges: layer 1" in done.stdout
+    assert "text that diverges most there: [0] 'a text'" in done.stdout
+
+
+def test_script_without_the_model(tmp_path: Path) -> None:
+    done = run_script("--model", str(tmp_path / "missing"))
+    assert done.returncode == 1
+    assert "no such folder" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_script_without_the_reference_uses_golden_values(published: Path) -> None:
+    hide = """
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("transformers", "sentence_transformers"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Hide())
+import importlib.util
+find_spec = importlib.util.find_spec
+importlib.util.find_spec = lambda name: None if "transformers" in name else find_spec(name)
+"""
+    done = run_script("--model", str(published), before=hide)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "not installed: compared with its golden values" in done.stdout
+    assert "PASS: 4 of 4 rows within their bars" in done.stdout

@@ -1,0 +1,282 @@
+"""The command line, run as a person runs it: in a process of its own, on the tiny model."""
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import ROOT
+
+from minilm import SentenceEncoder, cli
+
+
+def minilm(
+    *arguments: str | Path, stdin: str | bytes = "", cwd: Path | None = None
+) -> "subprocess.CompletedProcess[bytes]":
+    return subprocess.run(
+        [sys.executable, "-m", "minilm", *map(str, arguments)],
+        input=stdin.encode() if isinstance(stdin, str) else stdin,
+        capture_output=True,
+        check=False,
+        cwd=cwd,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"},
+    )
+
+
+@pytest.fixture
+def model(tiny_folder: Path) -> list[str]:
+    return ["--model", str(tiny_folder), "--device", "cpu"]
+
+
+@pytest.fixture
+def loaded(tiny_folder: Path) -> SentenceEncoder:
+    return SentenceEncoder.from_pretrained(tiny_folder, device="cpu")
+
+
+def test_encode_standard_input_to_standard_output(
+    model: list[str], loaded: SentenceEncoder
+) -> None:
+    done = minilm("encode", *model, stdin="the dog\n\na cat")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == b""  # no progress bar where nobody looks
+    rows = [json.loads(line) for line in done.stdout.decode().splitlines()]
+    assert [row["text"] for row in rows] == ["the dog", "", "a cat"]  # a blank line is a text
+    got = np.array([row["embedding"] for row in rows], dtype=np.float32)
+    np.testing.assert_array_equal(got, loaded.encode(["the dog", "", "a cat"]))
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".jsonl", ".csv"])
+def test_output_forms_hold_the_same_numbers(
+    model: list[str], loaded: SentenceEncoder, tmp_path: Path, suffix: str
+) -> None:
+    texts = ['a "quoted", cat', "the café\u2028sun", ""]
+    source = tmp_path / "texts ü.txt"
+    source.write_bytes("\r\n".join(texts).encode() + b"\n")
+    texts = ["-o is a text too", *texts]
+    output = tmp_path / f"out{suffix}"
+    done = minilm("encode", source, f"--text={texts[0]}", "-o", output, *model)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == b""
+    if suffix == ".npy":
+        got = np.load(output)
+    elif suffix == ".npz":
+        archive = np.load(output)
+        got = archive["embeddings"]
+        assert archive["texts"].tolist() == texts
+    elif suffix == ".jsonl":
+        lines = output.read_text(encoding="utf-8").removesuffix("\n").split("\n")
+        rows = [json.loads(line) for line in lines]
+        assert [row["text"] for row in rows] == texts
+        got = np.array([row["embedding"] for row in rows], dtype=np.float32)
+    else:
+        rows_ = list(csv.reader(io.StringIO(output.read_text(encoding="utf-8"), newline="")))
+        assert rows_[0] == ["text", *map(str, range(32))]
+        assert [row[0] for row in rows_[1:]] == texts
+        got = np.array([row[1:] for row in rows_[1:]], dtype=np.float32)
+    np.testing.assert_array_equal(got, loaded.encode(texts))
+    assert [path.name for path in tmp_path.iterdir() if path.name.endswith(".part")] == []
+
+
+def test_byte_order_mark_is_dropped(model: list[str], tmp_path: Path) -> None:
+    source = tmp_path / "bom.txt"
+    source.write_bytes(b"\xef\xbb\xbfthe dog\n")
+    done = minilm("encode", source, *model)
+    assert json.loads(done.stdout)["text"] == "the dog"
+
+
+def test_dash_is_standard_input_among_files(model: list[str], tmp_path: Path) -> None:
+    source = tmp_path / "a.txt"
+    source.write_text("first\n", encoding="utf-8")
+    done = minilm("encode", source, "-", *model, stdin="second\n")
+    texts = [json.loads(line)["text"] for line in done.stdout.splitlines()]
+    assert texts == ["first", "second"]
+
+
+def failed(done: "subprocess.CompletedProcess[bytes]", code: int) -> str:
+    """One line on standard error, no traceback."""
+    assert done.returncode == code, done
+    message = done.stderr.decode()
+    assert "Traceback" not in message
+    return message
+
+
+def test_missing_file_is_an_error_never_a_text(model: list[str]) -> None:
+    message = failed(minilm("encode", "no-such-file.txt", *model), 1)
+    assert message == "minilm: no-such-file.txt: No such file or directory\n"
+
+
+def test_file_that_is_not_utf8_is_named_with_its_line(model: list[str], tmp_path: Path) -> None:
+    source = tmp_path / "latin1.txt"
+    source.write_bytes(b"fine\ncaf\xe9\n")
+    message = failed(minilm("encode", source, *model), 1)
+    assert f"{source}: line 2 is not UTF-8" in message
+
+
+def test_output_into_a_missing_folder(model: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "missing" / "x.npy"
+    message = failed(minilm("encode", "-t", "a", "-o", output, *model), 1)
+    assert "missing" in message
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        ([], "COMMAND"),
+        (["nonsense"], "nonsense"),
+        (["encode", "-o", "folder"], "folder has no suffix of .npy, .npz, .jsonl, .csv"),
+        (["encode", "--threads", "0"], "0 is not a positive integer"),
+        (["encode", "--batch-size", "x"], "invalid positive integer value: 'x'"),
+        (["similarity", "only one"], "pass two or more"),
+        (["download", "--source", "ftp"], "ftp"),
+    ],
+)
+def test_wrong_usage(arguments: list[str], hint: str) -> None:
+    assert hint in failed(minilm(*arguments), 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["--model", "./no/such/folder"], "no/such/folder: no such folder"),
+        (["--device", "nonsense"], "device is 'nonsense'"),
+        (["--dtype", "int4"], "dtype is 'int4'; pass one of float64"),
+    ],
+)
+def test_bad_model_arguments_fail_in_one_line(
+    model: list[str], arguments: list[str], hint: str
+) -> None:
+    message = failed(minilm("similarity", "a", "b", *model, *arguments), 1)
+    assert hint in message
+
+
+def test_similarity_prints_a_matrix(model: list[str], loaded: SentenceEncoder) -> None:
+    texts = ["the dog", "a cat is out", "sun"]
+    done = minilm("similarity", *texts, *model)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.decode().splitlines()
+    assert lines[0].split() == ["1", "2", "3"]
+    embeddings = loaded.encode(texts)
+    expected = loaded.similarity(embeddings, embeddings).numpy()
+    for row, (line, text) in enumerate(zip(lines[1:], texts, strict=True)):
+        number, *values = line.split()[:4]
+        assert number == str(row + 1)
+        np.testing.assert_allclose([float(v) for v in values], expected[row], atol=5.1e-5)
+        assert line.endswith(text)
+
+
+def test_info_names_sizes_and_origin(tiny_folder: Path, model: list[str]) -> None:
+    out = minilm("info", *model).stdout.decode()
+    for expected in (str(tiny_folder), "12 tokens", "not a model that we know", "2 of 4 heads"):
+        assert expected in out
+
+
+def test_info_of_the_published_model(published: Path) -> None:
+    out = minilm("info", "--model", published, "--dtype", "bfloat16").stdout.decode()
+    for expected in (
+        "the published all-MiniLM-L6-v2",
+        "53aa51172d142c89",
+        "22,565,376",
+        "bfloat16",
+    ):
+        assert expected in out
+
+
+def test_truncation_is_a_line_on_standard_error(model: list[str]) -> None:
+    done = minilm("encode", "-t", "dog " * 50, *model)
+    assert done.returncode == 0
+    assert done.stderr.decode().startswith(
+        "minilm: warning: 1 of 1 texts were cut at 12 tokens; 77% of their tokens were not read"
+    )
+
+
+def test_threads(model: list[str]) -> None:
+    code = (
+        "import sys, torch; from minilm import cli;"
+        f"cli.main(['encode', '-t', 'a', '--threads', '1', *{model!r}]);"
+        "sys.exit(torch.get_num_threads() != 1)"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, check=False, capture_output=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_closed_pipe_is_quiet(model: list[str]) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "minilm", "encode", *model],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdin.write(b"the dog\n" * 2000)  # more than a pipe holds
+    process.stdin.close()
+    assert process.stdout.readline().startswith(b'{"text": "the dog"')
+    process.stdout.close()
+    errors = process.stderr.read()
+    process.stderr.close()
+    assert process.wait(60) == 0
+    assert errors == b""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="SIGINT can't be sent to one process there")
+def test_interrupt_exits_with_130(model: list[str], tmp_path: Path) -> None:
+    ready = tmp_path / "ready"
+    code = (
+        "import sys, pathlib; from minilm import cli;"
+        "import minilm.encoder;"
+        f"pathlib.Path({str(ready)!r}).touch();"
+        f"sys.exit(cli.main(['encode', *{model!r}]))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    while not ready.exists():
+        assert process.poll() is None
+        time.sleep(0.05)
+    time.sleep(0.2)  # now it reads standard input, which never ends
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors == b"minilm: interrupted\n"
+
+
+def test_python_dash_m_and_version() -> None:
+    done = minilm("--version")
+    assert done.stdout.decode().startswith("minilm ")
+    assert done.returncode == 0
+
+
+def test_examples_of_the_help_parse() -> None:
+    import shlex
+
+    parser = cli._parser()
+    commands = [line.split("minilm ", 1)[1] for line in cli._EXAMPLES.splitlines()[1:]]
+    assert len(commands) == 6
+    for command in commands:
+        parser.parse_args(shlex.split(command.split(" > ")[0]))
+
+
+def test_main_leaves_warnings_as_they_were(
+    model: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    import warnings
+
+    before = warnings.showwarning
+    assert cli.main(["similarity", "a cat", "the dog", *model]) == 0
+    assert warnings.showwarning is before
+    assert "a cat" in capsys.readouterr().out

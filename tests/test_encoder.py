@@ -1,0 +1,504 @@
+"""SentenceEncoder: the contract of the class, on the tiny model unless it must be the real one."""
+
+import copy
+import logging
+import pickle
+import threading
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, seeded_bert
+from torch import Tensor, nn
+
+import minilm
+from minilm import (
+    BertModel,
+    ClsPooling,
+    MeanPooling,
+    Normalize,
+    SentenceEncoder,
+    TruncationWarning,
+)
+from minilm.errors import InputError, InputTypeError
+
+TEXTS = ["the dog bites the man", "", "a cat", "the sun is out .", "man sees dog", "a"]
+
+# float32 results of one text differ by this much between batches of other shapes.
+BATCH_ROUNDING = 4e-7
+
+
+def test_published_similarities(encoder: SentenceEncoder) -> None:
+    sentences = [
+        "The weather is lovely today.",
+        "It's so sunny outside!",
+        "He drove to the stadium.",
+    ]
+    embeddings = encoder.encode(sentences)
+    assert embeddings.shape == (3, 384)
+    expected = [[1.0, 0.6660, 0.1046], [0.6660, 1.0, 0.1411], [0.1046, 0.1411, 1.0]]
+    similarities = encoder.similarity(embeddings, embeddings)
+    np.testing.assert_allclose(similarities, expected, atol=5.1e-5)  # the card has four digits
+
+
+def test_forward_is_the_pipeline(tiny_encoder: SentenceEncoder) -> None:
+    features = tiny_encoder.tokenize(TEXTS)
+    assert set(features) == {"input_ids", "token_type_ids", "attention_mask"}
+    result = tiny_encoder(features)
+    assert set(result) == set(features) | {"token_embeddings", "sentence_embedding"}
+    tokens = tiny_encoder.bert(features["input_ids"], features["attention_mask"])
+    pooled = tiny_encoder.pooling(tokens, features["attention_mask"])
+    assert torch.equal(result["token_embeddings"], tokens)
+    assert torch.equal(result["sentence_embedding"], tiny_encoder.normalize(pooled))
+    for name in features:
+        assert result[name] is features[name]
+
+
+def test_forward_needs_no_token_types_and_uses_those_given(tiny_encoder: SentenceEncoder) -> None:
+    features = tiny_encoder.tokenize(TEXTS)
+    with_zeros = tiny_encoder(features)["sentence_embedding"]
+    types = features.pop("token_type_ids")
+    assert torch.equal(tiny_encoder(features)["sentence_embedding"], with_zeros)
+    features["token_type_ids"] = torch.ones_like(types)
+    assert not torch.equal(tiny_encoder(features)["sentence_embedding"], with_zeros)
+
+
+def test_it_is_a_sequence_of_its_modules(tiny_encoder: SentenceEncoder) -> None:
+    assert len(tiny_encoder) == 3
+    assert [type(m) for m in tiny_encoder] == [BertModel, MeanPooling, Normalize]
+    assert tiny_encoder[0] is tiny_encoder.bert
+    assert tiny_encoder[-1] is tiny_encoder.normalize
+    with pytest.raises(IndexError):
+        tiny_encoder[3]
+
+
+def test_print_shows_the_composition(encoder: SentenceEncoder) -> None:
+    assert str(encoder) == (
+        "SentenceEncoder(\n"
+        "  (0): BertModel(layers=6, hidden_size=384, heads=12, max_seq_length=256)\n"
+        "  (1): MeanPooling()\n"
+        "  (2): Normalize()\n"
+        ")"
+    )
+
+
+def test_modules_without_normalize(tiny_encoder: SentenceEncoder) -> None:
+    plain = SentenceEncoder(
+        modules=[tiny_encoder.bert, MeanPooling()],
+        tokenizer=tiny_encoder.tokenizer,
+        max_seq_length=12,
+    )
+    assert len(plain) == 2
+    raw = plain.encode(TEXTS)
+    lengths = np.linalg.norm(raw, axis=1, keepdims=True)
+    assert np.abs(lengths - 1).min() > 1e-3
+    np.testing.assert_allclose(raw / lengths, tiny_encoder.encode(TEXTS), atol=1e-6)
+
+
+def test_modules_with_cls_pooling(tiny_encoder: SentenceEncoder) -> None:
+    cls = SentenceEncoder(
+        modules=[tiny_encoder.bert, ClsPooling()],
+        tokenizer=tiny_encoder.tokenizer,
+        max_seq_length=12,
+    )
+    first = tiny_encoder(tiny_encoder.tokenize("a cat"))["token_embeddings"][0, 0]
+    np.testing.assert_allclose(cls.encode("a cat"), first.detach(), atol=1e-6)
+
+
+@pytest.mark.parametrize("modules", [[], [MeanPooling(), Normalize()], [nn.Linear(2, 2)] * 2])
+def test_wrong_modules_are_refused(modules: list[nn.Module]) -> None:
+    with pytest.raises(InputTypeError, match=r"modules is \[") as error:
+        SentenceEncoder(modules=modules)
+    assert error.value.argument == "modules"
+
+
+def test_name_and_modules_exclude_each_other(tiny_encoder: SentenceEncoder) -> None:
+    with pytest.raises(InputError, match="pass one of the two"):
+        SentenceEncoder()
+    with pytest.raises(InputError, match="pass one of the two"):
+        SentenceEncoder("a name", modules=list(tiny_encoder))
+
+
+def test_modules_without_tokenizer_take_ids_but_no_text() -> None:
+    encoder = SentenceEncoder(modules=[seeded_bert(), MeanPooling(), Normalize()])
+    ids = torch.tensor([[2, 5, 3]])
+    result = encoder({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    assert result["sentence_embedding"].shape == (1, 32)
+    with pytest.raises(InputError, match="tokenizer is None"):
+        encoder.encode("the dog")
+
+
+def test_unknown_similarity_is_refused(tiny_encoder: SentenceEncoder) -> None:
+    with pytest.raises(InputError, match="similarity_fn_name is 'cos'; pass one of cosine, dot"):
+        SentenceEncoder(modules=list(tiny_encoder), similarity_fn_name="cos")
+
+
+def test_constructor_takes_a_folder_as_from_pretrained_does(tiny_folder: Path) -> None:
+    one = SentenceEncoder(str(tiny_folder), device="cpu")
+    other = SentenceEncoder.from_pretrained(tiny_folder, device="cpu")
+    np.testing.assert_array_equal(one.encode(TEXTS), other.encode(TEXTS))
+    assert one.max_seq_length == 12
+    assert not one.training
+
+
+# encode: what goes in
+
+
+def generator() -> Iterator[str]:
+    yield from TEXTS
+
+
+@pytest.mark.parametrize(
+    "sentences",
+    [
+        TEXTS,
+        tuple(TEXTS),
+        generator(),
+        deque(TEXTS),
+        map(str, TEXTS),
+        np.array(TEXTS),
+        np.array(TEXTS, dtype=object),
+        np.array(TEXTS, dtype=np.dtypes.StringDType()),
+        np.array([t for text in TEXTS for t in (text, "x")])[::2],
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_any_iterable_of_str(tiny_encoder: SentenceEncoder, sentences: Any) -> None:
+    np.testing.assert_array_equal(tiny_encoder.encode(sentences), tiny_encoder.encode(TEXTS))
+
+
+def test_columns_in_positional_order(tiny_encoder: SentenceEncoder) -> None:
+    import pandas as pd
+    import polars as pl
+    import pyarrow as pa
+
+    expected = tiny_encoder.encode(TEXTS)
+    columns: list[Any] = [
+        pd.Series(TEXTS),
+        pd.Series(TEXTS, index=[2, 0, 1, 5, 4, 3]),
+        pd.Series(TEXTS, index=list("abcdef")).values,
+        pd.Index(TEXTS),
+        pl.Series(TEXTS),
+        pa.array(TEXTS),
+        pa.chunked_array([TEXTS[:2], TEXTS[2:]]),
+    ]
+    for column in columns:
+        np.testing.assert_array_equal(tiny_encoder.encode(column), expected)
+
+
+@pytest.mark.parametrize(
+    ("sentences", "message"),
+    [
+        (None, "sentences is None"),
+        (5, "sentences is of type int"),
+        (b"text", "sentences is of type bytes"),
+        ({"a": "b"}, "sentences is of type dict"),
+        (["a", None], r"sentences\[1\] is None; pass a string"),
+        (["a", "b", float("nan")], r"sentences\[2\] is nan, of type float"),
+        ([["a", "b"]], r"sentences\[0\] is \['a', 'b'\], of type list"),
+        ([Path("a")], r"sentences\[0\] is .*Path"),
+    ],
+)
+def test_what_is_no_text_is_named(
+    tiny_encoder: SentenceEncoder, sentences: Any, message: str
+) -> None:
+    with pytest.raises(InputTypeError, match=message):
+        tiny_encoder.encode(sentences)
+    with pytest.raises(TypeError):
+        tiny_encoder.encode(sentences)
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 1.0, "8", True])
+def test_bad_batch_size_is_refused(tiny_encoder: SentenceEncoder, batch_size: Any) -> None:
+    with pytest.raises(InputError, match="batch_size is") as error:
+        tiny_encoder.encode(TEXTS, batch_size=batch_size)
+    assert error.value.argument == "batch_size"
+
+
+def test_bad_device_is_named(tiny_encoder: SentenceEncoder) -> None:
+    with pytest.raises(InputError, match="device is 'nonsense'"):
+        tiny_encoder.encode(TEXTS, device="nonsense")
+
+
+def test_strange_text_is_fine(tiny_encoder: SentenceEncoder) -> None:
+    strange = ["", "  \n\t", "\x00\x01\x1f", "\u202e\ufeff", "e" + "\u0301" * 500, "👩‍👩‍👧‍👦"]
+    embeddings = tiny_encoder.encode(strange)
+    assert np.isfinite(embeddings).all()
+    np.testing.assert_array_equal(embeddings[0], embeddings[1])  # [CLS] [SEP] both
+
+
+def test_ten_megabytes_of_text(tiny_encoder: SentenceEncoder) -> None:
+    with pytest.warns(TruncationWarning, match="100% of their tokens were not read"):
+        embedding = tiny_encoder.encode("the dog sees a cat . " * 500_000)
+    assert np.isfinite(embedding).all()
+
+
+def test_lone_surrogate_is_named(tiny_encoder: SentenceEncoder) -> None:
+    with pytest.raises(InputError, match=r"sentences\[2\] has a lone surrogate") as error:
+        tiny_encoder.encode(["a", "b", "c\ud800"])
+    assert error.value.argument == "sentences[2]"
+
+
+# encode: what comes out
+
+
+def test_one_text_gives_one_vector(tiny_encoder: SentenceEncoder) -> None:
+    for text in ("a cat", np.str_("a cat"), np.array("a cat")):
+        array = tiny_encoder.encode(text)  # type: ignore[arg-type]
+        assert array.shape == (32,)
+    assert tiny_encoder.encode("a cat", convert_to_tensor=True).shape == (32,)
+    assert tiny_encoder.encode("a cat", convert_to_numpy=False).shape == (32,)
+
+
+def test_kinds_of_result(tiny_encoder: SentenceEncoder) -> None:
+    array = tiny_encoder.encode(TEXTS)
+    assert isinstance(array, np.ndarray)
+    assert array.dtype == np.float32
+    assert array.flags.c_contiguous
+    assert array.flags.writeable
+    tensor = tiny_encoder.encode(TEXTS, convert_to_tensor=True)
+    assert isinstance(tensor, Tensor)
+    rows = tiny_encoder.encode(TEXTS, convert_to_numpy=False)
+    assert isinstance(rows, list)
+    assert [row.shape for row in rows] == [(32,)] * 6
+    np.testing.assert_array_equal(array, tensor)
+    np.testing.assert_array_equal(array, torch.stack(rows))
+
+
+def test_no_texts(tiny_encoder: SentenceEncoder) -> None:
+    for empty in ([], (), np.array([], dtype=object), iter([])):
+        array = tiny_encoder.encode(empty)
+        assert array.shape == (0, 32)
+        assert array.dtype == np.float32
+    assert tiny_encoder.encode([], convert_to_tensor=True).shape == (0, 32)
+    assert tiny_encoder.encode([], convert_to_numpy=False) == []
+    with pytest.raises(InputError, match="sentences is empty"):
+        tiny_encoder.tokenize([])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "in_numpy"),
+    [
+        (torch.float64, np.float64),
+        (torch.float32, np.float32),
+        (torch.float16, np.float16),
+        (torch.bfloat16, np.float32),
+    ],
+)
+def test_dtype_follows_the_model(
+    tiny_encoder: SentenceEncoder, dtype: torch.dtype, in_numpy: type
+) -> None:
+    exact = tiny_encoder.encode(TEXTS)
+    tiny_encoder.to(dtype)
+    assert tiny_encoder.dtype == dtype
+    array = tiny_encoder.encode(TEXTS)
+    assert array.dtype == in_numpy
+    tensor = tiny_encoder.encode(TEXTS, convert_to_tensor=True)
+    assert tensor.dtype == dtype
+    # bfloat16 has 8 bits, and unit vectors of 32 elements have elements of about 0.2.
+    np.testing.assert_allclose(array, exact, atol=2e-2)
+
+
+def test_half_and_from_pretrained_dtype(tiny_folder: Path) -> None:
+    half = SentenceEncoder.from_pretrained(tiny_folder, device="cpu").half()
+    direct = SentenceEncoder.from_pretrained(tiny_folder, device="cpu", dtype="float16")
+    np.testing.assert_array_equal(half.encode(TEXTS), direct.encode(TEXTS))
+
+
+def test_vectors_have_length_1(tiny_encoder: SentenceEncoder) -> None:
+    norms = np.linalg.norm(tiny_encoder.double().encode(TEXTS), axis=1)
+    np.testing.assert_allclose(norms, 1, atol=1e-15)
+
+
+def test_order_and_batch_size_do_not_matter(tiny_encoder: SentenceEncoder) -> None:
+    texts = [text for text in TEXTS for _ in range(7)]
+    one_by_one = np.stack([tiny_encoder.encode(text) for text in texts])
+    for batch_size in (1, 2, 5, None, 100):
+        together = tiny_encoder.encode(texts, batch_size=batch_size)
+        np.testing.assert_allclose(together, one_by_one, atol=BATCH_ROUNDING)
+    backwards = tiny_encoder.encode(texts[::-1], batch_size=4)[::-1]
+    np.testing.assert_allclose(backwards, one_by_one, atol=BATCH_ROUNDING)
+
+
+def test_batches_are_formed_by_length(tiny_encoder: SentenceEncoder) -> None:
+    shapes = []
+    tiny_encoder.bert.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
+    tiny_encoder.encode(["a", "the dog sees the man", "sun", "a cat sees the dog"], batch_size=2)
+    assert shapes == [(2, 7), (2, 3)]  # the longest first; no padding at all
+
+
+def test_tensors_are_usable_in_training(tiny_encoder: SentenceEncoder) -> None:
+    with torch.inference_mode():
+        tensor = tiny_encoder.encode(TEXTS, convert_to_tensor=True)
+    assert not tensor.is_inference()
+    assert not tensor.requires_grad
+    tensor.add_(0)
+    head = nn.Linear(32, 2)
+    head(tensor).sum().backward()
+    assert head.weight.grad is not None
+
+
+def test_forward_is_differentiable(tiny_encoder: SentenceEncoder) -> None:
+    embeddings = tiny_encoder(tiny_encoder.tokenize(TEXTS))["sentence_embedding"]
+    (embeddings @ embeddings.T).mean().backward()
+    unused = {n for n, p in tiny_encoder.named_parameters() if p.grad is None}
+    assert unused == set()
+
+
+def test_encode_goes_through_call_so_that_hooks_apply(tiny_encoder: SentenceEncoder) -> None:
+    def double(module: nn.Module, args: Any, output: dict[str, Tensor]) -> dict[str, Tensor]:
+        return output | {"sentence_embedding": output["sentence_embedding"] * 2}
+
+    before = tiny_encoder.encode(TEXTS)
+    handle = tiny_encoder.register_forward_hook(double)
+    np.testing.assert_array_equal(tiny_encoder.encode(TEXTS), before * 2)
+    handle.remove()
+
+
+def test_encode_has_no_dropout_and_gives_the_mode_back(tiny_encoder: SentenceEncoder) -> None:
+    expected = tiny_encoder.encode(TEXTS)
+    tiny_encoder.train()
+    tiny_encoder.bert.layers[0].eval()  # a frozen layer
+    np.testing.assert_array_equal(tiny_encoder.encode(TEXTS), expected)
+    assert tiny_encoder.training
+    assert tiny_encoder.bert.layers[1].training
+    assert not tiny_encoder.bert.layers[0].training
+
+
+def test_autocast_and_default_dtype_leave_float32(tiny_encoder: SentenceEncoder) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        assert tiny_encoder.encode(TEXTS).dtype == np.float32
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert tiny_encoder.encode(TEXTS).dtype == np.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_threads_get_the_same_results(tiny_encoder: SentenceEncoder) -> None:
+    expected = tiny_encoder.encode(TEXTS)
+    results: list[Any] = []
+    threads = [
+        threading.Thread(target=lambda: results.append(tiny_encoder.encode(TEXTS)))
+        for _ in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 8
+    for result in results:
+        np.testing.assert_array_equal(result, expected)
+
+
+def test_progress_bar_only_if_wanted(
+    tiny_encoder: SentenceEncoder,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    tiny_encoder.encode(TEXTS)
+    assert capsys.readouterr().err == ""
+    tiny_encoder.encode(TEXTS, show_progress_bar=True)
+    assert "Batches" in capsys.readouterr().err
+    logger = logging.getLogger("minilm")
+    logger.setLevel(logging.INFO)
+    try:
+        tiny_encoder.encode(TEXTS)
+        assert "Batches" in capsys.readouterr().err
+        tiny_encoder.encode(TEXTS, show_progress_bar=False)
+        assert capsys.readouterr().err == ""
+    finally:
+        logger.setLevel(logging.NOTSET)
+
+
+def test_copies_and_pickles_are_equal(tiny_encoder: SentenceEncoder) -> None:
+    expected = tiny_encoder.encode(TEXTS)
+    for other in (copy.deepcopy(tiny_encoder), pickle.loads(pickle.dumps(tiny_encoder))):
+        np.testing.assert_array_equal(other.encode(TEXTS), expected)
+
+
+# the length limit
+
+
+def test_cut_texts_are_reported_once(tiny_encoder: SentenceEncoder) -> None:
+    long = "dog " * 18  # 20 tokens with [CLS] and [SEP], of which 12 are read
+    with pytest.warns(TruncationWarning) as record:
+        embeddings = tiny_encoder.encode(["a", long, long], batch_size=1)
+    assert len(record) == 1
+    assert str(record[0].message) == (
+        "2 of 3 texts were cut at 12 tokens; 40% of their tokens were not read; first: sentences[1]"
+    )
+    assert record[0].filename == __file__
+    np.testing.assert_array_equal(embeddings[1], tiny_encoder.encode("dog " * 10))
+
+
+def test_text_of_exactly_the_limit_is_not_cut(tiny_encoder: SentenceEncoder) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiny_encoder.encode("dog " * 10)
+
+
+def test_max_seq_length_can_be_set(tiny_encoder: SentenceEncoder) -> None:
+    tiny_encoder.max_seq_length = 5
+    with pytest.warns(TruncationWarning, match="cut at 5 tokens"):
+        cut = tiny_encoder.encode("dog cat man sun")
+    np.testing.assert_array_equal(cut, tiny_encoder.encode("dog cat man"))
+    tiny_encoder.max_seq_length = 24
+    tiny_encoder.encode("dog " * 22)
+
+
+@pytest.mark.parametrize("value", [2, 0, -1, 25, 5.0, None, True, "5"])
+def test_bad_max_seq_length_is_refused(tiny_encoder: SentenceEncoder, value: Any) -> None:
+    with pytest.raises(InputError, match="max_seq_length is"):
+        tiny_encoder.max_seq_length = value
+    assert tiny_encoder.max_seq_length == 12
+
+
+def test_limit_of_the_published_model_is_256(encoder: SentenceEncoder) -> None:
+    assert encoder.max_seq_length == 256
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TruncationWarning)
+        exact, longer, much_longer, shorter = encoder.encode(
+            ["word " * n for n in (254, 255, 1000, 253)], batch_size=1
+        )
+    np.testing.assert_array_equal(exact, longer)
+    np.testing.assert_array_equal(exact, much_longer)
+    assert np.abs(exact - shorter).max() > 1e-4
+
+
+def test_dimension(tiny_encoder: SentenceEncoder, encoder: SentenceEncoder) -> None:
+    assert tiny_encoder.get_sentence_embedding_dimension() == TINY.hidden_size
+    assert encoder.get_sentence_embedding_dimension() == 384
+
+
+def test_similarity_keeps_float64(tiny_encoder: SentenceEncoder) -> None:
+    embeddings = tiny_encoder.double().encode(TEXTS)
+    similarities = tiny_encoder.similarity(embeddings, embeddings)
+    assert similarities.dtype == torch.float64
+    np.testing.assert_allclose(similarities.diagonal(), 1, atol=1e-15)
+    pairs = tiny_encoder.similarity_pairwise(embeddings, embeddings[::-1].copy())
+    np.testing.assert_allclose(pairs, similarities.flip(1).diagonal(), atol=1e-15)
+
+
+def test_similarity_follows_the_model(tiny_encoder: SentenceEncoder) -> None:
+    dot = SentenceEncoder(
+        modules=list(tiny_encoder)[:2],
+        tokenizer=tiny_encoder.tokenizer,
+        max_seq_length=12,
+        similarity_fn_name="dot",
+    )
+    embeddings = dot.encode(TEXTS)
+    np.testing.assert_allclose(
+        dot.similarity(embeddings, embeddings), embeddings @ embeddings.T, rtol=1e-5
+    )
+
+
+def test_device_and_dtype(tiny_encoder: SentenceEncoder) -> None:
+    assert tiny_encoder.device == torch.device("cpu")
+    assert tiny_encoder.dtype == torch.float32
+    assert isinstance(tiny_encoder, minilm.SentenceEncoder)
+    assert tiny_encoder.to("cpu") is tiny_encoder

@@ -1,0 +1,209 @@
+"""The package as a whole: what it imports, exports and installs."""
+
+import ast
+import importlib
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+import minilm
+
+PACKAGE = ROOT / "minilm"
+
+# From the bottom up; a file may import only files of lower levels (and those named beside it).
+LEVELS = [
+    {"errors"},
+    {"config"},
+    {"bert", "pooling", "similarity", "inputs", "hub"},
+    {"tokenizer", "checkpoint"},
+    {"folder"},
+    {"encoder"},
+    {"parity"},
+    {"cli"},
+    {"__main__"},
+]
+
+
+def imported(path: Path, top_level_only: bool = False) -> set[str]:
+    """Every module that a file imports, wherever the statement stands."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    nodes = tree.body if top_level_only else ast.walk(tree)
+    names: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "minilm":
+            names |= {f"minilm.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names.add(node.module)
+    return names
+
+
+def run_python(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=ROOT.anchor,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_every_file_has_a_level() -> None:
+    files = {path.stem for path in PACKAGE.glob("*.py")} - {"__init__"}
+    assert files == set().union(*LEVELS)
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("*.py")), ids=lambda path: path.stem)
+def test_imports_point_down(path: Path) -> None:
+    if path.stem == "__init__":
+        return  # its lazy table names everything
+    level_of = {name: level for level, names in enumerate(LEVELS) for name in names}
+    for name in imported(path):
+        if name.startswith("minilm.") and not name.startswith("minilm.__"):
+            other = name.split(".")[1]
+            assert level_of[other] < level_of[path.stem], f"{path.name} imports {name} upward"
+
+
+def test_architecture_imports_torch_and_config_only() -> None:
+    allowed = {"math", "collections.abc", "functools", "torch", "torch.nn.functional"}
+    assert imported(PACKAGE / "bert.py") <= allowed | {"minilm.config"}
+    assert imported(PACKAGE / "pooling.py") <= allowed
+
+
+def test_encoder_stays_readable() -> None:
+    lines = (PACKAGE / "encoder.py").read_text(encoding="utf-8").splitlines()
+    assert len(lines) < 400
+
+
+def test_only_runtime_packages_are_imported() -> None:
+    allowed = {"minilm", "torch", "safetensors", "tokenizers", "huggingface_hub", "numpy", "tqdm"}
+    for path in PACKAGE.rglob("*.py"):
+        for name in imported(path):
+            root = name.split(".")[0]
+            assert root in allowed | set(sys.stdlib_module_names), f"{path.name} imports {name}"
+
+
+def test_public_names_are_those_of_all() -> None:
+    for name in minilm.__all__:
+        assert getattr(minilm, name) is not None
+    assert set(minilm.__all__) == set(minilm._HOMES) | {"__version__"}
+    assert set(minilm.__all__) <= set(dir(minilm))
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        minilm.nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.glob("[a-z]*.py")), ids=lambda path: path.stem)
+def test_module_all_is_true(path: Path) -> None:
+    module = importlib.import_module(f"minilm.{path.stem}")
+    for name in module.__all__:
+        assert hasattr(module, name)
+
+
+def test_import_and_help_load_no_torch() -> None:
+    code = """
+import sys, minilm, minilm.cli
+try:
+    minilm.cli.main(["--help"])
+except SystemExit as exit:
+    assert exit.code == 0
+heavy = {"torch", "numpy", "tokenizers", "safetensors", "huggingface_hub"} & set(sys.modules)
+assert not heavy, heavy
+"""
+    assert "usage: minilm" in run_python(code)
+
+
+def test_foreign_libraries_never_enter(published: Path) -> None:
+    code = f"""
+import sys, importlib, pathlib, minilm
+for path in pathlib.Path(minilm.__file__).parent.glob("*.py"):
+    if path.stem != "__main__":
+        importlib.import_module("minilm." + path.stem)
+from minilm import SentenceEncoder, cli
+encoder = SentenceEncoder.from_pretrained({str(published)!r}, device="cpu")
+embeddings = encoder.encode(["one", "two"], show_progress_bar=True)
+encoder.similarity(embeddings, embeddings)
+assert cli.main(["similarity", "a", "b", "--model", {str(published)!r}]) == 0
+foreign = {{"transformers", "sentence_transformers", "scipy", "sklearn"}} & set(sys.modules)
+assert not foreign, foreign
+"""
+    run_python(code)
+
+
+def test_bare_checkout_knows_its_version() -> None:
+    out = run_python("import minilm; print(minilm.__version__, minilm.__file__)")
+    assert out.split()[0] == minilm.__version__
+
+
+def test_loading_from_a_folder_does_not_import_the_hub_library(published: Path) -> None:
+    code = f"""
+import sys
+from minilm import SentenceEncoder
+SentenceEncoder.from_pretrained({str(published)!r}, device="cpu").encode("text")
+assert "huggingface_hub" not in sys.modules
+"""
+    run_python(code)
+
+
+def test_logger_is_silent_by_default() -> None:
+    code = "import minilm, logging; print(logging.getLogger('minilm').handlers)"
+    assert "NullHandler" in run_python(code)
+
+
+def test_wheel_works_in_a_fresh_environment(published: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source with blanks"
+    source.mkdir()
+    for name in ("minilm", "pyproject.toml", "README.md", "LICENSE"):
+        (source / name).symlink_to(ROOT / name)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps"]
+    command += ["--no-build-isolation", "--wheel-dir", str(tmp_path), str(source)]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("minilm-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+    assert "minilm/py.typed" in names
+    assert {name.split("/")[0] for name in names} == {
+        "minilm",
+        f"minilm-{minilm.__version__}.dist-info",
+    }
+
+    environment = tmp_path / "venv"
+    venv.create(environment, with_pip=False)
+    scripts = environment / ("Scripts" if os.name == "nt" else "bin")
+    python = scripts / ("python.exe" if os.name == "nt" else "python")
+    paths = sysconfig.get_paths(vars={"base": str(environment), "platbase": str(environment)})
+    site = Path(paths["purelib"])
+    subprocess.run(
+        [sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps",
+         "--no-index", str(wheel)],
+        check=True,
+        capture_output=True,
+    )  # fmt: skip
+    # Its dependencies are lent from this environment, behind its own packages.
+    (site / "lent.pth").write_text(sysconfig.get_paths()["purelib"], encoding="utf-8")
+    code = f"""
+import minilm, sys
+assert minilm.__file__.startswith({str(environment)!r}), minilm.__file__
+encoder = minilm.SentenceEncoder.from_pretrained({str(published)!r}, device="cpu")
+print(encoder.encode(["a text"]).shape)
+"""
+    clean = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    done = subprocess.run(
+        [str(python), "-c", code], capture_output=True, text=True, check=False, env=clean,
+        cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "(1, 384)"
+    command = [str(scripts / "minilm"), "--version"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=clean)
+    assert done.stdout.strip() == f"minilm {minilm.__version__}"
