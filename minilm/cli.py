@@ -194,8 +194,7 @@ def _info(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 
 
 def _download(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    folder = hub.download(options.output, source=options.source, report=_report)
-    print(folder)
+    hub.download(options.output, source=options.source, report=_report)
 
 
 def _load(options: argparse.Namespace) -> "SentenceEncoder":

