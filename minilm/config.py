@@ -100,15 +100,16 @@ class BertConfig:
             if name in values and values[name] not in supported
         ]
         # The reference falls back to BERT-base for a missing size; we do not guess sizes.
-        sizes = [name for name in _BOUNDS if name != "type_vocab_size"]
-        problems += [f"{name} is missing; give an integer" for name in sizes if name not in values]
-        if not problems:
-            known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
-            try:
-                return cls(**known)
-            except ConfigError as error:
-                problems = list(error.problems)
-        raise ConfigError(source, problems)
+        missing = [name for name in _BOUNDS if name not in values and name != "type_vocab_size"]
+        problems += [f"{name} is missing; give an integer" for name in missing]
+        known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
+        try:
+            config = cls(**known | dict.fromkeys(missing))
+        except ConfigError as error:
+            problems += [each for each in error.problems if each.split()[0] not in missing]
+        if problems:
+            raise ConfigError(source, problems)
+        return config
 
 
 def _problems(config: BertConfig) -> list[str]:
@@ -125,15 +126,18 @@ def _problems(config: BertConfig) -> list[str]:
             problems.append(f"{name} is {value!r}; expected a number")
         elif not (math.isfinite(value) and 0 <= value < 1):
             problems.append(f"{name} is {value!r}; expected a number from 0 to below 1")
-    if not problems:
-        if config.hidden_size % config.num_attention_heads:
-            problems.append(
-                f"num_attention_heads is {config.num_attention_heads}; "
-                f"it must divide hidden_size, {config.hidden_size}"
-            )
-        if config.pad_token_id >= config.vocab_size:
-            problems.append(
-                f"pad_token_id is {config.pad_token_id}; expected less than vocab_size, "
-                f"{config.vocab_size}"
-            )
+    bad = {problem.split()[0] for problem in problems}
+    divisible = bad & {"hidden_size", "num_attention_heads"} or (
+        config.hidden_size % config.num_attention_heads == 0
+    )
+    if not divisible:
+        problems.append(
+            f"num_attention_heads is {config.num_attention_heads}; "
+            f"it must divide hidden_size, {config.hidden_size}"
+        )
+    if not bad & {"pad_token_id", "vocab_size"} and config.pad_token_id >= config.vocab_size:
+        problems.append(
+            f"pad_token_id is {config.pad_token_id}; expected less than vocab_size, "
+            f"{config.vocab_size}"
+        )
     return problems

@@ -101,12 +101,11 @@ class SentenceEncoder(nn.Module):
                 "SentenceEncoder.from_pretrained() loads the published model",
                 "model_name_or_path",
             )
+        # Checked before 90 MB are fetched for nothing. Modules stay where and what they are.
+        target = None if modules and device is None else as_device(device)
+        kind = None if modules and dtype is None else as_dtype(dtype)
         self.source: hub.ModelFiles | None = None
         if model_name_or_path is not None:
-            target, kind = (
-                as_device(device),
-                as_dtype(dtype),
-            )  # before 90 MB are fetched for nothing
             self.source = hub.locate(
                 model_name_or_path,
                 revision=revision,
@@ -114,7 +113,7 @@ class SentenceEncoder(nn.Module):
                 token=token,
                 local_files_only=local_files_only,
             )
-            parts = folder.read_model(self.source, kind)
+            parts = folder.read_model(self.source, as_dtype(dtype))
             modules = parts.build()
             tokenizer, max_seq_length = parts.tokenizer, parts.max_seq_length
             similarity_fn_name = parts.similarity_fn_name
@@ -124,13 +123,9 @@ class SentenceEncoder(nn.Module):
         )
         self.tokenizer = tokenizer
         self.max_seq_length = max_seq_length or self.bert.config.max_position_embeddings
-        if model_name_or_path is not None:
-            self.to(target).eval()
-        else:
-            self.to(
-                device if device is None else as_device(device),
-                dtype if dtype is None else as_dtype(dtype),
-            )
+        self.training = self.bert.training
+        with torch.inference_mode(False):  # moved parameters are ordinary tensors wherever we are
+            self.to(target, kind)
 
     @classmethod
     def from_pretrained(
@@ -377,7 +372,7 @@ class SentenceEncoder(nn.Module):
 
 def _stages(modules: Sequence[nn.Module]) -> tuple[BertModel, nn.Module, nn.Module]:
     kinds = (BertModel, nn.Module, nn.Module)
-    stages = [*modules, nn.Identity()] if len(modules) == 2 else list(modules)
+    stages = [*modules, nn.Identity().eval()] if len(modules) == 2 else list(modules)
     if len(stages) != 3 or not all(map(isinstance, stages, kinds)):
         given = ", ".join(type(module).__name__ for module in modules)
         raise InputTypeError(

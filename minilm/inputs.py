@@ -6,7 +6,7 @@ Out: `list[str]` in positional order. Next: `tokenizer.py`.
 No framework is imported here: columns are told apart by what they can do.
 """
 
-from collections.abc import Collection, Iterable, Mapping, Set
+from collections.abc import Collection, Iterable, KeysView, Mapping, Set
 from pathlib import PurePath
 from typing import Any
 
@@ -58,9 +58,9 @@ def check_positive_int(value: Any, argument: str) -> int:
 
 def _column(sentences: Any, argument: str) -> list[str]:
     kind = type(sentences).__name__
-    if isinstance(sentences, Set):
+    if isinstance(sentences, Set) and not isinstance(sentences, KeysView):
         raise InputTypeError(f"{argument} is a {kind}, which has no order; pass a list", argument)
-    if hasattr(sentences, "columns") or hasattr(sentences, "column_names"):  # a data frame
+    if hasattr(type(sentences), "columns") or hasattr(type(sentences), "column_names"):  # a frame
         raise InputTypeError(f"{argument} is a {kind}; pass one column of it", argument)
     if (
         sentences is None
@@ -74,8 +74,8 @@ def _column(sentences: Any, argument: str) -> list[str]:
     if isinstance(shape, tuple) and len(shape) != 1:  # NumPy and tensors alike
         raise InputError(f"{argument} has shape {list(shape)}; {_HINT}", argument)
     # Arrow iterates over its own scalars; everything else gives str, in positional order.
-    to_pylist = getattr(sentences, "to_pylist", None)
-    texts = list(sentences if to_pylist is None else to_pylist())
+    to_pylist = getattr(type(sentences), "to_pylist", None)
+    texts = list(sentences if to_pylist is None else to_pylist(sentences))
     for row, text in enumerate(texts):
         if not isinstance(text, str):
             place = f"{argument}[{row}]"

@@ -7,6 +7,7 @@ Sentence-BERT (Reimers & Gurevych 2019, section 3) compares three ways to pool a
 dividing by the length afterwards makes a dot product the cosine similarity.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -44,4 +45,6 @@ class Normalize(nn.Module):
 
     def forward(self, sentence_embedding: Tensor) -> Tensor:
         """Divide by max(‖u‖, 1e-12), `[..., 384]` -> `[..., 384]`; a zero vector stays zero."""
-        return F.normalize(sentence_embedding, p=2.0, dim=-1, eps=1e-12)
+        # 1e-12 is 0 in float16, and 0 / 0 no number: there, its smallest normal number.
+        eps = max(1e-12, torch.finfo(sentence_embedding.dtype).tiny)
+        return F.normalize(sentence_embedding, p=2.0, dim=-1, eps=eps)

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from minilm.errors import InputError, InputTypeError
+from minilm.pooling import Normalize
 
 __all__ = [
     "SIMILARITY_FUNCTIONS",
@@ -43,7 +43,7 @@ def cos_sim(a: Embeddings, b: Embeddings) -> Tensor:
         InputTypeError: One is not a tensor, an array or a list of numbers.
     """
     a, b = _matrices(a, b)
-    return F.normalize(a, dim=-1) @ F.normalize(b, dim=-1).T
+    return dot_score(_unit(a), _unit(b))
 
 
 def dot_score(a: Embeddings, b: Embeddings) -> Tensor:
@@ -55,19 +55,19 @@ def dot_score(a: Embeddings, b: Embeddings) -> Tensor:
 def euclidean_sim(a: Embeddings, b: Embeddings) -> Tensor:
     """-‖a_i - b_j‖₂, `[n, d] x [m, d] -> [n, m]`. Arguments and errors as in `cos_sim`."""
     a, b = _matrices(a, b)
-    return -torch.cdist(a, b, p=2.0)
+    return -_distances(a, b, p=2.0)
 
 
 def manhattan_sim(a: Embeddings, b: Embeddings) -> Tensor:
     """-‖a_i - b_j‖₁, `[n, d] x [m, d] -> [n, m]`. Arguments and errors as in `cos_sim`."""
     a, b = _matrices(a, b)
-    return -torch.cdist(a, b, p=1.0)
+    return -_distances(a, b, p=1.0)
 
 
 def pairwise_cos_sim(a: Embeddings, b: Embeddings) -> Tensor:
     """cos(a_i, b_i), `[n, d] x [n, d] -> [n]`. Errors as in `cos_sim`, or if n differs."""
     a, b = _rows(a, b)
-    return (F.normalize(a, dim=-1) * F.normalize(b, dim=-1)).sum(dim=-1)
+    return pairwise_dot_score(_unit(a), _unit(b))
 
 
 def pairwise_dot_score(a: Embeddings, b: Embeddings) -> Tensor:
@@ -101,6 +101,16 @@ SIMILARITY_FUNCTIONS: dict[str, tuple[Similarity, Similarity]] = {
 }
 
 
+_unit = Normalize()
+
+
+def _distances(a: Tensor, b: Tensor, p: float) -> Tensor:
+    # cdist knows no half precision. Its matrix product would make equal vectors differ by 1e-3.
+    wide = torch.promote_types(a.dtype, torch.float32)
+    mode = "donot_use_mm_for_euclid_dist"
+    return torch.cdist(a.to(wide), b.to(wide), p=p, compute_mode=mode).to(a.dtype)
+
+
 def _matrices(a: Embeddings, b: Embeddings) -> tuple[Tensor, Tensor]:
     """Both as `[rows, d]` tensors of one floating dtype on one device."""
     first, second = _matrix(a, "a"), _matrix(b, "b")
@@ -121,8 +131,13 @@ def _matrix(embeddings: Embeddings, argument: str) -> Tensor:
         elif len(embeddings) and isinstance(embeddings[0], Tensor):
             tensor = torch.stack(list(embeddings))
         else:
-            tensor = torch.as_tensor(np.asarray(embeddings))
-    except (TypeError, ValueError, KeyError) as error:
+            # torch takes no negative strides, foreign byte order or (silently) read-only memory.
+            array = np.asarray(embeddings)
+            native = array.astype(array.dtype.newbyteorder("="), copy=False)
+            tensor = torch.as_tensor(np.require(native, requirements=["C", "W"]))
+        if tensor.is_complex():
+            raise TypeError("complex numbers")
+    except (TypeError, ValueError, KeyError, RuntimeError) as error:
         raise InputTypeError(
             f"{argument} is {type(embeddings).__name__}; pass a tensor, an array or a list of "
             "vectors of one width",

@@ -102,7 +102,10 @@ class WordPieceTokenizer:
         settings = settings or {}
         self._backend = _load(tokenizer_json, settings, lower_case_first, path)
         self.vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
-        self.pad_token_id = self._backend.token_to_id(str(settings.get("pad_token", "[PAD]"))) or 0
+        pad_token = settings.get("pad_token", "[PAD]")
+        if isinstance(pad_token, Mapping):  # an AddedToken, as older libraries wrote it
+            pad_token = pad_token.get("content")
+        self.pad_token_id = self._backend.token_to_id(str(pad_token)) or 0
 
     @property
     def backend(self) -> tokenizers.Tokenizer:
@@ -127,8 +130,11 @@ class WordPieceTokenizer:
             argument: What to call `texts` in an error.
 
         Raises:
-            InputError: A text has a lone surrogate, so that it isn't Unicode text.
+            InputError: A text has a lone surrogate, so that it isn't Unicode text; or `max_length`
+                is below 3.
         """
+        if max_length is not None and max_length < 3:
+            raise InputError(f"max_length is {max_length}; pass 3 or more", "max_length")
         backend = self._backend
         encode_batch = backend.encode_batch if return_offsets else backend.encode_batch_fast
         try:
@@ -172,7 +178,10 @@ class WordPieceTokenizer:
         Raises:
             InputError: An id is not in the vocabulary.
         """
-        pieces = [self._backend.id_to_token(token_id) for token_id in input_ids]
+        pieces = [
+            self._backend.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
+            for token_id in input_ids
+        ]
         for position, piece in enumerate(pieces):
             if piece is None:
                 place = f"input_ids[{position}]"
@@ -214,7 +223,7 @@ def _load(
             "normalizer.type": (normalizer.get("type"), "BertNormalizer"),
             "pre_tokenizer.type": ((values["pre_tokenizer"] or {}).get("type"), "BertPreTokenizer"),
         }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TokenizerError(path, [f"is not the JSON of a tokenizer: {error!r}"]) from error
     problems = [
         f"{name} is {found!r}; supported: {supported!r}"
@@ -225,6 +234,12 @@ def _load(
         f"{name} is {settings[name]!r} in tokenizer_config.json; supported: 'right'"
         for name in ("padding_side", "truncation_side")
         if settings.get(name, "right") != "right"
+    ]
+    problems += [
+        f"{name} is {settings[name]!r} in tokenizer_config.json; pass true or false"
+        for name in ("do_lower_case", "tokenize_chinese_chars", "strip_accents")
+        if not isinstance(settings.get(name, True), bool)
+        and not (name == "strip_accents" and settings[name] is None)
     ]
     if problems:
         raise TokenizerError(path, problems)

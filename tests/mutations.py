@@ -87,7 +87,8 @@ def unbiased_variance(encoder: SentenceEncoder, patch: pytest.MonkeyPatch) -> No
 def norm_before_instead_of_after(encoder: SentenceEncoder, patch: pytest.MonkeyPatch) -> None:
     def pre_norm(self: BertLayer, x: Tensor, attend: Any) -> Tensor:
         x = x + self.attention(self.attention_layer_norm(x), attend)
-        return x + self.feed_forward(self.feed_forward_layer_norm(x))
+        output: Tensor = x + self.feed_forward(self.feed_forward_layer_norm(x))
+        return output
 
     patch.setattr(BertLayer, "forward", pre_norm)
 
@@ -122,17 +123,17 @@ def embeddings_not_normalized(encoder: SentenceEncoder, patch: pytest.MonkeyPatc
 @mutation
 def tanh_gelu(encoder: SentenceEncoder, patch: pytest.MonkeyPatch) -> None:
     exact = F.gelu
-    patch.setattr(bert.F, "gelu", lambda x: exact(x, approximate="tanh"))
+    patch.setattr(F, "gelu", lambda x: exact(x, approximate="tanh"))
 
 
 @mutation
 def relu(encoder: SentenceEncoder, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(bert.F, "gelu", F.relu)
+    patch.setattr(F, "gelu", F.relu)
 
 
 @mutation
 def sigmoid_gelu(encoder: SentenceEncoder, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(bert.F, "gelu", lambda x: x * torch.sigmoid(1.702 * x))
+    patch.setattr(F, "gelu", lambda x: x * torch.sigmoid(1.702 * x))
 
 
 # attention
@@ -251,12 +252,14 @@ def last_layer_left_out(encoder: SentenceEncoder, patch: pytest.MonkeyPatch) -> 
 
 @mutation
 def one_bias_left_out(encoder: SentenceEncoder, patch: pytest.MonkeyPatch) -> None:
-    encoder.bert.layers[5].feed_forward.output.bias.zero_()  # type: ignore[union-attr, operator]
+    layer: Any = encoder.bert.layers[5]
+    layer.feed_forward.output.bias.zero_()
 
 
 @mutation
 def one_weight_off_by_a_millionth(encoder: SentenceEncoder, patch: pytest.MonkeyPatch) -> None:
-    encoder.bert.layers[0].feed_forward.output.weight[7, 7] += 1e-6  # type: ignore[union-attr]
+    layer: Any = encoder.bert.layers[0]
+    layer.feed_forward.output.weight[7, 7] += 1e-6
 
 
 # pooling, normalize, length

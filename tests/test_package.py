@@ -21,8 +21,8 @@ PACKAGE = ROOT / "minilm"
 LEVELS = [
     {"errors"},
     {"config"},
-    {"bert", "pooling", "similarity", "inputs", "hub"},
-    {"tokenizer", "checkpoint"},
+    {"bert", "pooling", "inputs", "hub"},
+    {"similarity", "tokenizer", "checkpoint"},
     {"folder"},
     {"encoder"},
     {"parity"},

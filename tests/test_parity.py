@@ -1,6 +1,6 @@
 """The parity check itself: it passes on the right model, and on no other.
 
-Here without the reference library; with it in tests/reference/test_parity.py.
+Here without the reference library; with it in tests/reference/test_stages.py.
 """
 
 import json

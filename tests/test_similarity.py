@@ -38,7 +38,7 @@ PAIRWISE = [
 A = [[3.0, 4.0], [0.0, 2.0]]
 B = [[4.0, 3.0], [-5.0, 12.0], [0.0, 2.0]]
 
-BY_HAND = {
+BY_HAND: dict[Function, list[list[float]]] = {
     cos_sim: [[24 / 25, 33 / 65, 4 / 5], [3 / 5, 12 / 13, 1.0]],
     dot_score: [[24.0, 33.0, 8.0], [6.0, 24.0, 4.0]],
     euclidean_sim: [
@@ -263,7 +263,7 @@ def test_what_is_no_embedding_is_refused(bad: Any) -> None:
 
 def test_a_scalar_is_refused() -> None:
     for bad in (np.array(1.0), torch.tensor(1.0)):
-        with pytest.raises(InputError, match="^b ") as caught:
+        with pytest.raises(InputError, match=r"^b ") as caught:
             cos_sim(A, bad)
         assert caught.value.argument == "b"
 
