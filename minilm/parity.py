@@ -291,9 +291,10 @@ def compare_ids(
 
 
 class _Difference:
-    """Running maximum, root mean square and largest 1 - cosine of a difference."""
+    """Running maximum, root mean square and, of vectors, largest 1 - cosine of a difference."""
 
-    def __init__(self) -> None:
+    def __init__(self, of_vectors: bool = True) -> None:
+        self.of_vectors = of_vectors
         self.max_abs, self.one_minus_cos, self.worst_text = 0.0, 0.0, 0
         self.squares, self.count = 0.0, 0
 
@@ -304,15 +305,17 @@ class _Difference:
         largest, where = difference.max(dim=1).values.max(dim=0)
         if largest > self.max_abs or not self.count:
             self.max_abs, self.worst_text = float(largest), int(text_of[where])
-        # As half the squared distance of the unit vectors, which keeps digits that 1 - cos loses.
-        unit = F.normalize(ours, dim=-1) - F.normalize(theirs, dim=-1)
-        self.one_minus_cos = max(self.one_minus_cos, float(unit.square().sum(-1).max() / 2))
+        if self.of_vectors:
+            # Half the squared distance of the unit vectors keeps the digits that 1 - cos loses.
+            unit = F.normalize(ours, dim=-1) - F.normalize(theirs, dim=-1)
+            self.one_minus_cos = max(self.one_minus_cos, float(unit.square().sum(-1).max() / 2))
         self.squares += float(difference.square().sum())
         self.count += difference.numel()
 
     def measures(self) -> dict[str, float]:
         rms = (self.squares / max(self.count, 1)) ** 0.5
-        return {"max abs": self.max_abs, "rms": rms, "max 1-cos": self.one_minus_cos}
+        cosine = {"max 1-cos": self.one_minus_cos} if self.of_vectors else {}
+        return {"max abs": self.max_abs, "rms": rms} | cosine
 
 
 def compare_stages(
@@ -321,7 +324,7 @@ def compare_stages(
     texts: Sequence[str],
     *,
     truth: Callable[[Features], Stages] | None = None,
-    batch_size: int = 32,
+    tokens_per_batch: int = 2048,
 ) -> list[Row]:
     """Every stage, on real tokens only: what comes out at padding positions means nothing.
 
@@ -331,7 +334,7 @@ def compare_stages(
         texts: The texts; they are sorted by length and run in padded batches.
         truth: The other implementation in float64. If given, ours and the reference's are both
             compared with it, else ours with the reference's.
-        batch_size: Texts in a batch.
+        tokens_per_batch: Largest size of a batch, padding included.
 
     Returns:
         Rows in the order of the computation.
@@ -339,13 +342,14 @@ def compare_stages(
     dtype = encoder.dtype
     assert encoder.tokenizer is not None
     tokens = encoder.tokenizer(texts, encoder.max_seq_length)
-    order = sorted(range(len(texts)), key=lambda row: len(tokens.input_ids[row]))
     names = stage_names(len(encoder.bert.layers))
-    errors = {name: (_Difference(), _Difference()) for name in names}
+    errors = {
+        name: tuple(_Difference(not name.startswith("attention")) for _ in range(2))
+        for name in names
+    }
     between = _Difference()
     row_sums, mass_on_padding = (_RowSum(), _RowSum()), 0.0
-    for start in range(0, len(order), batch_size):
-        batch = order[start : start + batch_size]
+    for batch in _batches([len(ids) for ids in tokens.input_ids], tokens_per_batch):
         features = encoder.tokenizer.pad([tokens.input_ids[row] for row in batch], encoder.device)
         real = features["attention_mask"].bool()  # [batch, tokens]
         ours, theirs = record_stages(encoder, features), reference(features)
@@ -388,6 +392,18 @@ def compare_stages(
     report_rows.append(Row("attention row sums - 1", sums, allowed, own))
     report_rows.append(Row("attention to padding", {"max abs": mass_on_padding}, {"max abs": 0.0}))
     return report_rows
+
+
+def _batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:
+    """Rows in order of their length, as many at a time as fit; one at least."""
+    batch: list[int] = []
+    for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
+        if batch and (len(batch) + 1) * lengths[row] > tokens_per_batch:
+            yield batch
+            batch = []
+        batch.append(row)
+    if batch:
+        yield batch
 
 
 class _RowSum:
@@ -491,10 +507,9 @@ def compare_with_golden(encoder: SentenceEncoder, golden: Golden) -> list[Row]:
     assert encoder.tokenizer is not None
     rows = compare_ids(encoder.tokenizer, encoder.max_seq_length, golden.texts, golden.input_ids)
     tokens = encoder.tokenizer(golden.texts, encoder.max_seq_length)
-    order = sorted(range(len(golden.texts)), key=lambda row: len(tokens.input_ids[row]))
     difference = _Difference()
-    for start in range(0, len(order), 5):  # batches with padding in them
-        batch = torch.tensor(order[start : start + 5])
+    for rows_of_batch in _batches([len(ids) for ids in tokens.input_ids], 1024):
+        batch = torch.tensor(rows_of_batch)
         features = encoder.tokenizer.pad([tokens.input_ids[row] for row in batch], encoder.device)
         with torch.no_grad():
             ours = encoder(features)["sentence_embedding"].cpu()

@@ -116,7 +116,7 @@ TEXTS = ["the dog bites the man", "the man sees a dog", "sun", "", "a cat is out
 
 def test_a_model_equals_itself(tiny_encoder: SentenceEncoder) -> None:
     tiny_encoder.double()
-    rows = compare_stages(tiny_encoder, as_source(tiny_encoder), TEXTS, batch_size=3)
+    rows = compare_stages(tiny_encoder, as_source(tiny_encoder), TEXTS, tokens_per_batch=15)
     assert all(row.passed for row in rows)
     assert [row.stage for row in rows[:7]] == stage_names(2)
     assert all(row.measures["max abs"] == 0 for row in rows[:7])

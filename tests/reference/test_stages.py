@@ -76,7 +76,7 @@ def test_fault_is_located(
     stage: str,
 ) -> None:
     with planted(fault, encoder64) as broken:
-        rows = compare_stages(broken, truth, TEXTS[:12], batch_size=6)
+        rows = compare_stages(broken, truth, TEXTS[:12], tokens_per_batch=256)
     assert next(row.stage for row in rows if not row.passed) == stage
 
 
