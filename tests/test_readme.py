@@ -1,0 +1,52 @@
+"""What the README says is so: its snippets run, its figures are those of the code."""
+
+import contextlib
+import io
+import re
+
+import pytest
+from conftest import ROOT
+from minilm import SentenceEncoder, cli
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=["model", "modules"])
+def test_snippet_prints_what_it_says(
+    snippet: str, encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The snippet's own call would ask the Hub on a machine without the weights.
+    monkeypatch.setattr(SentenceEncoder, "from_pretrained", lambda: encoder)
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(compile(snippet, "README.md", "exec"), {})  # noqa: S102
+    said = re.findall(r"^# ?(.*)$", snippet, flags=re.MULTILINE)
+    assert printed.getvalue().split() == " ".join(said).split()
+
+
+def test_map_has_every_file_with_its_lines() -> None:
+    listed = dict(re.findall(r"^\| \[`(\S+?)`\]\(\S+\) \| (\d+) \|", README, flags=re.MULTILINE))
+    actual = {
+        f"minilm/{path.name}": len(path.read_text(encoding="utf-8").splitlines())
+        for path in (ROOT / "minilm").glob("*.py")
+    }
+    assert {name: int(lines) for name, lines in listed.items()} == actual
+
+
+def test_demo_output_is_that_of_the_command(
+    published: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    block = README.split("`scripts/demo` ends with\n\n```text\n")[1].split("```")[0]
+    sentences = [line.split("  ")[-1] for line in block.splitlines()[1:]]
+    assert cli.main(["similarity", *sentences, "--model", str(published), "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == block
+
+
+def test_number_of_texts_and_faults() -> None:
+    from conftest import DATA
+    from mutations import MUTATIONS
+
+    texts = (DATA / "parity_texts.jsonl").read_text(encoding="utf-8").count("\n")
+    assert f"on the {texts} texts in `tests/data`" in README
+    assert f"plants {len(MUTATIONS)} faults" in README
