@@ -19,6 +19,7 @@ import uuid
 import zipfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import IO, Literal
 
@@ -269,11 +270,12 @@ def looks_like(data: bytes) -> str | None:
 
 
 def _local_files(name: str, folder: Path) -> ModelFiles:
-    def find(file: str) -> Path | None:
-        path = folder / file
-        return path if path.is_file() else None
+    return ModelFiles(name, str(folder), partial(_find_in, folder))
 
-    return ModelFiles(name, str(folder), find)
+
+def _find_in(folder: Path, file: str) -> Path | None:
+    path = folder / file
+    return path if path.is_file() else None
 
 
 def _is_path(name: str) -> bool:
@@ -334,7 +336,7 @@ class _HubFiles:
             cached = huggingface_hub.try_to_load_from_cache(
                 self.name, file, cache_dir=self.cache_dir, revision=self.revision
             )
-            if cached is huggingface_hub.file_download._CACHED_NO_EXIST:
+            if cached is huggingface_hub._CACHED_NO_EXIST:
                 return None
             if isinstance(cached, str):
                 path = Path(cached)

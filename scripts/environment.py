@@ -26,7 +26,7 @@ def prepare(extra: str = "") -> Path:
     Returns:
         The environment's Python.
     """
-    if sys.version_info < (3, 11):
+    if sys.version_info < (3, 11):  # noqa: UP036  # whatever Python the user started
         sys.exit(f"minilm needs Python 3.11 or newer; this is {sys.version.split()[0]}")
     python = FOLDER / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
     if not python.exists():

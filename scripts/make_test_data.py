@@ -116,6 +116,7 @@ def make_texts(directory: Path) -> None:
 def make_golden() -> None:
     """20 texts with the reference's token ids and float64 embeddings."""
     import torch
+
     from reference import load_reference
 
     texts = [

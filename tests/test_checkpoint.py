@@ -12,9 +12,9 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from conftest import TINY, seeded_bert, write_model_folder
 from torch import Tensor
 
+from conftest import TINY, seeded_bert, write_model_folder
 from minilm import BertConfig, BertModel, SentenceEncoder
 from minilm.checkpoint import NAMES, UNUSED, build_bert, published_name, read_checkpoint
 from minilm.errors import WeightsError

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, seeded_bert
 from torch import Tensor, nn
 
 import minilm
+from conftest import TINY, seeded_bert
 from minilm import (
     BertModel,
     ClsPooling,
@@ -416,10 +416,12 @@ def test_progress_bar_only_if_wanted(
         logger.setLevel(logging.NOTSET)
 
 
-def test_copies_and_pickles_are_equal(tiny_encoder: SentenceEncoder) -> None:
-    expected = tiny_encoder.encode(TEXTS)
-    for other in (copy.deepcopy(tiny_encoder), pickle.loads(pickle.dumps(tiny_encoder))):
-        np.testing.assert_array_equal(other.encode(TEXTS), expected)
+def test_copies_and_pickles_are_equal(tiny_encoder: SentenceEncoder, tiny_folder: Path) -> None:
+    loaded = SentenceEncoder.from_pretrained(tiny_folder, device="cpu")
+    for encoder in (tiny_encoder, loaded):
+        expected = encoder.encode(TEXTS)
+        for other in (copy.deepcopy(encoder), pickle.loads(pickle.dumps(encoder))):
+            np.testing.assert_array_equal(other.encode(TEXTS), expected)
 
 
 # the length limit

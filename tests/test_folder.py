@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import TINY, edit_json, tiny_tokenizer_json, write_model_folder
 
+from conftest import TINY, edit_json, tiny_tokenizer_json, write_model_folder
 from minilm import SentenceEncoder, folder
 from minilm.errors import (
     ConfigError,

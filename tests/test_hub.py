@@ -16,9 +16,9 @@ from typing import Any
 import huggingface_hub
 import numpy as np
 import pytest
-from conftest import write_model_folder
 from huggingface_hub import constants
 
+from conftest import write_model_folder
 from minilm import SentenceEncoder, hub
 from minilm.errors import HashMismatchError, ModelNotFoundError, NotAFolderError
 

@@ -11,9 +11,9 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
 
 import minilm
+from conftest import ROOT
 
 PACKAGE = ROOT / "minilm"
 

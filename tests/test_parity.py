@@ -10,10 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import DATA
-from mutations import MUTATIONS, planted
 from torch import Tensor
 
+from conftest import DATA
 from minilm import SentenceEncoder
 from minilm.parity import (
     Golden,
@@ -25,6 +24,7 @@ from minilm.parity import (
     record_stages,
     stage_names,
 )
+from mutations import MUTATIONS, planted
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SHARED, TINY_WORDS, edit_json, tiny_tokenizer_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import SHARED, TINY_WORDS, edit_json, tiny_tokenizer_json
 from minilm import SentenceEncoder, TruncationWarning, WordPieceTokenizer
 from minilm.errors import InputError, TokenizerError
 from minilm.tokenizer import Tokens

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from conftest import TINY_WORDS, edit_json, tiny_tokenizer_json
 
+from conftest import TINY_WORDS, edit_json, tiny_tokenizer_json
 from minilm import SentenceEncoder
 
 pytestmark = [

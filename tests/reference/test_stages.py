@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DATA, ROOT
-from mutations import planted
 
+from conftest import DATA, ROOT
 from minilm import SentenceEncoder
 from minilm.parity import compare_stages
+from mutations import planted
 
 pytestmark = pytest.mark.reference
 
