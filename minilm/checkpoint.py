@@ -46,6 +46,8 @@ UNUSED = {
     "pooler.dense.bias": "the same",
 }
 
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 _PREFIXES = ("0.auto_model.", "bert.")  # a file of the whole pipeline, or of a model with a head
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
@@ -75,12 +77,16 @@ def read_checkpoint(
     expected = {name: tensor.shape for name, tensor in _without_memory(config).state_dict().items()}
     with torch.inference_mode(False):  # parameters must be ordinary tensors wherever this is called
         try:
-            found = {_plain(name): t for name, t in safetensors.torch.load(data).items()}
+            contents = safetensors.torch.load(data)
         except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError) as error:
             raise WeightsError(
                 path, [f"is not a safetensors file, or cut short: {error}"]
             ) from error
-        state, problems = {}, []
+        found, state, problems = {}, {}, []
+        for name in list(contents):
+            if _plain(name) in found:
+                problems.append(f"{name} is there under another name too")
+            found[_plain(name)] = contents.pop(name)
         for name, shape in expected.items():
             published = published_name(name)
             tensor = found.pop(published, None)
@@ -156,6 +162,8 @@ def _problem(tensor: Tensor | None, shape: torch.Size, dtype: torch.dtype) -> st
         return f"has shape {list(tensor.shape)}, config.json asks for {list(shape)}"
     if not tensor.is_floating_point():
         return f"has dtype {tensor.dtype}, expected a floating-point one"
+    if tensor.dtype not in _DTYPES:  # the 8-bit ones mean nothing without their scales
+        return f"has dtype {tensor.dtype}; supported: {', '.join(map(str, _DTYPES))}"
     extremes = torch.stack(tensor.aminmax())  # a NaN anywhere is in both; one pass over the tensor
     if not extremes.isfinite().all():
         return "contains NaN or infinity"

@@ -49,6 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options = parser.parse_args(arguments)
+    _make_output_safe()
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
@@ -67,6 +68,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _report(f"minilm: {error.filename or 'system'}: {error.strerror or error}")
         return 1
     return 0
+
+
+def _make_output_safe() -> None:
+    """Text that the output's encoding lacks is escaped; a closed output is an empty one."""
+    if sys.stdout is None:
+        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -146,6 +156,8 @@ def _encode(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
     output: Path | None = options.output
     if output is not None and output.suffix not in _SUFFIXES:
         parser.error(f"argument -o: {output} has no suffix of {', '.join(_SUFFIXES)}")
+    if output is not None and not os.access(output.parent, os.W_OK):
+        raise InputError(f"{output}: {output.parent} is no folder that can be written to", "-o")
     files = options.files or ([] if options.text else ["-"])
     texts = [*options.text, *(line for name in files for line in _lines(name))]
     encoder = _load(options)
@@ -238,7 +250,9 @@ def _write(
         np.save(file, embeddings)
         return
     if suffix == ".npz":
-        np.savez(file, embeddings=embeddings, texts=np.array(texts, dtype=np.str_))
+        # As JSON in bytes: NumPy's strings would all take the room of the longest.
+        as_json = np.frombuffer(json.dumps(texts).encode(), dtype=np.uint8)
+        np.savez(file, embeddings=embeddings, texts_json=as_json)
         return
     text_file = io.TextIOWrapper(file, encoding="utf-8", newline="")
     if suffix == ".jsonl":
@@ -253,7 +267,11 @@ def _write(
 def _write_jsonl(file: IO[str], texts: list[str], embeddings: "np.ndarray[Any, Any]") -> None:
     for text, embedding in zip(texts, embeddings, strict=True):
         row = {"text": text, "embedding": _numbers(embedding)}
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.write(json.dumps(row, ensure_ascii=not _is_utf8(file)) + "\n")
+
+
+def _is_utf8(file: IO[str]) -> bool:
+    return (getattr(file, "encoding", None) or "").lower().replace("-", "") == "utf8"
 
 
 def _numbers(embedding: "np.ndarray[Any, Any]") -> list[float]:

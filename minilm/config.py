@@ -57,7 +57,7 @@ class BertConfig:
         layer_norm_eps: Added to the variance in every LayerNorm.
         hidden_dropout_prob: Dropout on embeddings and sublayer outputs, in training only.
         attention_probs_dropout_prob: Dropout on attention probabilities, in training only.
-        pad_token_id: The id that fills short rows of a batch.
+        pad_token_id: A row of the word table; which id fills short rows the tokenizer knows.
     """
 
     vocab_size: int = 30522

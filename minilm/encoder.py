@@ -8,7 +8,6 @@ caller expects around it: any iterable of texts, batches, order, NumPy.
 import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from typing import Any, Literal, overload
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from minilm import folder, hub
 from minilm.bert import BertModel
 from minilm.errors import InputError, InputTypeError
+from minilm.eval_mode import eval_mode
 from minilm.inputs import as_device, as_dtype, as_texts, check_choice, check_positive_int
 from minilm.similarity import SIMILARITY_FUNCTIONS, Embeddings
 from minilm.tokenizer import WordPieceTokenizer
@@ -37,11 +37,6 @@ class SentenceEncoder(nn.Module):
         tokenizer: `WordPieceTokenizer`, or None if none was given.
         similarity_fn_name: "cosine", "dot", "euclidean" or "manhattan": what `similarity` does.
         source: Where the files came from, with their SHA-256; None for a model made of `modules`.
-
-    Example:
-        >>> encoder = SentenceEncoder.from_pretrained()
-        >>> encoder.encode(["The weather is lovely today.", "He drove to the stadium."]).shape
-        (2, 384)
     """
 
     def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -72,7 +67,7 @@ class SentenceEncoder(nn.Module):
         modules: Sequence[nn.Module] | None = None,
         tokenizer: WordPieceTokenizer | None = None,
         max_seq_length: int | None = None,
-        similarity_fn_name: str = "cosine",
+        similarity_fn_name: str | None = None,
         revision: str | None = None,
         device: str | torch.device | None = None,
         dtype: str | torch.dtype | None = None,
@@ -83,16 +78,14 @@ class SentenceEncoder(nn.Module):
         """Load a model by its name or folder, or compose one from modules.
 
         Args:
-            model_name_or_path: See `from_pretrained`, which the arguments from `revision` on
-                belong to.
+            model_name_or_path: See `from_pretrained`, as for the arguments from `revision` on.
             modules: Instead of a name: `[bert, pooling]` or `[bert, pooling, normalize]`.
             tokenizer: What goes with `modules` to read text.
-            max_seq_length: What goes with `modules`; by default the rows of the position table.
-            similarity_fn_name: What goes with `modules`.
+            max_seq_length: Instead of the loaded model's, or of as many as there are positions.
+            similarity_fn_name: Instead of the loaded model's, or of "cosine".
 
         Raises:
-            InputError: Both or neither of the two were given, or one has no usable value.
-            MinilmError: See `from_pretrained`.
+            MinilmError: As in `from_pretrained`; an InputError if not one of the two is given.
         """
         super().__init__()
         if (model_name_or_path is None) == (modules is None):
@@ -101,6 +94,8 @@ class SentenceEncoder(nn.Module):
                 "SentenceEncoder.from_pretrained() loads the published model",
                 "model_name_or_path",
             )
+        if tokenizer and modules is None:
+            raise InputError("tokenizer goes with modules; a named model has its own", "tokenizer")
         # Checked before 90 MB are fetched for nothing. Modules stay where and what they are.
         target = None if modules and device is None else as_device(device)
         kind = None if modules and dtype is None else as_dtype(dtype)
@@ -114,18 +109,22 @@ class SentenceEncoder(nn.Module):
                 local_files_only=local_files_only,
             )
             parts = folder.read_model(self.source, as_dtype(dtype))
-            modules = parts.build()
-            tokenizer, max_seq_length = parts.tokenizer, parts.max_seq_length
-            similarity_fn_name = parts.similarity_fn_name
+            modules, tokenizer = parts.build(), parts.tokenizer
+            max_seq_length = parts.max_seq_length if max_seq_length is None else max_seq_length
+            similarity_fn_name = similarity_fn_name or parts.similarity_fn_name
         self.bert, self.pooling, self.normalize = _stages(modules or [])
         self.similarity_fn_name = check_choice(
-            similarity_fn_name, SIMILARITY_FUNCTIONS, "similarity_fn_name"
+            similarity_fn_name or "cosine", SIMILARITY_FUNCTIONS, "similarity_fn_name"
         )
+        config = self.bert.config
+        if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
+            largest, rows = tokenizer.vocab_size - 1, config.vocab_size
+            raise InputError(f"tokenizer gives ids up to {largest}, of {rows} words", "tokenizer")
         self.tokenizer = tokenizer
-        self.max_seq_length = max_seq_length or self.bert.config.max_position_embeddings
+        longest = config.max_position_embeddings
+        self.max_seq_length = longest if max_seq_length is None else max_seq_length
         self.training = self.bert.training
-        with torch.inference_mode(False):  # moved parameters are ordinary tensors wherever we are
-            self.to(target, kind)
+        self.to(target, kind)
 
     @classmethod
     def from_pretrained(
@@ -157,7 +156,7 @@ class SentenceEncoder(nn.Module):
             ModelNotFoundError: The model is in none of the places looked at.
             HashMismatchError: A file of the published model is damaged.
             ConfigError, TokenizerError, WeightsError, ModelFolderError: The files of the model
-                are broken, or ask for something that is not implemented.
+                are broken, or ask for what is not implemented.
             InputError: The device or dtype can't be used.
         """
         return cls(
@@ -217,6 +216,17 @@ class SentenceEncoder(nn.Module):
         device: str | torch.device | None = ...,
     ) -> list[Tensor]: ...
 
+    @overload
+    def encode(
+        self,
+        sentences: str | Iterable[str],
+        batch_size: int | None = ...,
+        show_progress_bar: bool | None = ...,
+        convert_to_numpy: bool = ...,
+        convert_to_tensor: bool = ...,
+        device: str | torch.device | None = ...,
+    ) -> np.ndarray[Any, Any] | Tensor | list[Tensor]: ...
+
     def encode(
         self,
         sentences: str | Iterable[str],
@@ -258,8 +268,7 @@ class SentenceEncoder(nn.Module):
 
         tokens = self._tokenizer(texts, self.max_seq_length)
         tokens.warn_if_cut(stacklevel=2)
-        # Texts of like length together, so that little padding is computed; the longest first,
-        # so that memory runs out at once or never.
+        # Like lengths together: little padding. The longest first: memory runs out now or never.
         order = sorted(range(len(tokens)), key=lambda row: -len(tokens.input_ids[row]))
         batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
         if show_progress_bar:
@@ -268,7 +277,7 @@ class SentenceEncoder(nn.Module):
             batches = tqdm(batches, desc="Batches")
         size = (len(tokens), self.get_sentence_embedding_dimension())
         # Ordinary tensors, usable in training, but without a gradient of their own.
-        with torch.inference_mode(False), torch.no_grad(), _eval_mode(self):
+        with torch.inference_mode(False), torch.no_grad(), eval_mode(self):
             embeddings = torch.empty(size, dtype=self.dtype, device=output_device)
             for rows in batches:
                 features = self._tokenizer.pad([tokens.input_ids[row] for row in rows], self.device)
@@ -340,6 +349,14 @@ class SentenceEncoder(nn.Module):
         """The width of an embedding: 384."""
         return self.bert.config.hidden_size
 
+    def to(self, *args: Any, **kwargs: Any) -> "SentenceEncoder":
+        """Move or convert the model, as `nn.Module.to`; a device that can't be used is named."""
+        for device in (*args[:1], kwargs.get("device")):
+            if isinstance(device, str | torch.device):
+                as_device(device)
+        with torch.inference_mode(False):  # parameters stay ordinary tensors wherever we are
+            return super().to(*args, **kwargs)
+
     def __iter__(self) -> Iterator[nn.Module]:
         """The stages in order; those that do nothing left out."""
         stages: list[nn.Module] = [self.bert, self.pooling, self.normalize]
@@ -380,15 +397,3 @@ def _stages(modules: Sequence[nn.Module]) -> tuple[BertModel, nn.Module, nn.Modu
             "modules",
         )
     return tuple(stages)  # type: ignore[return-value]  # checked just above
-
-
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """No dropout inside; each module gets its mode back afterwards."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

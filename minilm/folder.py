@@ -147,7 +147,7 @@ def _read_stages(files: ModelFiles) -> dict[str, str]:
     path = files.path("modules.json")
     values = _read_json(files, "modules.json", list)
     try:
-        stages = [(entry["type"].rsplit(".", 1)[-1], entry["path"]) for entry in values]
+        stages = [(_stage(entry["type"]), entry["path"]) for entry in values]
         folders = [str(folder) for _, folder in stages]
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(path, ["is not a list of stages with a type and a path"]) from error
@@ -169,6 +169,12 @@ def _read_stages(files: ModelFiles) -> dict[str, str]:
     return dict(zip(kinds, as_prefix, strict=True))
 
 
+def _stage(name: str) -> str:
+    """The class of a stage; the full name if it isn't one of sentence-transformers' own."""
+    package, _, kind = name.rpartition(".")
+    return kind if package.split(".")[0] == "sentence_transformers" else name
+
+
 def _read_config(files: ModelFiles, name: str) -> BertConfig:
     return BertConfig.from_dict(_read_json(files, name, dict), files.path(name))
 
@@ -178,6 +184,9 @@ def _read_settings(files: ModelFiles, folder: str) -> tuple[dict[str, Any], dict
     name = folder + "sentence_bert_config.json"
     sentence = _read_json(files, name, dict, {})
     _check(files, name, sentence, _TRANSFORMER_SETTINGS)
+    if not isinstance(sentence.get("do_lower_case", False), bool):
+        problem = f"do_lower_case is {sentence['do_lower_case']!r}; pass true or false"
+        raise ConfigError(files.path(name), [problem])
     return sentence, _read_json(files, folder + "tokenizer_config.json", dict, {})
 
 
@@ -207,18 +216,25 @@ def _read_pooling(
     files: ModelFiles, name: str, config: BertConfig | None
 ) -> Literal["mean", "cls"]:
     values = _read_json(files, name, dict)
+    problems = []
     if "pooling_mode" in values:  # version 6
-        modes = values["pooling_mode"]
-        modes = modes if isinstance(modes, list) else [modes]
+        given = values["pooling_mode"]
+        modes = given if isinstance(given, list) else [given]
         asked = [f"pooling_mode={mode}" for mode in modes if mode not in ("mean", "cls")]
     else:
-        flags = [key for key, on in values.items() if key.startswith("pooling_mode_") and on]
-        asked = [flag for flag in flags if flag not in _POOLING_MODES]
-        modes = [_POOLING_MODES[flag] for flag in flags if flag in _POOLING_MODES]
-    problems = []
+        flags = {key: on for key, on in values.items() if key.startswith("pooling_mode_")}
+        problems = [
+            f"{key} is {on!r}; pass true or false"
+            for key, on in flags.items()
+            if not isinstance(on, bool)
+        ]
+        chosen = [key for key, on in flags.items() if on]
+        asked = [key for key in chosen if key not in _POOLING_MODES]
+        modes = [_POOLING_MODES[key] for key in chosen if key in _POOLING_MODES]
     if asked or len(modes) != 1:
         problems.append(
-            f"asks for the pooling {', '.join(asked or modes) or 'none'}; supported: mean or cls"
+            f"asks for the pooling {', '.join(map(str, asked or modes)) or 'none'}; "
+            "supported: mean or cls"
         )
     size = values.get("embedding_dimension", values.get("word_embedding_dimension"))
     if config is not None and size not in (None, config.hidden_size):
@@ -304,7 +320,7 @@ def _read(
 def _read_json(
     files: ModelFiles, name: str, kind: type[Any], default: dict[str, Any] | None = None
 ) -> Any:
-    if default is not None and files.find(name) is None:
+    if default is not None and files.find(name, optional=True) is None:
         return default
     data = _read(files, name, ConfigError)
     try:

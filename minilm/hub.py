@@ -16,15 +16,17 @@ import subprocess
 import sys
 import tempfile
 import uuid
+import warnings
 import zipfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, Literal
+from typing import IO, Literal, Protocol
 
 from minilm.errors import (
     HashMismatchError,
+    InputTypeError,
     ModelNotFoundError,
     NotAFolderError,
     listed,
@@ -70,6 +72,13 @@ _PUBLISHERS_OF_SHORT_NAMES = "sentence-transformers/"
 logger = logging.getLogger(__name__)
 
 
+class FindFile(Protocol):
+    """Looks a file of a model up by its name in the model's folder."""
+
+    def __call__(self, file: str, optional: bool = False) -> Path | None:
+        """Give its path, or None. An `optional` file need not be there."""
+
+
 @dataclass
 class ModelFiles:
     """The files of one model, by their names inside its folder (`1_Pooling/config.json`).
@@ -77,7 +86,8 @@ class ModelFiles:
     Attributes:
         name: What the user asked for.
         location: The folder, or the Hub name with its revision.
-        find: Gives the path of a file, or None if the model has no such file.
+        find: `find(name, optional=False)` gives the path of a file, or None if the model has no
+            such file.
         pinned: Expected SHA-256 by file name; empty where nothing is known about the model.
         sha256: SHA-256 of every file read so far.
         revision: The Hub commit, None for a folder.
@@ -85,7 +95,7 @@ class ModelFiles:
 
     name: str
     location: str
-    find: Callable[[str], Path | None]
+    find: "FindFile"
     pinned: dict[str, str] = field(default_factory=dict)
     sha256: dict[str, str] = field(default_factory=dict)
     revision: str | None = None
@@ -123,7 +133,8 @@ def locate(
 
     Args:
         name_or_path: A folder in the sentence-transformers format, or a Hub name. A name without
-            a publisher means one of sentence-transformers. Anything but a str is a path.
+            a publisher means one of sentence-transformers. Anything but a str is a path. The name
+            of the default model always means the published one, never a folder of that name.
         revision: A commit, branch or tag of the Hub. By default the pinned commit for the default
             model, "main" for others.
         cache_dir: The Hub cache, by default that of huggingface_hub.
@@ -136,11 +147,20 @@ def locate(
 
     Raises:
         ModelNotFoundError: It is in none of the places looked at; they are all listed.
+        InputTypeError: `name_or_path` is neither a str nor a path, or empty.
     """
-    path = Path(name_or_path).expanduser()
-    if path.is_dir():
-        return _local_files(str(name_or_path), path)
-    if path.exists():
+    if not isinstance(name_or_path, str | os.PathLike) or not str(name_or_path):
+        raise InputTypeError(
+            f"model_name_or_path is {name_or_path!r}; pass a model's folder or its name on the Hub",
+            "model_name_or_path",
+        )
+    path = _expanded(name_or_path)
+    if name_or_path != DEFAULT_MODEL and path.is_dir():  # the default is what is pinned, only that
+        files = _local_files(str(name_or_path), path)
+        if any(folder.is_dir() and folder.samefile(path) for folder in _weights_folders()):
+            files.pinned, files.revision = SHA256, REVISION
+        return files
+    if name_or_path != DEFAULT_MODEL and path.exists():
         raise NotAFolderError(f"{path} is a file, not a directory; pass the model's folder")
     if not isinstance(name_or_path, str) or _is_path(name_or_path):
         raise ModelNotFoundError(
@@ -273,9 +293,18 @@ def _local_files(name: str, folder: Path) -> ModelFiles:
     return ModelFiles(name, str(folder), partial(_find_in, folder))
 
 
-def _find_in(folder: Path, file: str) -> Path | None:
+def _find_in(folder: Path, file: str, optional: bool = False) -> Path | None:
     path = folder / file
     return path if path.is_file() else None
+
+
+def _expanded(path: str | os.PathLike[str]) -> Path:
+    try:
+        expanded = Path(path).expanduser()
+        expanded.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:  # too long, unknown user, a NUL in it
+        raise ModelNotFoundError(f"{str(path)[:200]!r} is no usable path: {error}") from error
+    return expanded
 
 
 def _is_path(name: str) -> bool:
@@ -315,12 +344,13 @@ class _HubFiles:
         looked: Sequence[str] = (),
     ) -> None:
         self.name, self.revision, self.token = name, revision, token
+        self.snapshot: Path | None = None  # the commit's folder in the cache
         self.known = known  # what the model has, if that is known; then nobody need be asked
         self.cache_dir = None if cache_dir is None else str(Path(cache_dir).expanduser())
         self.local_files_only = local_files_only
         self.looked = looked  # the places where the model was not found before
 
-    def find(self, file: str) -> Path | None:
+    def find(self, file: str, optional: bool = False) -> Path | None:
         if self.known is not None and file not in self.known:
             return None
         # Not at the top: this import takes 0.1 s, and a local folder does not need it.
@@ -340,6 +370,15 @@ class _HubFiles:
                 return None
             if isinstance(cached, str):
                 path = Path(cached)
+            elif optional and self._is_complete():
+                # We mark what a model lacks; other programs that fill the cache don't.
+                if "/" not in file:  # a stage without a file of its own has nothing to say
+                    warnings.warn(
+                        f"{self.name}: {file} is not in the cache beside the weights; taken as "
+                        "absent from the model",
+                        stacklevel=2,
+                    )
+                return None
             else:
                 path = Path(
                     huggingface_hub.hf_hub_download(
@@ -366,8 +405,13 @@ class _HubFiles:
             raise self._not_found(file, "failed", error) from error
         # <cache>/models--publisher--name/snapshots/<commit>/<file>: all further files come from
         # the same commit, also when the branch moves on meanwhile.
-        self.revision = path.parents[file.count("/")].name
+        self.snapshot = path.parents[file.count("/")]
+        self.revision = self.snapshot.name
         return path
+
+    def _is_complete(self) -> bool:
+        """Whether the cache has the weights, which every program fetches last."""
+        return self.snapshot is not None and any(self.snapshot.rglob("model.safetensors"))
 
     def _not_found(self, file: str, state: str, error: Exception) -> ModelNotFoundError:
         from huggingface_hub import constants

@@ -82,8 +82,10 @@ _ZERO_GRADIENT = 1e-8
 # Long texts of many unknown words have attention scores of up to 94, where float32 numbers are
 # 8e-6 apart. Rounding exact queries and keys to float32 alone then moves a probability by 3.1e-6,
 # so that no float32 computation stays below 3e-6 on all texts: neither does the reference. Where
-# its own error on the same texts is larger than the bar, ours may be as large, within this factor.
+# its own error on the same texts is larger than the bar, ours may be as large, within this factor,
+# but never more than four times the bar. The report shows both numbers: stated > relaxed.
 _OWN_ERROR = 1.5
+_MOST_RELAXED = 4.0
 
 
 def _column() -> int:
@@ -105,6 +107,7 @@ class Row:
         bars: The largest value that passes, for the measures that have a bar.
         reference: The reference's own error, by the same measures, where there is one.
         worst_text: Which text differs most; None where that has no meaning.
+        stated: The bars before they were relaxed, where they were.
     """
 
     stage: str
@@ -112,6 +115,7 @@ class Row:
     bars: dict[str, float] = field(default_factory=dict)
     reference: dict[str, float] = field(default_factory=dict)
     worst_text: int | None = None
+    stated: dict[str, float] = field(default_factory=dict)
 
     @property
     def passed(self) -> bool:
@@ -191,15 +195,21 @@ def _table(rows: Sequence[Row]) -> list[str]:
     width = max(20, *(len(row.stage) for row in rows))
     columns = [*names, *(f"ref. {name}" for name in theirs), "bar"]
     widths = [max(9, len(column)) for column in columns]
+    widths[-1] = max(len(", ".join(_bar(row, name) for name in row.bars)) for row in rows)
     lines = [" " * width + "".join(f"  {c:>{w}}" for c, w in zip(columns, widths, strict=True))]
     for row in rows:
         cells = [_number(row.measures.get(name)) for name in names]
         cells += [_number(row.reference.get(name)) for name in theirs]
-        cells.append(", ".join(_number(bar) for bar in row.bars.values()))
+        cells.append(", ".join(_bar(row, name) for name in row.bars))
         cells = [f"  {c:>{w}}" for c, w in zip(cells, widths, strict=True)]
         verdict = "" if not row.bars else "  PASS" if row.passed else "  FAIL"
         lines.append((f"{row.stage:<{width}}" + "".join(cells) + verdict).rstrip())
     return lines
+
+
+def _bar(row: Row, measure: str) -> str:
+    bar, stated = row.bars[measure], row.stated.get(measure)
+    return _number(bar) if stated in (None, bar) else f"{_number(stated)} > {_number(bar)}"
 
 
 def _number(value: float | None) -> str:
@@ -378,18 +388,20 @@ def compare_stages(
     report_rows = []
     for name, (our_error, its_error) in errors.items():
         own = {} if truth is None else its_error.measures()
-        allowed = _stage_bars(limits, name)
+        stated = allowed = _stage_bars(limits, name)
         if name.startswith("attention"):
             allowed = _within_own_error(allowed, own)
-        report_rows.append(Row(name, our_error.measures(), allowed, own, our_error.worst_text))
+        worst = our_error.worst_text
+        report_rows.append(Row(name, our_error.measures(), allowed, own, worst, stated))
     if truth is not None and limits.between is not None:
         allowed = {"max abs": limits.between}
         name = "the same, ours - reference"
         report_rows.append(Row(name, between.measures(), allowed, worst_text=between.worst_text))
     sums, their_sums = ({"max abs": row_sum.largest} for row_sum in row_sums)
     own = {} if truth is None else their_sums
-    allowed = _within_own_error({"max abs": limits.row_sum}, own)
-    report_rows.append(Row("attention row sums - 1", sums, allowed, own))
+    stated = {"max abs": limits.row_sum}
+    allowed = _within_own_error(stated, own)
+    report_rows.append(Row("attention row sums - 1", sums, allowed, own, stated=stated))
     report_rows.append(Row("attention to padding", {"max abs": mass_on_padding}, {"max abs": 0.0}))
     return report_rows
 
@@ -426,7 +438,10 @@ def _stage_bars(limits: Bars, stage: str) -> dict[str, float]:
 
 
 def _within_own_error(allowed: dict[str, float], own: dict[str, float]) -> dict[str, float]:
-    return {name: max(bar, _OWN_ERROR * own.get(name, 0.0)) for name, bar in allowed.items()}
+    return {
+        name: max(bar, min(_OWN_ERROR * own.get(name, 0.0), _MOST_RELAXED * bar))
+        for name, bar in allowed.items()
+    }
 
 
 def compare_invariance(encoder: SentenceEncoder, texts: Sequence[str]) -> list[Row]:
@@ -459,6 +474,9 @@ def compare_gradients(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) 
     The key's bias adds the same amount to all scores of a query, which softmax ignores: its
     gradient is 0, so that it can't be compared relatively.
     """
+    if ours.keys() != theirs.keys() or not theirs:
+        different = sorted(ours.keys() ^ theirs.keys()) or ["no gradient at all"]
+        raise ValueError(f"gradients don't match: {', '.join(different)}")
     worst, zero = ("", 0.0), 0.0
     for name, expected in theirs.items():
         if name.endswith("key.bias"):

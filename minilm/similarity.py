@@ -114,6 +114,10 @@ def _distances(a: Tensor, b: Tensor, p: float) -> Tensor:
 def _matrices(a: Embeddings, b: Embeddings) -> tuple[Tensor, Tensor]:
     """Both as `[rows, d]` tensors of one floating dtype on one device."""
     first, second = _matrix(a, "a"), _matrix(b, "b")
+    if not first.numel():  # no rows have no width either
+        first = first.new_zeros(0, second.shape[1])
+    if not second.numel():
+        second = second.new_zeros(0, first.shape[1])
     if first.shape[1] != second.shape[1]:
         raise InputError(
             f"b has vectors of width {second.shape[1]}, a of width {first.shape[1]}; "
@@ -133,6 +137,8 @@ def _matrix(embeddings: Embeddings, argument: str) -> Tensor:
         else:
             # torch takes no negative strides, foreign byte order or (silently) read-only memory.
             array = np.asarray(embeddings)
+            if array.dtype == object:  # an array or a column of vectors
+                array = np.stack(list(array))
             native = array.astype(array.dtype.newbyteorder("="), copy=False)
             tensor = torch.as_tensor(np.require(native, requirements=["C", "W"]))
         if tensor.is_complex():

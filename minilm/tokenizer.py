@@ -15,7 +15,7 @@ and is applied to the ids: a tokenizer has no state that two threads could fight
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from minilm.errors import InputError, TokenizerError, TruncationWarning
+from minilm.inputs import as_texts, check_positive_int
 
 __all__ = ["Tokens", "WordPieceTokenizer"]
 
@@ -105,7 +106,12 @@ class WordPieceTokenizer:
         pad_token = settings.get("pad_token", "[PAD]")
         if isinstance(pad_token, Mapping):  # an AddedToken, as older libraries wrote it
             pad_token = pad_token.get("content")
-        self.pad_token_id = self._backend.token_to_id(str(pad_token)) or 0
+        pad_token_id = self._backend.token_to_id(str(pad_token))
+        if pad_token_id is None:
+            raise TokenizerError(
+                path, [f"the padding token {pad_token!r} is not in the vocabulary"]
+            )
+        self.pad_token_id = pad_token_id
 
     @property
     def backend(self) -> tokenizers.Tokenizer:
@@ -114,7 +120,7 @@ class WordPieceTokenizer:
 
     def __call__(
         self,
-        texts: Sequence[str],
+        texts: str | Iterable[str],
         max_length: int | None = None,
         *,
         return_offsets: bool = False,
@@ -123,22 +129,25 @@ class WordPieceTokenizer:
         """Tokenize texts.
 
         Args:
-            texts: Any Unicode text: empty, blank, with control characters, of any length. As in
-                the reference, a literal "[MASK]" or "[SEP]" becomes that special token.
+            texts: A text, or any iterable of texts, of any Unicode: empty, blank, with control
+                characters, of any length. As in the reference, a literal "[MASK]" or "[SEP]"
+                becomes that special token.
             max_length: Ids to keep at most, [CLS] and [SEP] included, at least 3; None keeps all.
             return_offsets: Also give character offsets, which takes twice the time.
             argument: What to call `texts` in an error.
 
         Raises:
+            InputTypeError: Something is no text; the message names the row.
             InputError: A text has a lone surrogate, so that it isn't Unicode text; or `max_length`
                 is below 3.
         """
-        if max_length is not None and max_length < 3:
+        texts, _ = as_texts(texts, argument)
+        if max_length is not None and check_positive_int(max_length, "max_length") < 3:
             raise InputError(f"max_length is {max_length}; pass 3 or more", "max_length")
         backend = self._backend
         encode_batch = backend.encode_batch if return_offsets else backend.encode_batch_fast
         try:
-            encodings = encode_batch(list(texts))
+            encodings = encode_batch(texts)
         except (TypeError, UnicodeEncodeError):
             _find_lone_surrogate(texts, argument)
             raise
@@ -161,6 +170,8 @@ class WordPieceTokenizer:
             `input_ids`, `token_type_ids` (all 0) and `attention_mask` (1 at real tokens, 0 at
             padding), int64 `[batch, tokens]`, as wide as the longest row.
         """
+        if not input_ids:
+            raise InputError("input_ids is empty; pass at least one row", "input_ids")
         rows = [torch.tensor(row, dtype=torch.int64) for row in input_ids]
         padded = pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id)
         lengths = torch.tensor([len(row) for row in rows])
@@ -258,6 +269,10 @@ def _load(
         ends = backend.encode("a").tokens
         if len(ends) != 3 or (ends[0], ends[-1]) != ("[CLS]", "[SEP]"):
             problems.append(f"'a' becomes {ends}; expected [CLS], one token, [SEP]")
+        ids = backend.encode("a").ids
+        for token, given in zip(("[CLS]", "[SEP]"), (ids[0], ids[-1]), strict=True):
+            if backend.token_to_id(token) != given:
+                problems.append(f"{token} is added as id {given}, not as its own")
     if problems:
         raise TokenizerError(path, problems)
 

@@ -4,6 +4,8 @@ Standard library only, so that it works before anything is installed. Safe to re
 installed is remembered, and a second call with the same requirements does nothing.
 """
 
+from __future__ import annotations  # so that an older Python gets as far as our message
+
 import hashlib
 import os
 import subprocess
@@ -29,14 +31,19 @@ def prepare(extra: str = "") -> Path:
     if sys.version_info < (3, 11):  # noqa: UP036  # whatever Python the user started
         sys.exit(f"minilm needs Python 3.11 or newer; this is {sys.version.split()[0]}")
     python = FOLDER / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    if not python.exists():
+    complete = _STAMPS / "complete"
+    if not complete.is_file():  # also where an earlier run was interrupted
         print(f"making the environment {FOLDER}", flush=True)
-        venv.create(FOLDER, with_pip=True, clear=True)
+        try:
+            venv.create(FOLDER, with_pip=True, clear=True)
+        except subprocess.CalledProcessError as error:
+            sys.exit(f"making it failed: {error}\nOn Debian and Ubuntu: apt install python3-venv")
+        _STAMPS.mkdir()
+        complete.touch()
     # What is in test is a superset of what is in "".
     wanted = [extra] if extra else ["", "test"]
     if not any(_stamp(name).is_file() for name in wanted):
         _install(python, extra)
-        _STAMPS.mkdir(exist_ok=True)
         _stamp(extra).touch()
     return python
 

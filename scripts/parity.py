@@ -25,7 +25,7 @@ import torch  # noqa: E402
 import minilm  # noqa: E402
 from minilm import SentenceEncoder, hub  # noqa: E402
 from minilm.checkpoint import published_name  # noqa: E402
-from minilm.errors import MinilmError  # noqa: E402
+from minilm.errors import InputError, MinilmError  # noqa: E402
 from minilm.inputs import as_dtype  # noqa: E402
 from minilm.parity import (  # noqa: E402
     Golden,
@@ -87,6 +87,16 @@ def run(model: str, texts_file: Path | None, dtype: str | None) -> tuple[Report,
         "minilm": f"{minilm.__version__}, torch {torch.__version__}",
     }
     if not is_installed():
+        for name, unusable in (
+            ("--texts", texts_file is not None),
+            ("--model", about["weights"] != hub.SHA256["model.safetensors"]),
+        ):
+            if unusable:
+                raise InputError(
+                    f"{name} needs the reference, since golden values are of the published model "
+                    'and their own texts; pip install "minilm[reference]"',
+                    name,
+                )
         golden = Golden.load(DATA / "golden.json")
         about["reference"] = (
             "not installed: compared with its golden values in tests/data/golden.json instead; "
@@ -171,10 +181,16 @@ def gradients(
 
 def read_texts(path: Path) -> list[str]:
     """One text a line, or the field `text` of every object of a .jsonl file."""
-    lines = path.read_text(encoding="utf-8").removesuffix("\n").split("\n")
-    if path.suffix == ".jsonl":
-        return [json.loads(line)["text"] for line in lines]
-    return lines
+    texts = []
+    is_jsonl = path.suffix == ".jsonl"
+    for number, line in enumerate(path.read_bytes().removesuffix(b"\n").split(b"\n"), 1):
+        try:
+            text = line.decode("utf-8").removesuffix("\r")
+            texts.append(str(json.loads(text)["text"]) if is_jsonl else text)
+        except (ValueError, KeyError, TypeError) as error:
+            what = "a JSON object with a field text" if is_jsonl else "UTF-8"
+            raise InputError(f"{path}: line {number} is not {what}", "--texts") from error
+    return texts
 
 
 def _name(dtype: torch.dtype) -> str:

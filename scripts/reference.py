@@ -15,6 +15,8 @@ __all__ = ["Reference", "is_installed", "load_reference"]
 # The model's folder is complete: nothing is to be looked up anywhere.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+_LAST_STAGES = ("pooled", "sentence_embedding")
+
 
 class Reference:
     """The reference's model: token ids, and every stage under our names for them.
@@ -65,11 +67,11 @@ class Reference:
             "token_embeddings": output.last_hidden_state,
             "attention_mask": features["attention_mask"],
         }
-        for name, module in zip(
-            ("pooled", "sentence_embedding"), list(self.model)[1:], strict=True
-        ):
+        for name, module in zip(_LAST_STAGES, list(self.model)[1:], strict=False):
             later = module(later)
             stages[name] = later["sentence_embedding"]
+        # A model may have no normalize stage.
+        stages.setdefault("sentence_embedding", stages["pooled"])
         return stages
 
 

@@ -197,9 +197,3 @@ def _load_reference(folder: Path, dtype: torch.dtype) -> Any:
 def reference(published: Path) -> Any:
     """The reference library's model in float32."""
     return _load_reference(published, torch.float32)
-
-
-@pytest.fixture(scope="session")
-def reference64(published: Path) -> Any:
-    """The reference library's model in float64."""
-    return _load_reference(published, torch.float64)

@@ -69,7 +69,7 @@ def test_output_forms_hold_the_same_numbers(
     elif suffix == ".npz":
         archive = np.load(output)
         got = archive["embeddings"]
-        assert archive["texts"].tolist() == texts
+        assert json.loads(archive["texts_json"].tobytes()) == texts
     elif suffix == ".jsonl":
         lines = output.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         rows = [json.loads(line) for line in lines]
@@ -122,7 +122,19 @@ def test_file_that_is_not_utf8_is_named_with_its_line(model: list[str], tmp_path
 def test_output_into_a_missing_folder(model: list[str], tmp_path: Path) -> None:
     output = tmp_path / "missing" / "x.npy"
     message = failed(minilm("encode", "-t", "a", "-o", output, *model), 1)
-    assert "missing" in message
+    assert message == f"minilm: {output}: {output.parent} is no folder that can be written to\n"
+
+
+@pytest.mark.parametrize("command", ["encode -t", "similarity a"])
+def test_output_in_another_encoding(model: list[str], command: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "minilm", *command.split(), "日本", *model],
+        capture_output=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "cp1252"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert rb"\u65e5\u672c" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import importlib
 import os
 import re
 import shutil
@@ -147,6 +148,9 @@ def use_endpoint(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", url)
     template = url + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    # Before huggingface_hub 1.0 the name was copied there.
+    file_download = importlib.import_module("huggingface_hub.file_download")
+    monkeypatch.setattr(file_download, "HUGGINGFACE_CO_URL_TEMPLATE", template, raising=False)
 
 
 @pytest.fixture(autouse=True)
@@ -165,7 +169,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_PROGRESS_BARS", True)
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # it waits 23 s between its attempts
     # The client is made once a process, and with it the proxies.
-    close_session = getattr(huggingface_hub, "close_session", lambda: None)
+    old_name = getattr(huggingface_hub.utils, "reset_sessions", None)
+    close_session = getattr(huggingface_hub, "close_session", old_name)
+    assert close_session is not None
     close_session()
     yield cache
     close_session()

@@ -22,7 +22,7 @@ LEVELS = [
     {"errors"},
     {"config"},
     {"bert", "pooling", "inputs", "hub"},
-    {"similarity", "tokenizer", "checkpoint"},
+    {"similarity", "tokenizer", "checkpoint", "eval_mode"},
     {"folder"},
     {"encoder"},
     {"parity"},
@@ -31,14 +31,15 @@ LEVELS = [
 ]
 
 
-def imported(path: Path, top_level_only: bool = False) -> set[str]:
+def imported(path: Path) -> set[str]:
     """Every module that a file imports, wherever the statement stands."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
-    nodes = tree.body if top_level_only else ast.walk(tree)
     names: set[str] = set()
-    for node in nodes:
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            raise AssertionError(f"{path.name} has a relative import, which this can't follow")
         elif isinstance(node, ast.ImportFrom) and node.module == "minilm":
             names |= {f"minilm.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:

@@ -1,0 +1,39 @@
+"""Evaluation mode for a while: no dropout, and the model's own mode given back afterwards.
+
+A mode is state of the modules, shared by all threads. So the first user of a model switches it,
+and the last one switches it back.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from weakref import WeakKeyDictionary
+
+from torch import nn
+
+__all__ = ["eval_mode"]
+
+_lock = threading.Lock()
+# model: [how many are inside, the modules to put back into training mode]
+_users: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
+
+
+@contextmanager
+def eval_mode(model: nn.Module) -> Iterator[None]:
+    """Keep `model` in evaluation mode inside a `with`; calls from several threads may overlap."""
+    with _lock:
+        count, training = _users.get(model, (0, []))
+        training += [module for module in model.modules() if module.training]
+        _users[model] = count + 1, training
+        model.eval()
+    try:
+        yield
+    finally:
+        with _lock:
+            count, training = _users[model]
+            if count > 1:
+                _users[model] = count - 1, training
+            else:
+                del _users[model]
+                for module in training:
+                    module.training = True
