@@ -170,9 +170,9 @@ def _read_stages(files: ModelFiles) -> dict[str, str]:
 
 
 def _stage(name: str) -> str:
-    """The class of a stage; the full name if it isn't one of sentence-transformers' own."""
+    """The class of a stage; the full name, in quotes, if it isn't sentence-transformers' own."""
     package, _, kind = name.rpartition(".")
-    return kind if package.split(".")[0] == "sentence_transformers" else name
+    return kind if package.split(".")[0] == "sentence_transformers" else repr(name)
 
 
 def _read_config(files: ModelFiles, name: str) -> BertConfig:

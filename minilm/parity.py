@@ -390,7 +390,7 @@ def compare_stages(
         own = {} if truth is None else its_error.measures()
         stated = allowed = _stage_bars(limits, name)
         if name.startswith("attention"):
-            allowed = _within_own_error(allowed, own)
+            allowed = within_own_error(allowed, own)
         worst = our_error.worst_text
         report_rows.append(Row(name, our_error.measures(), allowed, own, worst, stated))
     if truth is not None and limits.between is not None:
@@ -400,7 +400,7 @@ def compare_stages(
     sums, their_sums = ({"max abs": row_sum.largest} for row_sum in row_sums)
     own = {} if truth is None else their_sums
     stated = {"max abs": limits.row_sum}
-    allowed = _within_own_error(stated, own)
+    allowed = within_own_error(stated, own)
     report_rows.append(Row("attention row sums - 1", sums, allowed, own, stated=stated))
     report_rows.append(Row("attention to padding", {"max abs": mass_on_padding}, {"max abs": 0.0}))
     return report_rows
@@ -437,7 +437,7 @@ def _stage_bars(limits: Bars, stage: str) -> dict[str, float]:
     return {} if bar is None else {"max abs": bar}
 
 
-def _within_own_error(allowed: dict[str, float], own: dict[str, float]) -> dict[str, float]:
+def within_own_error(allowed: dict[str, float], own: dict[str, float]) -> dict[str, float]:
     return {
         name: max(bar, min(_OWN_ERROR * own.get(name, 0.0), _MOST_RELAXED * bar))
         for name, bar in allowed.items()

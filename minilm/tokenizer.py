@@ -266,13 +266,13 @@ def _load(
     if unknown not in model["vocab"]:
         problems.append(f"the unknown token {unknown!r} is not in the vocabulary")
     else:
-        ends = backend.encode("a").tokens
+        encoding = backend.encode("a")
+        ends, ids = encoding.tokens, encoding.ids
+        own = [backend.token_to_id(token) for token in ("[CLS]", "[SEP]")]
         if len(ends) != 3 or (ends[0], ends[-1]) != ("[CLS]", "[SEP]"):
             problems.append(f"'a' becomes {ends}; expected [CLS], one token, [SEP]")
-        ids = backend.encode("a").ids
-        for token, given in zip(("[CLS]", "[SEP]"), (ids[0], ids[-1]), strict=True):
-            if backend.token_to_id(token) != given:
-                problems.append(f"{token} is added as id {given}, not as its own")
+        elif [ids[0], ids[-1]] != own:
+            problems.append(f"adds ids {ids[0]} and {ids[-1]}; those of [CLS] and [SEP] are {own}")
     if problems:
         raise TokenizerError(path, problems)
 

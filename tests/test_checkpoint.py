@@ -405,3 +405,18 @@ print(resident() - before)
     growth = int(run_python(code, tiny_folder, published))
     # One copy, and what the vocabulary of 30,522 words takes; two copies would be 2.0.
     assert 0.9 * size < growth < 1.5 * size
+
+
+def test_a_tensor_under_two_names_is_refused() -> None:
+    tensors = tiny_tensors()
+    tensors["bert.embeddings.LayerNorm.weight"] = tensors["embeddings.LayerNorm.weight"].clone()
+    with pytest.raises(WeightsError, match="there under another name too"):
+        read(tensors, torch.float32, "model.safetensors")
+
+
+def test_8_bit_numbers_are_refused() -> None:
+    tensors = tiny_tensors()
+    name = "encoder.layer.0.output.dense.weight"
+    tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+    with pytest.raises(WeightsError, match=r"has dtype torch\.float8_e4m3fn; supported"):
+        read(tensors, torch.float32, "model.safetensors")

@@ -1,6 +1,7 @@
 """SentenceEncoder: the contract of the class, on the tiny model unless it must be the real one."""
 
 import copy
+import dataclasses
 import logging
 import pickle
 import threading
@@ -144,6 +145,38 @@ def test_constructor_takes_a_folder_as_from_pretrained_does(tiny_folder: Path) -
     np.testing.assert_array_equal(one.encode(TEXTS), other.encode(TEXTS))
     assert one.max_seq_length == 12
     assert not one.training
+
+
+def test_constructor_arguments_win_over_the_folder(tiny_folder: Path) -> None:
+    encoder = SentenceEncoder(tiny_folder, device="cpu", max_seq_length=5, similarity_fn_name="dot")
+    assert encoder.max_seq_length == 5
+    assert encoder.similarity_fn_name == "dot"
+    for wrong in ({"max_seq_length": 0}, {"max_seq_length": 25}, {"similarity_fn_name": "cos"}):
+        with pytest.raises(InputError, match=next(iter(wrong))):
+            SentenceEncoder(tiny_folder, device="cpu", **wrong)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="tokenizer goes with modules"):
+        SentenceEncoder(tiny_folder, device="cpu", tokenizer=encoder.tokenizer)
+
+
+def test_tokenizer_beyond_the_word_table_is_refused(tiny_encoder: SentenceEncoder) -> None:
+    small = seeded_bert(dataclasses.replace(TINY, vocab_size=20))
+    with pytest.raises(InputError, match="tokenizer gives ids up to 23, of 20 words"):
+        SentenceEncoder(modules=[small, MeanPooling()], tokenizer=tiny_encoder.tokenizer)
+
+
+@pytest.mark.parametrize("device", ["nonsense", "meta"])
+def test_to_names_a_device_that_cannot_be_used(tiny_encoder: SentenceEncoder, device: str) -> None:
+    with pytest.raises(InputError, match=f"device is '{device}'"):
+        tiny_encoder.to(device)
+    with pytest.raises(InputError, match=f"device is '{device}'"):
+        tiny_encoder.to(device=device)
+
+
+def test_to_leaves_ordinary_parameters(tiny_encoder: SentenceEncoder) -> None:
+    with torch.inference_mode():
+        tiny_encoder.to(torch.float64)
+    tiny_encoder(tiny_encoder.tokenize("a cat"))["sentence_embedding"].sum().backward()
+    assert tiny_encoder.bert.embeddings.word_embeddings.weight.grad is not None
 
 
 # encode: what goes in
@@ -395,6 +428,28 @@ def test_threads_get_the_same_results(tiny_encoder: SentenceEncoder) -> None:
     assert len(results) == 8
     for result in results:
         np.testing.assert_array_equal(result, expected)
+
+
+def test_threads_in_training_mode_get_no_dropout(tiny_encoder: SentenceEncoder) -> None:
+    expected = tiny_encoder.encode(TEXTS)
+    tiny_encoder.train()
+    entered, leave = threading.Event(), threading.Event()
+
+    def wait_inside(module: nn.Module, args: Any) -> None:
+        entered.set()
+        assert leave.wait(30)
+
+    handle = tiny_encoder.bert.layers[0].register_forward_pre_hook(wait_inside)
+    results: list[Any] = []
+    slow = threading.Thread(target=lambda: results.append(tiny_encoder.encode(TEXTS)))
+    slow.start()
+    assert entered.wait(30)  # it is in the middle of the model ...
+    handle.remove()
+    np.testing.assert_array_equal(tiny_encoder.encode(TEXTS), expected)
+    leave.set()  # ... and goes on after another call has come and gone
+    slow.join()
+    np.testing.assert_array_equal(results[0], expected)
+    assert all(module.training for module in (tiny_encoder, *tiny_encoder.bert.modules()))
 
 
 def test_progress_bar_only_if_wanted(

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -841,3 +842,44 @@ def test_a_folder_in_place_of_a_file(tiny_folder: Path, refuse: Refuse) -> None:
     (tiny_folder / "config.json").unlink()
     (tiny_folder / "config.json").mkdir()
     refuse("config.json", ConfigError, "is missing")
+
+
+@pytest.mark.parametrize(
+    "kind", ["my_package.Transformer", "Transformer", "sentence_transformersX.Pooling"]
+)
+def test_a_stage_of_another_package_is_refused(tiny_folder: Path, kind: str) -> None:
+    path = tiny_folder / "modules.json"
+    stages = json.loads(path.read_text(encoding="utf-8"))
+    stages[0]["type"] = kind
+    path.write_text(json.dumps(stages), encoding="utf-8")
+    with pytest.raises(ConfigError, match=re.escape(kind)):
+        load(tiny_folder)
+
+
+@pytest.mark.parametrize(
+    ("file", "field"),
+    [
+        ("1_Pooling/config.json", "pooling_mode_mean_tokens"),
+        ("sentence_bert_config.json", "do_lower_case"),
+    ],
+)
+def test_a_flag_that_is_no_boolean_is_refused(tiny_folder: Path, file: str, field: str) -> None:
+    edit_json(tiny_folder / file, **{field: "false"})
+    with pytest.raises(ConfigError, match=f"{field} is 'false'; pass true or false"):
+        load(tiny_folder)
+
+
+@pytest.mark.parametrize("special", [99999, 7])
+def test_special_tokens_with_foreign_ids_are_refused(tiny_folder: Path, special: int) -> None:
+    path = tiny_folder / "tokenizer.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    values["post_processor"]["special_tokens"]["[CLS]"]["ids"] = [special]
+    path.write_text(json.dumps(values), encoding="utf-8")
+    with pytest.raises(TokenizerError, match=f"adds ids {special} and 3"):
+        load(tiny_folder)
+
+
+def test_an_unknown_padding_token_is_refused(tiny_folder: Path) -> None:
+    edit_json(tiny_folder / "tokenizer_config.json", pad_token="[NOPE]")
+    with pytest.raises(TokenizerError, match=r"padding token '\[NOPE\]'"):
+        load(tiny_folder)

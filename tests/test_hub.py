@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import threading
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -21,7 +22,7 @@ from huggingface_hub import constants
 
 from conftest import write_model_folder
 from minilm import SentenceEncoder, hub
-from minilm.errors import HashMismatchError, ModelNotFoundError, NotAFolderError
+from minilm.errors import HashMismatchError, InputTypeError, ModelNotFoundError, NotAFolderError
 
 NAME = "someone/tiny-bert"
 NEVER_FETCHED = {"README.md": b"#", "pytorch_model.bin": b"\x80\x02", "onnx/model.onnx": b"\x08"}
@@ -569,6 +570,47 @@ def test_a_cache_that_another_program_filled_works_offline(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     load(hub.DEFAULT_MODEL)
     load(hub.DEFAULT_MODEL, local_files_only=True)
+
+
+def test_another_programs_cache_of_any_model_works_without_asking(
+    fake_hub: FakeHub, cache: Path
+) -> None:
+    """It holds what the model has, and no mark of what the model lacks."""
+    load()
+    (marks,) = cache.rglob(".no_exist")
+    shutil.rmtree(marks)
+    fake_hub.requests.clear()
+    with warnings.catch_warnings(record=True) as record:
+        warnings.simplefilter("always")
+        load()
+        load(local_files_only=True)
+    assert fake_hub.requests == []
+    lacking = [str(warning.message) for warning in record]
+    assert all("config_sentence_transformers.json" in message for message in lacking), lacking
+
+
+def test_a_folder_of_the_default_models_name_is_not_the_default_model(
+    pinned_hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    foreign = write_model_folder(tmp_path / hub.DEFAULT_MODEL, seed=7)
+    monkeypatch.chdir(tmp_path)
+    encoder = load(hub.DEFAULT_MODEL)
+    assert encoder.source is not None
+    assert encoder.source.pinned == hub.SHA256
+    by_path = SentenceEncoder.from_pretrained(foreign, device="cpu")
+    assert not np.array_equal(encoder.encode("the dog"), by_path.encode("the dog"))
+
+
+@pytest.mark.parametrize("name", [None, 5, ["a"], ""])
+def test_what_is_no_name_and_no_path(name: Any) -> None:
+    with pytest.raises(InputTypeError, match="model_name_or_path is"):
+        hub.locate(name)
+
+
+@pytest.mark.parametrize("name", ["~no-such-user-here/x", "a" * 5000, "nul\0"])
+def test_unusable_paths(name: str) -> None:
+    with pytest.raises(ModelNotFoundError):
+        hub.locate(name)
 
 
 # download().

@@ -18,11 +18,13 @@ from minilm.parity import (
     Golden,
     Report,
     Row,
+    compare_gradients,
     compare_ids,
     compare_stages,
     compare_with_golden,
     record_stages,
     stage_names,
+    within_own_error,
 )
 from mutations import MUTATIONS, planted
 
@@ -194,3 +196,26 @@ def test_row_compares_every_measure_with_its_bar() -> None:
     assert Row("stage", {"max abs": 1e-6, "rms": 1e-7}, bars).passed
     assert not Row("stage", {"max abs": 1e-6, "rms": 2e-7}, bars).passed
     assert not Row("stage", {"max abs": float("nan"), "rms": 0.0}, bars).passed
+
+
+def test_gradients_must_be_of_the_same_tensors() -> None:
+    ones = {"query.weight": torch.ones(2), "key.bias": torch.zeros(2)}
+    assert all(row.passed for row in compare_gradients(ones, ones))
+    wrong = {"query.weight": torch.ones(2) * (1 + 1e-9), "key.bias": torch.full((2,), 1e-7)}
+    assert not any(row.passed for row in compare_gradients(wrong, ones))
+    for others in ({}, {"query.weight": torch.ones(2)}):
+        with pytest.raises(ValueError, match="gradients don't match"):
+            compare_gradients(ones, others)
+    with pytest.raises(ValueError, match="no gradient at all"):
+        compare_gradients({}, {})
+
+
+def test_a_relaxed_bar_is_shown_and_has_an_end() -> None:
+    row = Row("attention 1", {"max abs": 5e-6}, {"max abs": 6e-6}, stated={"max abs": 3e-6})
+    report = Report([], [("float32", [row])])
+    assert "3.0e-06 > 6.0e-06  PASS" in report.to_text()
+    assert within_own_error({"max abs": 3e-6}, {"max abs": 1e-6}) == {"max abs": 3e-6}
+    assert within_own_error({"max abs": 3e-6}, {"max abs": 4e-6}) == pytest.approx(
+        {"max abs": 6e-6}
+    )
+    assert within_own_error({"max abs": 3e-6}, {"max abs": 1.0}) == {"max abs": 1.2e-5}

@@ -316,3 +316,16 @@ def test_symmetric(function: Function, rows: int, width: int, seed: int) -> None
 def test_distance_of_a_vector_to_itself_is_zero(function: Function, rows: int) -> None:
     a = torch.nn.functional.normalize(random_rows(rows, 384, 0)[0].float(), dim=-1)
     assert (function(a, a).diagonal() == 0).all()
+
+
+def test_no_rows_against_some() -> None:
+    rows = np.ones((3, 4), dtype=np.float32)
+    assert cos_sim([], rows).shape == (0, 3)
+    assert cos_sim(rows, []).shape == (3, 0)
+    assert cos_sim([], []).shape == (0, 0)
+
+
+def test_an_object_array_of_vectors() -> None:
+    column = np.empty(2, dtype=object)
+    column[:] = [np.array([1.0, 0.0]), np.array([0.0, 2.0])]
+    assert torch.equal(cos_sim(column, column), torch.eye(2, dtype=torch.float64))

@@ -679,3 +679,17 @@ def test_settings_win_as_in_the_reference(
     ours = WordPieceTokenizer((tmp_path / "tokenizer.json").read_bytes(), settings=config)
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert_same_ids(ours, theirs, [text for kind in HARD.values() for text in kind])
+
+
+def test_public_calls_refuse_what_is_no_text(tiny_encoder: SentenceEncoder) -> None:
+    tokenizer = tiny_encoder.tokenizer
+    assert tokenizer is not None
+    assert tokenizer("dog").input_ids == [[2, 7, 3]]  # one text, not three letters
+    for wrong in ([("dog", "cat")], [None], 5):
+        with pytest.raises(InputError, match="sentences"):
+            tokenizer(wrong)  # type: ignore[arg-type]
+    for limit in (2, 0, -1, 4.0, "5"):
+        with pytest.raises(InputError, match="max_length is"):
+            tokenizer(["dog"], limit)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="input_ids is empty"):
+        tokenizer.pad([])
