@@ -15,7 +15,8 @@ and before the first sentence, to load the published weights:
 8. `config.py`      the sizes of the network
 
 Beside them: `similarity.py` compares vectors, `inputs.py` says what may be passed, `errors.py` what
-can go wrong, `parity.py` proves equality with the reference, `cli.py` is the command line.
+can go wrong, `eval_mode.py` keeps dropout out of `encode`, `parity.py` proves equality with the
+reference, `cli.py` is the command line.
 """
 
 import importlib

@@ -153,7 +153,7 @@ def test_constructor_arguments_win_over_the_folder(tiny_folder: Path) -> None:
     assert encoder.similarity_fn_name == "dot"
     for wrong in ({"max_seq_length": 0}, {"max_seq_length": 25}, {"similarity_fn_name": "cos"}):
         with pytest.raises(InputError, match=next(iter(wrong))):
-            SentenceEncoder(tiny_folder, device="cpu", **wrong)  # type: ignore[arg-type]
+            SentenceEncoder(tiny_folder, device="cpu", **wrong)
     with pytest.raises(InputError, match="tokenizer goes with modules"):
         SentenceEncoder(tiny_folder, device="cpu", tokenizer=encoder.tokenizer)
 

@@ -845,7 +845,7 @@ def test_a_folder_in_place_of_a_file(tiny_folder: Path, refuse: Refuse) -> None:
 
 
 @pytest.mark.parametrize(
-    "kind", ["my_package.Transformer", "Transformer", "sentence_transformersX.Pooling"]
+    "kind", ["my_package.Transformer", "Transformer", "sentence_transformersX.Transformer"]
 )
 def test_a_stage_of_another_package_is_refused(tiny_folder: Path, kind: str) -> None:
     path = tiny_folder / "modules.json"

@@ -201,7 +201,10 @@ def test_row_compares_every_measure_with_its_bar() -> None:
 def test_gradients_must_be_of_the_same_tensors() -> None:
     ones = {"query.weight": torch.ones(2), "key.bias": torch.zeros(2)}
     assert all(row.passed for row in compare_gradients(ones, ones))
-    wrong = {"query.weight": torch.ones(2) * (1 + 1e-9), "key.bias": torch.full((2,), 1e-7)}
+    wrong = {
+        "query.weight": torch.full((2,), 1 + 1e-9, dtype=torch.float64),
+        "key.bias": torch.full((2,), 1e-7),
+    }
     assert not any(row.passed for row in compare_gradients(wrong, ones))
     for others in ({}, {"query.weight": torch.ones(2)}):
         with pytest.raises(ValueError, match="gradients don't match"):
