@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from minilm.encoder import SentenceEncoder
 
-__all__ = ["main"]
+__all__ = ["main", "read_lines"]
 
 _SUFFIXES = (".npy", ".npz", ".jsonl", ".csv")
 
@@ -159,7 +159,7 @@ def _encode(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
     if output is not None and not os.access(output.parent, os.W_OK):
         raise InputError(f"{output}: {output.parent} is no folder that can be written to", "-o")
     files = options.files or ([] if options.text else ["-"])
-    texts = [*options.text, *(line for name in files for line in _lines(name))]
+    texts = [*options.text, *(line for name in files for line in read_lines(name))]
     encoder = _load(options)
     embeddings = encoder.encode(
         texts,
@@ -182,6 +182,8 @@ def _similarity(options: argparse.Namespace, parser: argparse.ArgumentParser) ->
 
 
 def _info(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    import torch
+
     encoder = _load(options)
     source = encoder.source
     assert source is not None
@@ -199,7 +201,7 @@ def _info(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         "limit": f"{encoder.max_seq_length} tokens",
         "parameters": f"{embeddings + layers:,} (embeddings {embeddings:,}, layers {layers:,})",
         "computes in": f"{encoder.dtype} on {encoder.device}".removeprefix("torch."),
-        "versions": f"minilm {__version__}, torch {_torch_version()}",
+        "versions": f"minilm {__version__}, torch {torch.__version__}",
     }
     print(encoder)
     print("\n".join(f"{name + ':':<13}{value}" for name, value in rows.items()))
@@ -221,8 +223,16 @@ def _load(options: argparse.Namespace) -> "SentenceEncoder":
     )
 
 
-def _lines(name: str) -> Iterator[str]:
-    """The lines of a file, blank ones too, so that row n of the result is line n."""
+def read_lines(name: str) -> Iterator[str]:
+    """The lines of a file, blank ones too, so that row n of the result is line n.
+
+    Args:
+        name: A file of UTF-8 text, or - for standard input.
+
+    Raises:
+        InputError: A line is not UTF-8; the message names the file and the line.
+        OSError: The file can't be read.
+    """
     if name == "-":
         yield from _decoded(sys.stdin.buffer, "standard input")
     else:
@@ -300,12 +310,6 @@ def _weights_hash(source: hub.ModelFiles) -> tuple[str, str]:
     actual = source.sha256[name]
     published = actual == hub.SHA256["model.safetensors"]
     return actual, "the published all-MiniLM-L6-v2" if published else "not a model that we know"
-
-
-def _torch_version() -> str:
-    import torch
-
-    return str(torch.__version__)
 
 
 def _positive(text: str) -> int:

@@ -5,14 +5,14 @@ Out: a frozen dataclass, checked field by field. Next: `bert.py` builds the netw
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from minilm.errors import ConfigError
 
-__all__ = ["BertConfig"]
+__all__ = ["BertConfig", "unsupported"]
 
 # Far beyond any BERT that was ever published, small enough that a corrupt or hostile file cannot
 # make the loader reserve absurd amounts of memory.
@@ -73,9 +73,9 @@ class BertConfig:
     pad_token_id: int = 0
 
     def __post_init__(self) -> None:
-        problems = _problems(self)
+        problems = _problems(asdict(self))
         if problems:
-            raise ConfigError("BertConfig", problems)
+            raise ConfigError("BertConfig", list(problems.values()))
 
     @property
     def head_size(self) -> int:
@@ -94,50 +94,60 @@ class BertConfig:
             ConfigError: A size is missing or out of bounds, or the file asks for something that
                 is not implemented (another activation, relative positions, a decoder, ...).
         """
-        problems = [
-            f"{name} is {values[name]!r}; supported: {' or '.join(map(repr, supported))}"
-            for name, supported in _IMPLEMENTED.items()
-            if name in values and values[name] not in supported
-        ]
+        known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
+        defaults = {f.name: f.default for f in fields(cls)}
         # The reference falls back to BERT-base for a missing size; we do not guess sizes.
         missing = [name for name in _BOUNDS if name not in values and name != "type_vocab_size"]
+        given = {name: value for name, value in (defaults | known).items() if name not in missing}
+        problems = unsupported(values, _IMPLEMENTED)
         problems += [f"{name} is missing; give an integer" for name in missing]
-        known = {f.name: values[f.name] for f in fields(cls) if f.name in values}
-        try:
-            config = cls(**known | dict.fromkeys(missing))
-        except ConfigError as error:
-            problems += [each for each in error.problems if each.split()[0] not in missing]
+        problems += _problems(given).values()
         if problems:
             raise ConfigError(source, problems)
-        return config
+        return cls(**known)
 
 
-def _problems(config: BertConfig) -> list[str]:
-    problems = []
+def unsupported(values: Mapping[str, Any], supported: Mapping[str, Sequence[Any]]) -> list[str]:
+    """The problems of a JSON object with fields for which only some values are implemented.
+
+    Args:
+        values: The object; a field that it lacks is no problem.
+        supported: The implemented values of each field that matters.
+    """
+    return [
+        f"{name} is {values[name]!r}; supported: {' or '.join(map(repr, allowed))}"
+        for name, allowed in supported.items()
+        if name in values and values[name] not in allowed
+    ]
+
+
+def _problems(values: Mapping[str, Any]) -> dict[str, str]:
+    """What is wrong with which of these fields of a `BertConfig`."""
+    problems = {}
     for name, (low, high) in _BOUNDS.items():
-        value = getattr(config, name)
+        value = values.get(name, low)
         if type(value) is not int or not low <= value <= high:
-            problems.append(f"{name} is {value!r}; expected an integer from {low} to {high}")
-    if type(config.pad_token_id) is not int or config.pad_token_id < 0:
-        problems.append(f"pad_token_id is {config.pad_token_id!r}; expected an integer >= 0")
+            problems[name] = f"{name} is {value!r}; expected an integer from {low} to {high}"
+    pad_token_id = values["pad_token_id"]
+    if type(pad_token_id) is not int or pad_token_id < 0:
+        problems["pad_token_id"] = f"pad_token_id is {pad_token_id!r}; expected an integer >= 0"
     for name in ("layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob"):
-        value = getattr(config, name)
+        value = values[name]
         if isinstance(value, bool) or not isinstance(value, int | float):
-            problems.append(f"{name} is {value!r}; expected a number")
+            problems[name] = f"{name} is {value!r}; expected a number"
         elif not (math.isfinite(value) and 0 <= value < 1):
-            problems.append(f"{name} is {value!r}; expected a number from 0 to below 1")
-    bad = {problem.split()[0] for problem in problems}
-    divisible = bad & {"hidden_size", "num_attention_heads"} or (
-        config.hidden_size % config.num_attention_heads == 0
-    )
-    if not divisible:
-        problems.append(
-            f"num_attention_heads is {config.num_attention_heads}; "
-            f"it must divide hidden_size, {config.hidden_size}"
-        )
-    if not bad & {"pad_token_id", "vocab_size"} and config.pad_token_id >= config.vocab_size:
-        problems.append(
-            f"pad_token_id is {config.pad_token_id}; expected less than vocab_size, "
-            f"{config.vocab_size}"
+            problems[name] = f"{name} is {value!r}; expected a number from 0 to below 1"
+
+    # Two fields that must fit each other, where each is right by itself.
+    right = values.keys() - problems.keys()
+    if {"hidden_size", "num_attention_heads"} <= right:
+        size, heads = values["hidden_size"], values["num_attention_heads"]
+        if size % heads:
+            problems["num_attention_heads"] = (
+                f"num_attention_heads is {heads}; it must divide hidden_size, {size}"
+            )
+    if {"pad_token_id", "vocab_size"} <= right and pad_token_id >= values["vocab_size"]:
+        problems["pad_token_id"] = (
+            f"pad_token_id is {pad_token_id}; expected less than vocab_size, {values['vocab_size']}"
         )
     return problems

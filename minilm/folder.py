@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from minilm.checkpoint import build_bert, read_checkpoint
-from minilm.config import BertConfig
+from minilm.config import BertConfig, unsupported
 from minilm.errors import (
     ConfigError,
     MinilmError,
@@ -197,7 +197,7 @@ def _read_similarity_fn_name(files: ModelFiles) -> str:
         "similarity_fn_name": (*SIMILARITY_FUNCTIONS, None),
         "model_type": ("SentenceTransformer",),
     }
-    problems = _problems(values, known)
+    problems = unsupported(values, known)
     default_prompt = values.get("default_prompt_name")
     prompts = values.get("prompts")
     prompts = prompts if isinstance(prompts, dict) else {}
@@ -333,17 +333,9 @@ def _read_json(
     return values
 
 
-def _problems(values: dict[str, Any], known: dict[str, tuple[Any, ...]]) -> list[str]:
-    return [
-        f"{key} is {values[key]!r}; supported: {' or '.join(map(repr, supported))}"
-        for key, supported in known.items()
-        if key in values and values[key] not in supported
-    ]
-
-
 def _check(
     files: ModelFiles, name: str, values: dict[str, Any], known: dict[str, tuple[Any, ...]]
 ) -> None:
-    problems = _problems(values, known)
+    problems = unsupported(values, known)
     if problems:
         raise ConfigError(files.path(name), problems)

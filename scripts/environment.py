@@ -64,18 +64,15 @@ def _stamp(extra: str) -> Path:
 def _install(python: Path, extra: str) -> None:
     target = f".[{extra}]" if extra else "."
     print(f"installing {target} (some minutes the first time)", flush=True)
-    command = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    command += ["--editable", target]
-    pinned = [*command, "--constraint", str(CONSTRAINTS)]
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pinned = [*pip, "--constraint", str(CONSTRAINTS)]
     # torch first: other packages ask for any torch, and pip might take a larger build for them.
-    torch = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "torch"]
-    torch += ["--constraint", str(CONSTRAINTS)]
-    for attempt in (torch, pinned):
-        if subprocess.run(attempt, cwd=ROOT, check=False).returncode:
+    for packages in (["torch"], ["--editable", target]):
+        if subprocess.run([*pinned, *packages], cwd=ROOT, check=False).returncode:
             print(
                 "the versions in scripts/constraints.txt can't be installed here (see above); "
                 "installing what pip finds instead",
                 flush=True,
             )
-            run(*command)
+            run(*pip, "--editable", target)
             return

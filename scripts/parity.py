@@ -14,6 +14,7 @@ golden values in tests/data instead, for the default model.
 import argparse
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ import torch  # noqa: E402
 import minilm  # noqa: E402
 from minilm import SentenceEncoder, hub  # noqa: E402
 from minilm.checkpoint import published_name  # noqa: E402
+from minilm.cli import read_lines  # noqa: E402
 from minilm.errors import InputError, MinilmError  # noqa: E402
 from minilm.inputs import as_dtype  # noqa: E402
 from minilm.parity import (  # noqa: E402
@@ -158,7 +160,7 @@ def invariance(encoder: SentenceEncoder, texts: list[str]) -> list[Row]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", minilm.TruncationWarning)
         rows = compare_invariance(encoder, texts[::step])
-    return [Row(r.stage, r.measures, r.bars, worst_text=(r.worst_text or 0) * step) for r in rows]
+    return [replace(row, worst_text=(row.worst_text or 0) * step) for row in rows]
 
 
 def gradients(
@@ -181,15 +183,18 @@ def gradients(
 
 def read_texts(path: Path) -> list[str]:
     """One text a line, or the field `text` of every object of a .jsonl file."""
+    lines = list(read_lines(str(path)))
+    if not lines:
+        raise InputError(f"{path}: is empty; give one text a line", "--texts")
+    if path.suffix != ".jsonl":
+        return lines
     texts = []
-    is_jsonl = path.suffix == ".jsonl"
-    for number, line in enumerate(path.read_bytes().removesuffix(b"\n").split(b"\n"), 1):
+    for number, line in enumerate(lines, 1):
         try:
-            text = line.decode("utf-8").removesuffix("\r")
-            texts.append(str(json.loads(text)["text"]) if is_jsonl else text)
+            texts.append(str(json.loads(line)["text"]))
         except (ValueError, KeyError, TypeError) as error:
-            what = "a JSON object with a field text" if is_jsonl else "UTF-8"
-            raise InputError(f"{path}: line {number} is not {what}", "--texts") from error
+            message = f"{path}: line {number} is not a JSON object with a field text"
+            raise InputError(message, "--texts") from error
     return texts
 
 

@@ -3,7 +3,6 @@
 Only the scripts and the tests import this; `minilm/` never does.
 """
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,6 @@ import torch
 from torch import Tensor
 
 __all__ = ["Reference", "is_installed", "load_reference"]
-
-# The model's folder is complete: nothing is to be looked up anywhere.
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 _LAST_STAGES = ("pooled", "sentence_embedding")
 
@@ -91,6 +87,6 @@ def load_reference(folder: Path, dtype: torch.dtype) -> Reference:
     # "eager" is the reference's plain softmax: the only path that shows its probabilities.
     options = {"attn_implementation": "eager", "dtype": dtype}
     model = sentence_transformers.SentenceTransformer(
-        str(folder), device="cpu", model_kwargs=options
+        str(folder), device="cpu", model_kwargs=options, local_files_only=True
     )
     return Reference(model.eval())

@@ -183,17 +183,11 @@ def encoder64(published: Path) -> SentenceEncoder:
     return SentenceEncoder.from_pretrained(published, device="cpu", dtype="float64")
 
 
-def _load_reference(folder: Path, dtype: torch.dtype) -> Any:
-    sentence_transformers = pytest.importorskip(
-        "sentence_transformers", reason="needs the reference: pip install 'minilm[reference]'"
-    )
-    # "eager" is the reference's plain softmax: the only path that shows its probabilities.
-    return sentence_transformers.SentenceTransformer(
-        str(folder), device="cpu", model_kwargs={"attn_implementation": "eager", "dtype": dtype}
-    )
-
-
 @pytest.fixture(scope="session")
 def reference(published: Path) -> Any:
-    """The reference library's model in float32."""
-    return _load_reference(published, torch.float32)
+    """The reference library's model in float32, a `SentenceTransformer`."""
+    from reference import is_installed, load_reference  # scripts/reference.py
+
+    if not is_installed():
+        pytest.skip("needs the reference: pip install 'minilm[reference]'")
+    return load_reference(published, torch.float32).model

@@ -151,3 +151,19 @@ importlib.util.find_spec = lambda name: None if "transformers" in name else find
     assert done.returncode == 0, done.stdout + done.stderr
     assert "not installed: compared with its golden values" in done.stdout
     assert "PASS: 4 of 4 rows within their bars" in done.stdout
+
+
+def test_script_leaves_the_hub_reachable() -> None:
+    """A model that is named must still be fetchable, whatever is imported first."""
+    code = f"""
+import sys
+sys.path[:0] = [{str(ROOT / "scripts")!r}, {str(ROOT)!r}]
+import reference, parity
+from huggingface_hub import constants
+print(constants.HF_HUB_OFFLINE)
+"""
+    environment = {k: v for k, v in os.environ.items() if k != "HF_HUB_OFFLINE"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout.strip() == "False"
