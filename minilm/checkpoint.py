@@ -13,7 +13,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minilm.bert import BertModel
@@ -63,7 +63,8 @@ def read_checkpoint(
     Args:
         data: The contents of a safetensors file.
         config: The sizes that the tensors must have.
-        dtype: What to convert them to.
+        dtype: What to convert them to; bfloat16 is for the linear layers, with float32 for the
+            embeddings and norms.
         path: What to call the file in an error.
 
     Returns:
@@ -74,7 +75,15 @@ def read_checkpoint(
         WeightsError: The file is broken, or tensors are missing, unexpected, of the wrong shape,
             not floating-point or not finite (also after conversion); all are listed.
     """
-    expected = {name: tensor.shape for name, tensor in _without_memory(config).state_dict().items()}
+    skeleton = _without_memory(config)
+    expected = {name: tensor.shape for name, tensor in skeleton.state_dict().items()}
+    products = [name for name, part in skeleton.named_modules() if isinstance(part, nn.Linear)]
+    kinds = dict.fromkeys(expected, dtype)
+    if dtype == torch.bfloat16:  # what is added up between the products stays float32
+        kinds = {
+            name: dtype if name.rpartition(".")[0] in products else torch.float32
+            for name in expected
+        }
     with torch.inference_mode(False):  # parameters must be ordinary tensors wherever this is called
         try:
             contents = safetensors.torch.load(data)
@@ -90,11 +99,11 @@ def read_checkpoint(
         for name, shape in expected.items():
             published = published_name(name)
             tensor = found.pop(published, None)
-            problem = _problem(tensor, shape, dtype)
+            problem = _problem(tensor, shape, kinds[name])
             if problem:
                 problems.append(f"{published} {problem}")
             elif tensor is not None:
-                state[name] = tensor.to(dtype, copy=True)  # out of the buffer of the file
+                state[name] = tensor.to(kinds[name], copy=True)  # out of the buffer of the file
     problems += [f"{name} is unexpected" for name in sorted(found) if name not in UNUSED]
     if problems:
         raise WeightsError(path, problems)

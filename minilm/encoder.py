@@ -5,26 +5,24 @@ mean over real tokens -> length 1 (`pooling.py`). `forward` is that pipeline; `e
 caller expects around it: any iterable of texts, batches, order, NumPy.
 """
 
-import logging
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Literal, overload
+from operator import call
+from typing import Any, Literal, Unpack, overload
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minilm import folder, hub
-from minilm.bert import BertModel
-from minilm.errors import InputError, InputTypeError
+from minilm import folder, hub, inputs
+from minilm.errors import InputError
 from minilm.eval_mode import eval_mode
-from minilm.inputs import as_device, as_dtype, as_texts, check_choice, check_positive_int
+from minilm.kernels import accelerate, check_copies
+from minilm.packed import batch_limits, keeps_bits, make_features, plan_batches
 from minilm.similarity import SIMILARITY_FUNCTIONS, Embeddings
 from minilm.tokenizer import WordPieceTokenizer
 
 __all__ = ["SentenceEncoder"]
-
-logger = logging.getLogger(__name__)
 
 
 class SentenceEncoder(nn.Module):
@@ -39,21 +37,27 @@ class SentenceEncoder(nn.Module):
         source: Where the files came from, with their SHA-256; None for a model made of `modules`.
     """
 
-    def forward(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
         """Token ids -> sentence vectors.
 
         Args:
             features: `input_ids` and `attention_mask`, int64 `[batch, tokens]`, as `tokenize`
-                gives them; `token_type_ids` likewise, all 0 by default.
+                gives them; `token_type_ids` likewise, all 0 by default. Or a batch without
+                padding, `[total_tokens]`: see `PackedBatch.features`.
 
         Returns:
             The features, and with them `token_embeddings` `[batch, tokens, 384]` and
             `sentence_embedding` `[batch, 384]`.
         """
         token_embeddings = self.bert(  # [batch, tokens] -> [batch, tokens, 384]
-            features["input_ids"], features["attention_mask"], features.get("token_type_ids")
+            features["input_ids"],
+            features["attention_mask"],
+            features.get("token_type_ids"),
+            features.get("position_ids"),
+            features.get("attend"),
         )
-        pooled = self.pooling(token_embeddings, features["attention_mask"])  # [batch, 384]
+        per_sentence = features.get("per_sentence", call)  # call(f, x, y) is f(x, y)
+        pooled = per_sentence(self.pooling, token_embeddings, features["attention_mask"])
         sentence_embedding = self.normalize(pooled)  # [batch, 384], each row of length 1
         return features | {
             "token_embeddings": token_embeddings,
@@ -97,8 +101,8 @@ class SentenceEncoder(nn.Module):
         if tokenizer and modules is None:
             raise InputError("tokenizer goes with modules; a named model has its own", "tokenizer")
         # Checked before 90 MB are fetched for nothing. Modules stay where and what they are.
-        target = None if modules and device is None else as_device(device)
-        kind = None if modules and dtype is None else as_dtype(dtype)
+        kind = None if modules and dtype is None else inputs.as_dtype(dtype)
+        target = None if modules and device is None else inputs.as_device(device, kind)
         self.source: hub.ModelFiles | None = None
         if model_name_or_path is not None:
             self.source = hub.locate(
@@ -108,12 +112,12 @@ class SentenceEncoder(nn.Module):
                 token=token,
                 local_files_only=local_files_only,
             )
-            parts = folder.read_model(self.source, as_dtype(dtype))
+            parts = folder.read_model(self.source, inputs.as_dtype(dtype))
             modules, tokenizer = parts.build(), parts.tokenizer
             max_seq_length = parts.max_seq_length if max_seq_length is None else max_seq_length
             similarity_fn_name = similarity_fn_name or parts.similarity_fn_name
-        self.bert, self.pooling, self.normalize = _stages(modules or [])
-        self.similarity_fn_name = check_choice(
+        self.bert, self.pooling, self.normalize = folder.as_stages(modules or [])
+        self.similarity_fn_name = inputs.check_choice(
             similarity_fn_name or "cosine", SIMILARITY_FUNCTIONS, "similarity_fn_name"
         )
         config = self.bert.config
@@ -124,7 +128,9 @@ class SentenceEncoder(nn.Module):
         longest = config.max_position_embeddings
         self.max_seq_length = longest if max_seq_length is None else max_seq_length
         self.training = self.bert.training
-        self.to(target, kind)
+        mixed = kind == torch.bfloat16  # for the products only; sums and norms stay float32
+        accelerate(self.bert, kind if mixed else None)
+        self.to(target, None if mixed else kind)
 
     @classmethod
     def from_pretrained(
@@ -147,7 +153,8 @@ class SentenceEncoder(nn.Module):
                 published model, whose files are verified by SHA-256, and "main" for others.
             device: By default cuda, else mps, else cpu.
             dtype: What to compute in: float64, float32 (default), float16 or bfloat16, as a
-                torch.dtype or its name.
+                torch.dtype or its name. With bfloat16 the matrix products are, which take nearly
+                all of the time; what is added up between them stays float32.
             cache_dir: The Hub cache, by default huggingface_hub's.
             token: An access token for the Hub, or True for the stored one.
             local_files_only: Never use the network.
@@ -173,68 +180,42 @@ class SentenceEncoder(nn.Module):
     def encode(
         self,
         sentences: str | Iterable[str],
-        batch_size: int | None = ...,
-        show_progress_bar: bool | None = ...,
+        *,
         convert_to_numpy: Literal[True] = ...,
         convert_to_tensor: Literal[False] = ...,
-        device: str | torch.device | None = ...,
+        **options: Unpack[inputs.EncodeOptions],
     ) -> np.ndarray[Any, Any]: ...
 
     @overload
     def encode(
         self,
         sentences: str | Iterable[str],
-        batch_size: int | None = ...,
-        show_progress_bar: bool | None = ...,
+        *,
         convert_to_numpy: bool = ...,
-        *,
         convert_to_tensor: Literal[True],
-        device: str | torch.device | None = ...,
+        **options: Unpack[inputs.EncodeOptions],
     ) -> Tensor: ...
-
-    @overload
-    def encode(  # type: ignore[overload-overlap]  # a str is an iterable of str too
-        self,
-        sentences: str,
-        batch_size: int | None = ...,
-        show_progress_bar: bool | None = ...,
-        *,
-        convert_to_numpy: Literal[False],
-        convert_to_tensor: bool = ...,
-        device: str | torch.device | None = ...,
-    ) -> Tensor: ...
-
-    @overload
-    def encode(
-        self,
-        sentences: Iterable[str],
-        batch_size: int | None = ...,
-        show_progress_bar: bool | None = ...,
-        *,
-        convert_to_numpy: Literal[False],
-        convert_to_tensor: Literal[False] = ...,
-        device: str | torch.device | None = ...,
-    ) -> list[Tensor]: ...
 
     @overload
     def encode(
         self,
         sentences: str | Iterable[str],
-        batch_size: int | None = ...,
-        show_progress_bar: bool | None = ...,
+        *,
         convert_to_numpy: bool = ...,
         convert_to_tensor: bool = ...,
-        device: str | torch.device | None = ...,
+        **options: Unpack[inputs.EncodeOptions],
     ) -> np.ndarray[Any, Any] | Tensor | list[Tensor]: ...
 
     def encode(
         self,
         sentences: str | Iterable[str],
+        *,
         batch_size: int | None = None,
         show_progress_bar: bool | None = None,
         convert_to_numpy: bool = True,
         convert_to_tensor: bool = False,
         device: str | torch.device | None = None,
+        token_budget: int | None = None,
     ) -> np.ndarray[Any, Any] | Tensor | list[Tensor]:
         """Embed texts.
 
@@ -242,53 +223,84 @@ class SentenceEncoder(nn.Module):
             sentences: A str, or any iterable of str: list, generator, NumPy array, pandas or
                 polars Series, Arrow array. Text beyond `max_seq_length` tokens is not read, and a
                 `TruncationWarning` says how much that was.
-            batch_size: Sentences computed at a time; None leaves it to the library (now 32).
+            batch_size: Sentences computed at a time, at most; None sets no limit.
             show_progress_bar: By default only if this package's logger is at INFO or below.
             convert_to_numpy: Give NumPy arrays, else tensors on the model's device.
             convert_to_tensor: Give one tensor, whatever `convert_to_numpy` says.
             device: Move the model there first, and leave it there.
+            token_budget: Tokens computed at a time, at most, if no sentence is longer; by default
+                as many as were fastest for this dtype. Neither limit changes a vector.
 
         Returns:
             One vector `[384]` for a str, else `[n, 384]` in the order given, with n = 0 too. Its
-            dtype is the model's; NumPy has no bfloat16 and gets float32. With `convert_to_numpy`
-            and `convert_to_tensor` both false, a list of n tensors `[384]`.
+            dtype is float32, or that which the whole model was converted to; NumPy has no
+            bfloat16 and gets float32. With `convert_to_numpy` and `convert_to_tensor` both false,
+            a list of n tensors `[384]`.
 
         Raises:
             InputTypeError: Something is no text; the message names the row.
             InputError: A text has a lone surrogate, or an argument's value can't be used.
         """
-        texts, is_single = as_texts(sentences)
-        batch_size = 32 if batch_size is None else check_positive_int(batch_size, "batch_size")
+        texts, is_single = inputs.as_texts(sentences)
+        limits = batch_limits(self.dtype, batch_size, token_budget)
         if device is not None:
-            self.to(as_device(device))
-        if show_progress_bar is None:
-            show_progress_bar = logger.isEnabledFor(logging.INFO)
+            self.to(inputs.as_device(device))
         to_numpy = convert_to_numpy and not convert_to_tensor
-        output_device = "cpu" if to_numpy else self.device
 
         tokens = self._tokenizer(texts, self.max_seq_length)
         tokens.warn_if_cut(stacklevel=2)
-        # Like lengths together: little padding. The longest first: memory runs out now or never.
-        order = sorted(range(len(tokens)), key=lambda row: -len(tokens.input_ids[row]))
-        batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-        if show_progress_bar:
-            from tqdm.auto import tqdm  # comes with huggingface_hub
-
-            batches = tqdm(batches, desc="Batches")
-        size = (len(tokens), self.get_sentence_embedding_dimension())
-        # Ordinary tensors, usable in training, but without a gradient of their own.
-        with torch.inference_mode(False), torch.no_grad(), eval_mode(self):
-            embeddings = torch.empty(size, dtype=self.dtype, device=output_device)
-            for rows in batches:
-                features = self._tokenizer.pad([tokens.input_ids[row] for row in rows], self.device)
-                embeddings[rows] = self(features)["sentence_embedding"].to(embeddings)
+        batches = plan_batches(list(map(len, tokens.input_ids)), *limits)
+        with torch.inference_mode(False), torch.no_grad():  # ordinary, usable in training
+            size = (len(tokens), self.get_sentence_embedding_dimension())
+            dtype = self.bert.embeddings.word_embeddings.weight.dtype
+            embeddings = torch.empty(size, dtype=dtype, device="cpu" if to_numpy else self.device)
+        with torch.inference_mode(), eval_mode(self):
+            check_copies(self.bert, sum(map(len, tokens.input_ids)))
+            for rows in inputs.with_progress(batches, show_progress_bar):
+                embeddings[rows] = self._embed([tokens.input_ids[i] for i in rows]).to(embeddings)
 
         if to_numpy:
-            array = (embeddings.float() if self.dtype == torch.bfloat16 else embeddings).numpy()
+            array = (embeddings.float() if dtype == torch.bfloat16 else embeddings).numpy()
             return array[0] if is_single else array
         if is_single:
             return embeddings[0]
         return embeddings if convert_to_tensor else list(embeddings)
+
+    def encode_stream(
+        self,
+        sentences: Iterable[str],
+        *,
+        window: int = 4096,
+        **options: Unpack[inputs.EncodeOptions],
+    ) -> Iterator[np.ndarray[Any, Any]]:
+        """Embed texts one after the other, however many come: `encode` in bounded memory.
+
+        An error comes when its text's turn does.
+
+        Args:
+            sentences: An iterable of str.
+            window: Texts read and held at a time.
+            options: As in `encode`.
+
+        Yields:
+            One vector `[384]` for each text, in order.
+        """
+        for texts in inputs.windows(sentences, inputs.check_positive_int(window, "window")):
+            yield from self.encode(texts, **options)
+
+    def _embed(self, input_ids: list[list[int]]) -> Tensor:
+        """One pass: rows of ids -> `[n, 384]`."""
+        features = make_features(input_ids, self._tokenizer, self.device)
+        sentence_embedding: Tensor = self(features)["sentence_embedding"]
+        return sentence_embedding
+
+    @property
+    def deterministic(self) -> bool:
+        """Whether a text gets the same bits alone, in any batch and in any order: tried now, with
+        this processor, number of threads and dtype.
+        """
+        with torch.inference_mode(), eval_mode(self):
+            return keeps_bits(self._embed, self.bert.config.vocab_size, self.max_seq_length)
 
     def tokenize(self, sentences: str | Iterable[str]) -> dict[str, Tensor]:
         """Texts -> the features that `forward` takes, as one padded batch on the model's device.
@@ -300,7 +312,7 @@ class SentenceEncoder(nn.Module):
         Raises:
             InputTypeError, InputError: As in `encode`; also for no text at all.
         """
-        texts, _ = as_texts(sentences)
+        texts, _ = inputs.as_texts(sentences)
         if not texts:
             raise InputError("sentences is empty; pass at least one", "sentences")
         tokens = self._tokenizer(texts, self.max_seq_length)
@@ -329,11 +341,7 @@ class SentenceEncoder(nn.Module):
     @max_seq_length.setter
     def max_seq_length(self, value: int) -> None:
         longest = self.bert.config.max_position_embeddings
-        if not 3 <= check_positive_int(value, "max_seq_length") <= longest:
-            raise InputError(
-                f"max_seq_length is {value}; pass an integer from 3 to {longest}", "max_seq_length"
-            )
-        self._max_seq_length = int(value)
+        self._max_seq_length = inputs.check_in_range(value, 3, longest, "max_seq_length")
 
     @property
     def device(self) -> torch.device:
@@ -342,8 +350,10 @@ class SentenceEncoder(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weights, and of the embeddings."""
-        return self.bert.embeddings.word_embeddings.weight.dtype
+        """The dtype of the weight matrices: what the products are computed in."""
+        return next(
+            part.weight.dtype for part in self.bert.modules() if isinstance(part, nn.Linear)
+        )
 
     def get_sentence_embedding_dimension(self) -> int:
         """The width of an embedding: 384."""
@@ -351,9 +361,11 @@ class SentenceEncoder(nn.Module):
 
     def to(self, *args: Any, **kwargs: Any) -> "SentenceEncoder":
         """Move or convert the model, as `nn.Module.to`; a device that can't be used is named."""
-        for device in (*args[:1], kwargs.get("device")):
+        given = (*args, *kwargs.values())
+        dtype = next((kind for kind in given if isinstance(kind, torch.dtype)), self.dtype)
+        for device in given:
             if isinstance(device, str | torch.device):
-                as_device(device)
+                inputs.as_device(device, dtype)
         with torch.inference_mode(False):  # parameters stay ordinary tensors wherever we are
             return super().to(*args, **kwargs)
 
@@ -385,15 +397,3 @@ class SentenceEncoder(nn.Module):
         if self.tokenizer is None:
             raise InputError("tokenizer is None; pass tokenizer= with modules=", "tokenizer")
         return self.tokenizer
-
-
-def _stages(modules: Sequence[nn.Module]) -> tuple[BertModel, nn.Module, nn.Module]:
-    kinds = (BertModel, nn.Module, nn.Module)
-    stages = [*modules, nn.Identity().eval()] if len(modules) == 2 else list(modules)
-    if len(stages) != 3 or not all(map(isinstance, stages, kinds)):
-        given = ", ".join(type(module).__name__ for module in modules)
-        raise InputTypeError(
-            f"modules is [{given}]; pass [BertModel, pooling] or [BertModel, pooling, Normalize]",
-            "modules",
-        )
-    return tuple(stages)  # type: ignore[return-value]  # checked just above

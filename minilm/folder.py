@@ -11,7 +11,7 @@ them is reported in one error.
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, Literal, TypeVar
@@ -19,10 +19,12 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
+from minilm.bert import BertModel
 from minilm.checkpoint import build_bert, read_checkpoint
 from minilm.config import BertConfig, unsupported
 from minilm.errors import (
     ConfigError,
+    InputTypeError,
     MinilmError,
     ModelFolderError,
     TokenizerError,
@@ -33,7 +35,7 @@ from minilm.pooling import ClsPooling, MeanPooling, Normalize
 from minilm.similarity import SIMILARITY_FUNCTIONS
 from minilm.tokenizer import WordPieceTokenizer
 
-__all__ = ["ModelParts", "read_model"]
+__all__ = ["ModelParts", "as_stages", "read_model"]
 
 _Part = TypeVar("_Part")
 
@@ -92,6 +94,23 @@ class ModelParts:
         if self.normalize:
             stages.append(Normalize())
         return [stage.eval() for stage in stages]
+
+
+def as_stages(modules: Sequence[nn.Module]) -> tuple[BertModel, nn.Module, nn.Module]:
+    """The three stages of an encoder; a missing Normalize becomes one that does nothing.
+
+    Raises:
+        InputTypeError: These are not such modules.
+    """
+    kinds = (BertModel, nn.Module, nn.Module)
+    stages = [*modules, nn.Identity().eval()] if len(modules) == 2 else list(modules)
+    if len(stages) != 3 or not all(map(isinstance, stages, kinds)):
+        given = ", ".join(type(module).__name__ for module in modules)
+        raise InputTypeError(
+            f"modules is [{given}]; pass [BertModel, pooling] or [BertModel, pooling, Normalize]",
+            "modules",
+        )
+    return tuple(stages)  # type: ignore[return-value]  # checked just above
 
 
 def read_model(files: ModelFiles, dtype: torch.dtype) -> ModelParts:

@@ -6,18 +6,71 @@ Out: `list[str]` in positional order. Next: `tokenizer.py`.
 No framework is imported here: columns are told apart by what they can do.
 """
 
-from collections.abc import Collection, Iterable, KeysView, Mapping, Set
+import logging
+from collections.abc import Collection, Iterable, Iterator, KeysView, Mapping, Sequence, Set
+from itertools import islice
 from pathlib import PurePath
-from typing import Any
+from typing import Any, TypedDict, TypeVar
 
 import numpy as np
 import torch
 
 from minilm.errors import InputError, InputTypeError
 
-__all__ = ["as_device", "as_dtype", "as_texts", "check_choice", "check_positive_int"]
+__all__ = [
+    "EncodeOptions",
+    "as_device",
+    "as_dtype",
+    "as_texts",
+    "check_choice",
+    "check_in_range",
+    "check_positive_int",
+    "check_unicode",
+    "windows",
+    "with_progress",
+]
+
+_Batch = TypeVar("_Batch")
 
 _HINT = "pass a string or an iterable of strings"
+
+
+def with_progress(batches: Sequence[_Batch], show: bool | None) -> Iterable[_Batch]:
+    """The batches, with a progress bar if `show`; by default if the package's logger is at INFO."""
+    if show if show is not None else logging.getLogger("minilm").isEnabledFor(logging.INFO):
+        from tqdm.auto import tqdm  # comes with huggingface_hub
+
+        bar: Iterable[_Batch] = tqdm(batches, desc="Batches")
+        return bar
+    return batches
+
+
+def windows(sentences: Any, size: int, argument: str = "sentences") -> Iterator[list[str]]:
+    """Read texts from an iterable, at most `size` at a time.
+
+    Raises:
+        InputTypeError: As in `as_texts`, and for a single str. Rows are counted from the start.
+        InputError: As in `check_unicode`.
+    """
+    if isinstance(sentences, str):
+        raise InputTypeError(f"{argument} is a single text; pass an iterable of texts", argument)
+    _check_column(sentences, argument)
+    rows = iter(sentences)
+    start = 0
+    while texts := list(islice(rows, size)):
+        _check_rows(texts, argument, start)
+        check_unicode(texts, argument, start)
+        yield texts
+        start += len(texts)
+
+
+class EncodeOptions(TypedDict, total=False):
+    """The arguments of `SentenceEncoder.encode` that don't change the type of its result."""
+
+    batch_size: int | None
+    show_progress_bar: bool | None
+    device: str | torch.device | None
+    token_budget: int | None
 
 
 def as_texts(sentences: Any, argument: str = "sentences") -> tuple[list[str], bool]:
@@ -56,7 +109,27 @@ def check_positive_int(value: Any, argument: str) -> int:
     return int(value)
 
 
+def check_in_range(value: Any, smallest: int, largest: int, argument: str) -> int:
+    """Return `value` if it is a whole number from `smallest` to `largest`.
+
+    Raises:
+        InputTypeError, InputError: As in `check_positive_int`, or it is outside.
+    """
+    if not smallest <= check_positive_int(value, argument) <= largest:
+        raise InputError(
+            f"{argument} is {value}; pass an integer from {smallest} to {largest}", argument
+        )
+    return int(value)
+
+
 def _column(sentences: Any, argument: str) -> list[str]:
+    _check_column(sentences, argument)
+    # Arrow iterates over its own scalars; everything else gives str, in positional order.
+    to_pylist = getattr(type(sentences), "to_pylist", None)
+    return _check_rows(list(sentences if to_pylist is None else to_pylist(sentences)), argument)
+
+
+def _check_column(sentences: Any, argument: str) -> None:
     kind = type(sentences).__name__
     if isinstance(sentences, Set) and not isinstance(sentences, KeysView):
         raise InputTypeError(f"{argument} is a {kind}, which has no order; pass a list", argument)
@@ -73,15 +146,33 @@ def _column(sentences: Any, argument: str) -> list[str]:
     shape = getattr(sentences, "shape", None)
     if isinstance(shape, tuple) and len(shape) != 1:  # NumPy and tensors alike
         raise InputError(f"{argument} has shape {list(shape)}; {_HINT}", argument)
-    # Arrow iterates over its own scalars; everything else gives str, in positional order.
-    to_pylist = getattr(type(sentences), "to_pylist", None)
-    texts = list(sentences if to_pylist is None else to_pylist(sentences))
-    for row, text in enumerate(texts):
+
+
+def _check_rows(texts: list[Any], argument: str, start: int = 0) -> list[str]:
+    for row, text in enumerate(texts, start):
         if not isinstance(text, str):
             place = f"{argument}[{row}]"
             seen = "None" if text is None else f"{_short(text)}, of type {type(text).__name__}"
             raise InputTypeError(f"{place} is {seen}; pass a string", place)
     return texts
+
+
+def check_unicode(texts: Sequence[str], argument: str = "sentences", start: int = 0) -> None:
+    """Refuse half characters, which a str can hold and UTF-8 can't.
+
+    Raises:
+        InputError: A text has a lone surrogate; the message names the row, counted from `start`.
+    """
+    for row, text in enumerate(texts, start):
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            place = f"{argument}[{row}]"
+            raise InputError(
+                f"{place} has a lone surrogate, {text[error.start]!r}, at character {error.start}: "
+                "it is not Unicode text; decode its source with errors='replace'",
+                place,
+            ) from error
 
 
 def _short(value: Any) -> str:
@@ -100,17 +191,22 @@ def check_choice(value: str, choices: Collection[str], argument: str) -> str:
     return value
 
 
-def as_device(device: str | torch.device | None) -> torch.device:
+def as_device(device: str | torch.device | None, dtype: torch.dtype | None = None) -> torch.device:
     """A device that can be used here: `device`, or by default cuda, else mps, else cpu.
+
+    Args:
+        device: The device or its name.
+        dtype: What it shall compute in. Not every device has every one: mps has no float64.
 
     Raises:
         InputError: The name is unknown, or this build of torch or this machine lacks the device.
         InputTypeError: It is no name.
     """
     if device is None:
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if device == "cpu" and torch.backends.mps.is_available() and dtype != torch.float64:
+            device = "mps"
+        return torch.device(device)
     if not isinstance(device, str | torch.device):
         raise InputTypeError(
             f"device is {_short(device)}, of type {type(device).__name__}; "
@@ -119,12 +215,14 @@ def as_device(device: str | torch.device | None) -> torch.device:
         )
     try:
         found = torch.device(device)
-        torch.empty(1, device=found).fill_(0)  # a name may be known and the device absent
+        # A name may be known and the device absent.
+        torch.empty(1, device=found, dtype=dtype).fill_(0)
     except Exception as error:  # torch raises AssertionError, RuntimeError and others here
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"device is {str(device)!r}, which torch {torch.__version__} can't use here: "
-            f"{reason}; pass 'cpu', or None for the best one there is",
+            f"device is {str(device)!r}, which torch {torch.__version__} can't use here"
+            f"{f' with {dtype}' if dtype else ''}: {reason}; "
+            "pass 'cpu', or None for the best one there is",
             "device",
         ) from error
     if found.type == "meta":

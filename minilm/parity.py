@@ -81,9 +81,11 @@ _ZERO_GRADIENT = 1e-8
 
 # Long texts of many unknown words have attention scores of up to 94, where float32 numbers are
 # 8e-6 apart. Rounding exact queries and keys to float32 alone then moves a probability by 3.1e-6,
-# so that no float32 computation stays below 3e-6 on all texts: neither does the reference. Where
-# its own error on the same texts is larger than the bar, ours may be as large, within this factor,
-# but never more than four times the bar. The report shows both numbers: stated > relaxed.
+# so that no float32 computation stays below 3e-6 on all texts: neither does the reference. And the
+# largest of 268,000 rounding errors of the embeddings depends on the processor: the reference's is
+# 2.0e-7 on one with AVX-512, 3.0e-7 on another. Where its own error on the same texts comes near
+# the bar, ours may be as large, within this factor, but never more than four times the bar. The
+# report shows both numbers: stated > relaxed.
 _OWN_ERROR = 1.5
 _MOST_RELAXED = 4.0
 
@@ -389,7 +391,7 @@ def compare_stages(
     for name, (our_error, its_error) in errors.items():
         own = {} if truth is None else its_error.measures()
         stated = allowed = _stage_bars(limits, name)
-        if name.startswith("attention"):
+        if name.startswith("attention") or name == "sentence_embedding":
             allowed = within_own_error(allowed, own)
         worst = our_error.worst_text
         report_rows.append(Row(name, our_error.measures(), allowed, own, worst, stated))
@@ -445,16 +447,19 @@ def within_own_error(allowed: dict[str, float], own: dict[str, float]) -> dict[s
 
 
 def compare_invariance(encoder: SentenceEncoder, texts: Sequence[str]) -> list[Row]:
-    """The same text alone, in batches, in another order, beside a neighbour of full length."""
+    """The same text alone, in batches, in another order, beside a neighbour of full length.
+
+    Not one bit may differ where `encoder.deterministic` says so.
+    """
     alone = torch.stack([encoder.encode(text, convert_to_tensor=True) for text in texts])
-    backwards = encoder.encode(list(reversed(texts)), 7, convert_to_tensor=True).flip(0)
+    backwards = encoder.encode(list(reversed(texts)), batch_size=7, convert_to_tensor=True).flip(0)
     neighbour = " ".join(["word"] * (encoder.max_seq_length - 2))
     beside = torch.stack(
         [encoder.encode([text, neighbour], convert_to_tensor=True)[0] for text in texts]
     )
     together = encoder.encode(texts, convert_to_tensor=True)
     limit = bars(encoder.dtype).invariance
-    allowed = {} if limit is None else {"max abs": limit}
+    allowed = {} if limit is None else {"max abs": 0.0 if encoder.deterministic else limit}
     rows = []
     for name, other in (
         ("in a batch", together),

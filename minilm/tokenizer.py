@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from minilm.errors import InputError, TokenizerError, TruncationWarning
-from minilm.inputs import as_texts, check_positive_int
+from minilm.inputs import as_texts, check_positive_int, check_unicode
 
 __all__ = ["Tokens", "WordPieceTokenizer"]
 
@@ -149,7 +149,7 @@ class WordPieceTokenizer:
         try:
             encodings = encode_batch(texts)
         except (TypeError, UnicodeEncodeError):
-            _find_lone_surrogate(texts, argument)
+            check_unicode(texts, argument)
             raise
         input_ids = [_cut(encoding.ids, max_length) for encoding in encodings]
         offsets = None
@@ -205,19 +205,6 @@ def _cut(row: list[_Entry], max_length: int | None) -> list[_Entry]:
     if max_length is None or len(row) <= max_length:
         return row
     return row[: max_length - 1] + row[-1:]
-
-
-def _find_lone_surrogate(texts: Sequence[str], argument: str) -> None:
-    for row, text in enumerate(texts):
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            place = f"{argument}[{row}]"
-            raise InputError(
-                f"{place} has a lone surrogate, {text[error.start]!r}, at character {error.start}: "
-                "it is not Unicode text; decode its source with errors='replace'",
-                place,
-            ) from error
 
 
 def _load(

@@ -12,7 +12,7 @@ import pytest
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from conftest import TINY, seeded_bert, write_model_folder
 from minilm import BertConfig, BertModel, SentenceEncoder
@@ -192,10 +192,15 @@ def test_every_floating_dtype_loads_in_the_dtype_asked_for(
     encoder = SentenceEncoder.from_pretrained(tiny_folder, device="cpu", dtype=asked)
     wanted = asked or torch.float32
     assert encoder.dtype == wanted
+    linear = [name for name, part in encoder.bert.named_modules() if isinstance(part, nn.Linear)]
     for name, tensor in encoder.bert.state_dict().items():
+        # bfloat16 is for the products: embeddings and norms are float32.
+        is_float32 = wanted == torch.bfloat16 and name.rpartition(".")[0] not in linear
+        expected = torch.float32 if is_float32 else wanted
         # One rounding from the stored number, not two.
-        assert torch.equal(tensor, tensors[published_name(name)].to(wanted)), name
-    assert encoder.encode("the dog", convert_to_tensor=True).dtype == wanted
+        assert torch.equal(tensor, tensors[published_name(name)].to(expected)), name
+    result = torch.float32 if wanted == torch.bfloat16 else wanted
+    assert encoder.encode("the dog", convert_to_tensor=True).dtype == result
 
 
 def test_loading_inside_inference_mode_gives_parameters_that_can_be_trained(

@@ -2,10 +2,14 @@
 
 import copy
 import dataclasses
+import itertools
+import json
 import logging
 import pickle
+import re
 import threading
 import warnings
+import weakref
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 import minilm
-from conftest import TINY, seeded_bert
+from conftest import DATA, SHARED, TINY, seeded_bert
 from minilm import (
     BertModel,
     ClsPooling,
@@ -27,6 +31,7 @@ from minilm import (
     TruncationWarning,
 )
 from minilm.errors import InputError, InputTypeError
+from minilm.parity import bars
 
 TEXTS = ["the dog bites the man", "", "a cat", "the sun is out .", "man sees dog", "a"]
 
@@ -285,7 +290,9 @@ def test_one_text_gives_one_vector(tiny_encoder: SentenceEncoder) -> None:
         array = tiny_encoder.encode(text)
         assert array.shape == (32,)
     assert tiny_encoder.encode("a cat", convert_to_tensor=True).shape == (32,)
-    assert tiny_encoder.encode("a cat", convert_to_numpy=False).shape == (32,)
+    vector = tiny_encoder.encode("a cat", convert_to_numpy=False)
+    assert isinstance(vector, torch.Tensor)
+    assert vector.shape == (32,)
 
 
 def test_kinds_of_result(tiny_encoder: SentenceEncoder) -> None:
@@ -363,7 +370,7 @@ def test_batches_are_formed_by_length(tiny_encoder: SentenceEncoder) -> None:
     shapes = []
     tiny_encoder.bert.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
     tiny_encoder.encode(["a", "the dog sees the man", "sun", "a cat sees the dog"], batch_size=2)
-    assert shapes == [(2, 7), (2, 3)]  # the longest first; no padding at all
+    assert shapes == [(14,), (6,)]  # the longest first; laid end to end, no padding at all
 
 
 def test_tensors_are_usable_in_training(tiny_encoder: SentenceEncoder) -> None:
@@ -560,3 +567,349 @@ def test_device_and_dtype(tiny_encoder: SentenceEncoder) -> None:
     assert tiny_encoder.dtype == torch.float32
     assert isinstance(tiny_encoder, minilm.SentenceEncoder)
     assert tiny_encoder.to("cpu") is tiny_encoder
+
+
+# encode_stream
+
+
+class Source:
+    """Texts that come one by one; says how many were taken."""
+
+    def __init__(self, texts: Any) -> None:
+        self.texts, self.taken = iter(texts), 0
+
+    def __iter__(self) -> Iterator[Any]:
+        return self
+
+    def __next__(self) -> Any:
+        text = next(self.texts)
+        self.taken += 1
+        return text
+
+
+@pytest.mark.parametrize("window", [1, 2, 4, 6, 7, 4096])
+def test_stream_gives_what_encode_gives_in_order(
+    tiny_encoder: SentenceEncoder, window: int
+) -> None:
+    vectors = list(tiny_encoder.encode_stream(iter(TEXTS), window=window))
+    assert [vector.shape for vector in vectors] == [(32,)] * 6
+    assert all(vector.dtype == np.float32 for vector in vectors)
+    expected = tiny_encoder.encode(TEXTS)
+    np.testing.assert_allclose(np.stack(vectors), expected, rtol=0, atol=BATCH_ROUNDING)
+
+
+def test_stream_reads_a_window_at_a_time(tiny_encoder: SentenceEncoder) -> None:
+    source = Source(itertools.cycle(TEXTS))  # without end
+    stream = tiny_encoder.encode_stream(source, window=4)
+    assert source.taken == 0
+    for given in range(1, 14):
+        next(stream)
+        assert source.taken == -(-given // 4) * 4  # to the end of the window, and no further
+
+
+def test_stream_holds_no_more_than_it_has_to(tiny_encoder: SentenceEncoder) -> None:
+    class Text(str):  # which, other than str, can be watched
+        pass
+
+    alive: weakref.WeakSet[Text] = weakref.WeakSet()
+    most = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal most
+        for number in range(200):
+            text = Text(f"the dog {number}")  # each another one: a WeakSet counts equal ones once
+            alive.add(text)
+            most = max(most, len(alive))
+            yield text
+
+    assert sum(1 for _ in tiny_encoder.encode_stream(texts(), window=10)) == 200
+    assert 10 <= most <= 21  # a window, and that before it until it is replaced
+
+
+def test_stream_passes_the_options_on(tiny_encoder: SentenceEncoder) -> None:
+    seen: list[int] = []
+    tiny_encoder.bert.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    list(tiny_encoder.encode_stream(TEXTS, window=3, batch_size=1))
+    assert len(seen) == 6
+    for wrong in ({"batch_size": 0}, {"token_budget": 0}, {"device": "nonsense"}):
+        with pytest.raises(InputError, match=f"{next(iter(wrong))} is"):
+            list(tiny_encoder.encode_stream(TEXTS, **wrong))
+
+
+def test_stream_of_nothing(tiny_encoder: SentenceEncoder) -> None:
+    assert list(tiny_encoder.encode_stream([])) == []
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message", "argument"),
+    [
+        (None, r"sentences\[5\] is None; pass a string", "sentences[5]"),
+        (7, r"sentences\[5\] is 7, of type int", "sentences[5]"),
+        ("c\ud800", r"sentences\[5\] has a lone surrogate", "sentences[5]"),
+    ],
+)
+def test_row_of_a_stream_is_counted_from_its_start(
+    tiny_encoder: SentenceEncoder, wrong: Any, message: str, argument: str
+) -> None:
+    source = Source(["a", "a cat", "", "dog", "man", wrong, "sun"])
+    stream = tiny_encoder.encode_stream(source, window=3)
+    for _ in range(3):  # the first window is given before the second is looked at
+        next(stream)
+    with pytest.raises(InputError, match=message) as error:
+        next(stream)
+    assert error.value.argument == argument
+    assert list(stream) == []
+
+
+@pytest.mark.parametrize("window", [0, -1, 2.0, "3", True, None])
+def test_bad_window_is_refused(tiny_encoder: SentenceEncoder, window: Any) -> None:
+    source = Source(TEXTS)
+    with pytest.raises(InputError, match="window is") as error:
+        list(tiny_encoder.encode_stream(source, window=window))
+    assert error.value.argument == "window"
+    assert source.taken == 0
+
+
+@pytest.mark.parametrize(
+    ("sentences", "message"),
+    [
+        ("a cat", "sentences is a single text; pass an iterable of texts"),
+        (np.array("a cat"), "sentences has shape"),
+        ({"a", "b"}, "sentences is a set, which has no order"),
+        ({"a": "b"}, "sentences is of type dict"),
+        (None, "sentences is None"),
+        (b"text", "sentences is of type bytes"),
+    ],
+)
+def test_what_is_no_stream_is_named(
+    tiny_encoder: SentenceEncoder, sentences: Any, message: str
+) -> None:
+    with pytest.raises(InputError, match=message) as error:
+        list(tiny_encoder.encode_stream(sentences))
+    assert error.value.argument == "sentences"
+
+
+def test_stream_of_a_column(tiny_encoder: SentenceEncoder) -> None:
+    import pandas as pd
+    import polars as pl
+    import pyarrow as pa
+
+    expected = tiny_encoder.encode(TEXTS)
+    columns: list[Any] = [
+        np.array(TEXTS),
+        pd.Series(TEXTS, index=[2, 0, 1, 5, 4, 3]),
+        pl.Series(TEXTS),
+        pa.array(TEXTS),
+        pa.chunked_array([TEXTS[:2], TEXTS[2:]]),
+    ]
+    for column in columns:
+        vectors = np.stack(list(tiny_encoder.encode_stream(column, window=4)))
+        np.testing.assert_allclose(vectors, expected, rtol=0, atol=BATCH_ROUNDING)
+
+
+def test_stream_warns_of_cut_texts(tiny_encoder: SentenceEncoder) -> None:
+    texts = ["a", "a cat", "", "a", "dog " * 18, "a"]
+    with pytest.warns(TruncationWarning, match="1 of 3 texts were cut at 12 tokens") as record:
+        list(tiny_encoder.encode_stream(texts, window=3))
+    assert len(record) == 1
+
+
+def test_stream_warns_with_the_row_and_the_place_of_the_call(
+    tiny_encoder: SentenceEncoder,
+) -> None:
+    texts = ["a", "a cat", "", "a", "dog " * 18, "a"]
+    with pytest.warns(TruncationWarning) as record:
+        list(tiny_encoder.encode_stream(texts, window=3))
+    assert str(record[0].message).endswith("first: sentences[4]")
+    assert record[0].filename == __file__
+
+
+# the same bits in any company
+
+
+@pytest.fixture(scope="module")
+def encoder_bfloat16(published: Path) -> SentenceEncoder:
+    """The published model with bfloat16 products. Shared: a test must not change it."""
+    return SentenceEncoder.from_pretrained(published, device="cpu", dtype="bfloat16")
+
+
+@pytest.fixture(scope="module")
+def texts_of_all_lengths(encoder: SentenceEncoder) -> list[str]:
+    """2,000 texts of 2 to 256 tokens, each length among them, most of them short; 48,000 tokens.
+
+    Made of words that are one token each.
+    """
+    assert encoder.tokenizer is not None
+    vocabulary = encoder.tokenizer.backend.get_vocab()
+    words = np.array(sorted(word for word in vocabulary if re.fullmatch("[a-z]{2,}", word)))
+    random = np.random.default_rng(0)
+    lengths = [*range(2, 257), *(2 + random.exponential(7, size=1745).astype(int).clip(0, 254))]
+    texts = [" ".join(random.choice(words, length - 2)) for length in lengths]
+    read = encoder.tokenizer(texts).input_ids
+    assert list(map(len, read)) == lengths
+    assert len(texts) == 2000
+    return [texts[i] for i in random.permutation(2000)]
+
+
+PASSES: list[tuple[int, dict[str, int]]] = [  # threads, limits
+    (2, {}),
+    (1, {}),
+    (1, {"token_budget": 300}),
+    (2, {"token_budget": 16384}),
+    (1, {"batch_size": 7}),
+    (1, {"token_budget": 3000, "batch_size": 50}),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_same_bits_alone_in_any_batch_and_order(
+    request: pytest.FixtureRequest, texts_of_all_lengths: list[str], dtype: str
+) -> None:
+    name = "encoder" if dtype == "float32" else "encoder_bfloat16"
+    encoder: SentenceEncoder = request.getfixturevalue(name)
+    texts, random = texts_of_all_lengths, np.random.default_rng(1)
+    expected = None
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            if not encoder.deterministic:
+                pytest.skip(f"deterministic is False in {dtype} with {threads} threads here")
+        for threads, limits in PASSES:
+            torch.set_num_threads(threads)
+            order = random.permutation(len(texts))
+            vectors = np.empty((len(texts), 384), dtype=np.float32)
+            vectors[order] = encoder.encode([texts[i] for i in order], **limits)  # type: ignore[call-overload]
+            if expected is None:
+                expected = vectors
+            different = int((vectors != expected).any(axis=1).sum())
+            assert different == 0, f"{different} of 2000 with {threads} threads, {limits}"
+        assert expected is not None
+        for threads, rows in ((1, range(0, 2000, 13)), (2, range(5, 2000, 43))):  # 201 of them
+            torch.set_num_threads(threads)
+            for row in rows:
+                alone = encoder.encode(texts[row])
+                assert (alone == expected[row]).all(), f"text {row} alone with {threads} threads"
+    finally:
+        torch.set_num_threads(before)
+    assert np.unique(expected, axis=0).shape[0] > 1990  # those of two tokens are all alike
+
+
+def test_deterministic_leaves_no_trace(tiny_encoder: SentenceEncoder) -> None:
+    tiny_encoder.train()
+    tiny_encoder.bert.layers[0].eval()
+    before, state = torch.get_rng_state(), tiny_encoder.bert.state_dict()
+    assert isinstance(tiny_encoder.deterministic, bool)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert tiny_encoder.training
+    assert not tiny_encoder.bert.layers[0].training
+    assert all(map(torch.equal, tiny_encoder.bert.state_dict().values(), state.values()))
+
+
+def test_deterministic_is_tried_each_time(tiny_encoder: SentenceEncoder) -> None:
+    counter = itertools.count()
+    before = tiny_encoder.deterministic
+
+    def noise(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output * (1 + 1e-6 * next(counter))
+
+    handle = tiny_encoder.bert.register_forward_hook(noise)
+    plain = SentenceEncoder(
+        modules=[tiny_encoder.bert, MeanPooling()], tokenizer=tiny_encoder.tokenizer
+    )
+    assert not plain.deterministic
+    handle.remove()
+    assert tiny_encoder.deterministic == before
+
+
+def test_deterministic_needs_no_tokenizer() -> None:
+    encoder = SentenceEncoder(modules=[seeded_bert(), MeanPooling(), Normalize()])
+    assert isinstance(encoder.deterministic, bool)
+
+
+# accuracy of the published model
+
+
+@pytest.fixture(scope="module")
+def exact(encoder64: SentenceEncoder) -> tuple[list[str], Any]:
+    """Every eighth of the texts in tests/data, and their float64 vectors."""
+    lines = (DATA / "parity_texts.jsonl").read_text(encoding="utf-8").splitlines()[::8]
+    texts = [json.loads(line)["text"] for line in lines]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TruncationWarning)
+        return texts, encoder64.encode(texts)
+
+
+@pytest.mark.filterwarnings("ignore::minilm.TruncationWarning")
+def test_float32_is_as_near_to_float64_as_stated(
+    encoder: SentenceEncoder, exact: tuple[list[str], Any]
+) -> None:
+    texts, expected = exact
+    error = np.abs(encoder.encode(texts) - expected)
+    limits = bars(torch.float32)
+    assert error.max() <= limits.sentence_embedding
+    assert limits.sentence_embedding_rms is not None
+    assert np.sqrt((error**2).mean()) <= limits.sentence_embedding_rms
+
+
+@pytest.mark.filterwarnings("ignore::minilm.TruncationWarning")
+def test_bfloat16_is_near_to_float64(
+    encoder_bfloat16: SentenceEncoder, exact: tuple[list[str], Any]
+) -> None:
+    texts, expected = exact
+    vectors = encoder_bfloat16.encode(texts)
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=0, atol=1e-6)
+    assert (vectors.astype(np.float64) * expected).sum(axis=1).min() >= 0.9999
+    # Rounding to 8 bits is there: it is not float32 under another name.
+    assert np.abs(vectors - expected).max() > 1e-4
+    assert encoder_bfloat16.encode(texts[:2], convert_to_tensor=True).dtype == torch.float32
+
+
+@pytest.mark.reference
+@pytest.mark.filterwarnings("ignore::minilm.TruncationWarning")
+def test_encode_is_as_near_to_the_reference_as_stated(
+    encoder: SentenceEncoder, reference: Any, exact: tuple[list[str], Any]
+) -> None:
+    texts, _ = exact
+    limit = bars(torch.float32).between
+    assert limit is not None
+    difference = np.abs(encoder.encode(texts) - reference.encode(texts))
+    assert difference.max() <= limit
+
+
+def ranks(values: Any) -> Any:
+    """1 for the smallest; equal values share the mean of their ranks."""
+    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[which]
+
+
+def spearman(left: Any, right: Any) -> float:
+    return float(np.corrcoef(ranks(left), ranks(right))[0, 1])
+
+
+def test_spearman_by_hand() -> None:
+    assert ranks([10.0, 30.0, 20.0, 20.0]).tolist() == [1, 4, 2.5, 2.5]
+    assert spearman([1, 2, 3], [10, 200, 3000]) == pytest.approx(1)
+    assert spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1)
+    # Ranks (1, 2, 3, 4) and (2, 1, 4, 3): 1 - 6 * 4 / (4 * 15).
+    assert spearman([1, 2, 3, 4], [6, 5, 8, 7]) == pytest.approx(0.6)
+
+
+def test_bfloat16_judges_similarity_like_float32(
+    encoder: SentenceEncoder, encoder_bfloat16: SentenceEncoder
+) -> None:
+    path = SHARED / "sts" / "STS17.en-en.tsv"
+    if not path.is_file():
+        pytest.skip(f"{path.name} is absent")
+    rows = [line.split("\t") for line in path.read_text(encoding="utf-8").splitlines()[1:]]
+    assert len(rows) == 250
+    scores = [float(row[0]) for row in rows]
+    points = [
+        100 * spearman(scores, (model.encode([row[1] for row in rows])
+                                * model.encode([row[2] for row in rows])).sum(axis=1))
+        for model in (encoder, encoder_bfloat16)
+    ]  # fmt: skip
+    assert points[0] == pytest.approx(87.59, abs=0.01)  # published
+    assert points[1] == pytest.approx(points[0], abs=0.05)

@@ -1,0 +1,265 @@
+"""The same layers without padding: the tokens of all sentences laid end to end.
+
+In: token ids of unequal length. Out: what `SentenceEncoder.forward` takes, with an `attend` and a
+pooling that know where each sentence begins. Next: `encoder.py`.
+
+In a padded batch of English sentences a third of the positions hold no token, and every layer
+works on them. Only positions, attention and pooling need to know which tokens belong together;
+all else acts on the last dimension, so that the batch may as well be `[total_tokens]`, one row a
+token. Sentences of equal length stand side by side, and such a run is a dense block: attention
+runs on it with no mask at all.
+
+Every text is computed by operations that depend on its own length only. So it gets the same bits
+alone and in any company, as long as each operation treats its rows alike.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, groupby
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minilm.inputs import check_positive_int
+from minilm.tokenizer import WordPieceTokenizer
+
+__all__ = ["PackedBatch", "batch_limits", "keeps_bits", "make_features", "plan_batches"]
+
+# Attention's inner loops go over 16 keys at a time, and over the rest one by one.
+_STEP = 16
+# Not float16: a score beyond its range times 0 is no number, and would reach the neighbour.
+_WINDOWED = (torch.float32, torch.bfloat16, torch.float64)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Neighbouring sentences of equal length: rows `start` to `stop` = start + count x length."""
+
+    start: int
+    stop: int
+    count: int
+    length: int
+
+    def block(self, tensor: Tensor) -> Tensor:
+        """`[total_tokens, ...]` -> `[count, length, ...]`, a view."""
+        rows = tensor if len(tensor) == self.stop - self.start else tensor[self.start : self.stop]
+        return rows.view(self.count, self.length, *tensor.shape[1:])
+
+
+class PackedBatch:
+    """Sentences laid end to end.
+
+    >>> batch = PackedBatch([[101, 7592, 102], [101, 102], [101, 102]])
+    >>> batch.input_ids
+    tensor([ 101, 7592,  102,  101,  102,  101,  102])
+    >>> batch.position_ids
+    tensor([0, 1, 2, 0, 1, 0, 1])
+
+    Attributes:
+        input_ids: int64 `[total_tokens]`.
+        position_ids: The place of each token in its sentence, int64 `[total_tokens]`.
+        lengths: The number of tokens of each sentence.
+    """
+
+    def __init__(
+        self, input_ids: Sequence[Sequence[int]], device: torch.device | str = "cpu"
+    ) -> None:
+        """Args:
+        input_ids: At least one row; none of them empty. In order of length for speed.
+        device: Where the tensors go.
+        """
+        self.lengths = [len(row) for row in input_ids]
+        self._runs: list[_Run] = []
+        start = 0
+        for length, group in groupby(self.lengths):
+            count = len(list(group))
+            self._runs.append(_Run(start, start + count * length, count, length))
+            start += count * length
+        places = [torch.arange(run.length).repeat(run.count) for run in self._runs]
+        self.input_ids = _send(torch.tensor([i for row in input_ids for i in row]), device)
+        self.position_ids = _send(torch.cat(places), device)
+
+    @functools.cached_property
+    def _bounds(self) -> Tensor:
+        """Where the sentences begin, and the end of the last: int32 `[batch + 1]`."""
+        bounds = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32)
+        return bounds.to(self.input_ids.device)
+
+    def features(self) -> dict[str, Any]:
+        """What `SentenceEncoder.forward` takes."""
+        return {
+            "input_ids": self.input_ids,
+            "attention_mask": torch.ones_like(self.input_ids),
+            "position_ids": self.position_ids,
+            "attend": self.attend,
+            "per_sentence": self.per_sentence,
+        }
+
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """`attention` of `bert.py` within each sentence.
+
+        Args:
+            query, key, value: `[total_tokens, heads, head_size]`.
+
+        Returns:
+            context `[total_tokens, heads, head_size]`.
+        """
+        varlen = _varlen(query)
+        if varlen is not None:
+            longest = max(self.lengths)
+            context: Tensor = varlen(
+                query, key, value, self._bounds, self._bounds, longest, longest
+            )
+            return context
+        contexts = [_attend(run, query, key, value) for run in self._runs]
+        return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
+
+    def per_sentence(self, pooling: nn.Module, token_embeddings: Tensor, mask: Tensor) -> Tensor:
+        """Call a pooling module on each run, as if that were a batch without padding.
+
+        Args:
+            pooling: `[count, length, 384]` and a mask `[count, length]` -> `[count, 384]`.
+            token_embeddings: `[total_tokens, 384]`.
+            mask: `[total_tokens]`, all 1.
+
+        Returns:
+            `[batch, 384]`, in the order of `lengths`.
+        """
+        pooled = [pooling(run.block(token_embeddings), run.block(mask)) for run in self._runs]
+        return pooled[0] if len(pooled) == 1 else torch.cat(pooled)
+
+
+def _send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Move to the device; to a GPU from pinned memory, without waiting for it."""
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def _varlen(query: Tensor) -> Callable[..., Tensor] | None:
+    """The attention that torch 2.10 brought for this form: on a GPU, in 16 bits."""
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        try:
+            from torch.nn.attention.varlen import varlen_attn
+        except ImportError:
+            return None
+        return varlen_attn  # type: ignore[return-value]
+    return None
+
+
+def _attend(run: _Run, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """`attention` for one run: all tensors `[total_tokens, heads, head_size]`."""
+    mask = None
+    missing = -run.length % _STEP
+    if missing and run.length > _STEP and query.device.type == "cpu" and query.dtype in _WINDOWED:
+        # Let each sentence see some rows of the next one too, to make its keys a multiple of 16,
+        # and mask them: less work than the odd ones would be.
+        keys, values = (_windows(run, missing, tensor) for tensor in (key, value))
+        mask = _mask(run.length, missing, query.dtype)
+    else:
+        keys, values = run.block(key), run.block(value)
+    context = F.scaled_dot_product_attention(  # [count, heads, length, head_size]
+        run.block(query).transpose(1, 2), keys.transpose(1, 2), values.transpose(1, 2), mask
+    )
+    return context.transpose(1, 2).flatten(0, 1)  # -> [count x length, heads, head_size]
+
+
+def _windows(run: _Run, missing: int, tensor: Tensor) -> Tensor:
+    """`run.block`, each sentence followed by the `missing` rows behind it; a view if they exist."""
+    if run.stop + missing > len(tensor):
+        rows = F.pad(tensor[run.start : run.stop], (0, 0, 0, 0, 0, missing))
+        start = 0
+    else:
+        rows, start = tensor, run.start
+    row, head, one = rows.stride()
+    return rows.as_strided(
+        (run.count, run.length + missing, *rows.shape[1:]),
+        (run.length * row, row, head, one),
+        rows.storage_offset() + start * row,
+    )
+
+
+@functools.lru_cache(maxsize=2048)
+def _mask(length: int, missing: int, dtype: torch.dtype) -> Tensor:
+    """0 for a sentence's own keys, -inf for those behind it: `[1, 1, length, length + missing]`."""
+    with torch.inference_mode(False):
+        mask = torch.zeros(length + missing, dtype=dtype)
+        mask[length:] = -torch.inf
+        return mask.expand(1, 1, length, -1)
+
+
+def plan_batches(
+    lengths: Sequence[int], token_budget: int, batch_size: int | None = None
+) -> list[list[int]]:
+    """Which sentences to compute together.
+
+    Args:
+        lengths: Their numbers of tokens.
+        token_budget: Tokens that a batch may have; a longer sentence is a batch of its own.
+        batch_size: Sentences that a batch may have.
+
+    Returns:
+        For each batch the rows of `lengths` in it. Equal lengths stand together, which makes long
+        runs, and the longest come first: if memory runs out, it does at once.
+
+    >>> plan_batches([2, 5, 3, 2], token_budget=7)
+    [[1], [2, 0, 3]]
+    """
+    batches: list[list[int]] = []
+    room = 0
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if not batches or lengths[row] > room or len(batches[-1]) == batch_size:
+            batches.append([])
+            room = token_budget
+        batches[-1].append(row)
+        room -= lengths[row]
+    return batches
+
+
+def make_features(
+    input_ids: list[list[int]], tokenizer: WordPieceTokenizer, device: torch.device
+) -> dict[str, Any]:
+    """What `SentenceEncoder.forward` takes for these rows of ids: packed, but on mps padded.
+
+    Apple's devices don't have all that the packed form needs, and it has not been tried there.
+    """
+    if device.type == "mps":
+        return dict(tokenizer.pad(input_ids, device))
+    return PackedBatch(input_ids, device).features()
+
+
+def batch_limits(
+    dtype: torch.dtype, batch_size: int | None, token_budget: int | None
+) -> tuple[int, int | None]:
+    """The `token_budget` and `batch_size` for `plan_batches`, checked, with the default budget.
+
+    A pass that is too small leaves the processor waiting, one that is too large falls out of its
+    cache. On two cores 2,048 tokens were best in float32 and 4,096 in bfloat16; half or twice as
+    many are some per cent slower.
+    """
+    if batch_size is not None:
+        batch_size = check_positive_int(batch_size, "batch_size")
+    if token_budget is None:
+        return 4096 if dtype == torch.bfloat16 else 2048, batch_size
+    return check_positive_int(token_budget, "token_budget"), batch_size
+
+
+def keeps_bits(
+    embed: Callable[[list[list[int]]], Tensor], vocab_size: int, max_seq_length: int
+) -> bool:
+    """Try whether `embed` gives each row of ids the same bits alone and among others."""
+    random = torch.Generator().manual_seed(0)
+    lengths = [2, 3, 5, 9, 15, 16, 17, 24, 31, 33, 48, 63, 64, 100, 200, max_seq_length]
+    rows = [
+        torch.randint(vocab_size, (min(length, max_seq_length),), generator=random).tolist()
+        for length in lengths
+    ]
+    together = embed(rows)
+    return all(
+        torch.equal(embed(rows[first : first + count]), together[first : first + count])
+        for count in (1, 2, 5)
+        for first in range(0, len(rows), count)
+    ) and torch.equal(embed(rows[::-1]).flip(0), together)
