@@ -248,12 +248,13 @@ class SentenceEncoder(nn.Module):
         to_numpy = convert_to_numpy and not convert_to_tensor
 
         tokens = self._tokenizer(texts, self.max_seq_length)
-        tokens.warn_if_cut(stacklevel=2)
+        first_row = getattr(sentences, "first_row", None)  # of a window of encode_stream
+        tokens.warn_if_cut(2 if first_row is None else 3, first_row or 0)
         batches = plan_batches(list(map(len, tokens.input_ids)), *limits)
         with torch.inference_mode(False), torch.no_grad():  # ordinary, usable in training
+            dtype, device = self.bert.embeddings.word_embeddings.weight.dtype, self.device
             size = (len(tokens), self.get_sentence_embedding_dimension())
-            dtype = self.bert.embeddings.word_embeddings.weight.dtype
-            embeddings = torch.empty(size, dtype=dtype, device="cpu" if to_numpy else self.device)
+            embeddings = torch.empty(size, dtype=dtype, device="cpu" if to_numpy else device)
         with torch.inference_mode(), eval_mode(self):
             check_copies(self.bert, sum(map(len, tokens.input_ids)))
             for rows in inputs.with_progress(batches, show_progress_bar):
@@ -290,7 +291,7 @@ class SentenceEncoder(nn.Module):
 
     def _embed(self, input_ids: list[list[int]]) -> Tensor:
         """One pass: rows of ids -> `[n, 384]`."""
-        features = make_features(input_ids, self._tokenizer, self.device)
+        features = make_features(input_ids, self.tokenizer, self.device)
         sentence_embedding: Tensor = self(features)["sentence_embedding"]
         return sentence_embedding
 
@@ -351,9 +352,8 @@ class SentenceEncoder(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the weight matrices: what the products are computed in."""
-        return next(
-            part.weight.dtype for part in self.bert.modules() if isinstance(part, nn.Linear)
-        )
+        weights = (part.weight for part in self.bert.modules() if isinstance(part, nn.Linear))
+        return next(weights, self.bert.embeddings.word_embeddings.weight).dtype
 
     def get_sentence_embedding_dimension(self) -> int:
         """The width of an embedding: 384."""
@@ -382,10 +382,8 @@ class SentenceEncoder(nn.Module):
 
     def __repr__(self) -> str:
         config = self.bert.config
-        bert = (
-            f"layers={config.num_hidden_layers}, hidden_size={config.hidden_size}, "
-            f"heads={config.num_attention_heads}, max_seq_length={self.max_seq_length}"
-        )
+        bert = f"layers={config.num_hidden_layers}, hidden_size={config.hidden_size}, "
+        bert += f"heads={config.num_attention_heads}, max_seq_length={self.max_seq_length}"
         lines = [
             f"  ({i}): {type(stage).__name__}({'' if i else bert})\n"
             for i, stage in enumerate(self)

@@ -45,7 +45,13 @@ def with_progress(batches: Sequence[_Batch], show: bool | None) -> Iterable[_Bat
     return batches
 
 
-def windows(sentences: Any, size: int, argument: str = "sentences") -> Iterator[list[str]]:
+class Window(list[str]):
+    """Some of the texts of a stream. `first_row` is where in the stream they begin."""
+
+    first_row = 0
+
+
+def windows(sentences: Any, size: int, argument: str = "sentences") -> Iterator[Window]:
     """Read texts from an iterable, at most `size` at a time.
 
     Raises:
@@ -55,11 +61,12 @@ def windows(sentences: Any, size: int, argument: str = "sentences") -> Iterator[
     if isinstance(sentences, str):
         raise InputTypeError(f"{argument} is a single text; pass an iterable of texts", argument)
     _check_column(sentences, argument)
-    rows = iter(sentences)
+    rows = iter(_plain_rows(sentences))
     start = 0
-    while texts := list(islice(rows, size)):
+    while texts := Window(islice(rows, size)):
         _check_rows(texts, argument, start)
         check_unicode(texts, argument, start)
+        texts.first_row = start
         yield texts
         start += len(texts)
 
@@ -124,9 +131,14 @@ def check_in_range(value: Any, smallest: int, largest: int, argument: str) -> in
 
 def _column(sentences: Any, argument: str) -> list[str]:
     _check_column(sentences, argument)
-    # Arrow iterates over its own scalars; everything else gives str, in positional order.
+    return _check_rows(list(_plain_rows(sentences)), argument)
+
+
+def _plain_rows(sentences: Any) -> Iterable[Any]:
+    """Arrow iterates over its own scalars; everything else gives str, in positional order."""
     to_pylist = getattr(type(sentences), "to_pylist", None)
-    return _check_rows(list(sentences if to_pylist is None else to_pylist(sentences)), argument)
+    rows: Iterable[Any] = sentences if to_pylist is None else to_pylist(sentences)
+    return rows
 
 
 def _check_column(sentences: Any, argument: str) -> None:

@@ -28,6 +28,7 @@ lost and nothing else.
 """
 
 import functools
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,6 +37,7 @@ import torch
 import torch.nn.functional as F
 import torch.nn.modules.module as _any_module
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from minilm.bert import BertFeedForward
 
@@ -230,7 +232,8 @@ class FastFeedForward(BertFeedForward):
 def _has_hooks(module: nn.Module) -> bool:
     """Whether calling the module does more than its `forward`."""
     return bool(
-        module._forward_hooks
+        "forward" in module.__dict__  # set on this one object
+        or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
@@ -241,7 +244,12 @@ def _has_hooks(module: nn.Module) -> bool:
 
 def _is_plain(rows: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether this is an ordinary product of ordinary tensors whose gradient nobody wants."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None  # inside a torch.func transform
+        or forward_ad._current_level >= 0
+    ):
         return False
     if torch.is_grad_enabled() and (
         rows.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
@@ -263,7 +271,11 @@ def _is_plain(rows: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 @dataclass(frozen=True)
 class _Copy:
-    """A weight in its layout, and what is needed to see that the weight has changed since."""
+    """A weight in its layout, and what is needed to see that the weight has changed since.
+
+    It does not travel: where a module's attributes are copied one by one, as a parametrized
+    module's are, None stands in its place.
+    """
 
     layout: Layout | None
     packed: Any
@@ -284,11 +296,14 @@ class _Copy:
                 layout,
                 None if layout is None else layout.pack(plain),
                 plain.data_ptr(),
-                plain._version,
+                weight._version,
                 numbers,
                 numbers.tobytes(),
                 _checksum(plain),
             )
+
+    def __reduce__(self) -> tuple[type[None], tuple[()]]:
+        return type(None), ()
 
     def is_stale(self, weight: Tensor) -> bool:
         """Whether the weight has other contents than this copy.
@@ -305,9 +320,7 @@ class _Copy:
 
 
 def _checksum(weight: Tensor) -> int:
-    """The sum of the weight's bytes, read as whole numbers of 8 where they divide so."""
-    words = weight.flatten().view(torch.int16)
-    return int((words.view(torch.int64) if len(words) % 4 == 0 else words).sum())
+    return zlib.crc32(weight.flatten().view(torch.uint8).numpy().data)
 
 
 @functools.cache
@@ -341,7 +354,9 @@ def accelerate(model: nn.Module, dtype: torch.dtype | None = None) -> None:
         if type(module) in _FAST:
             module.__class__ = _FAST[type(module)]
         if isinstance(module, FastLinear) and dtype is not None:
-            module.to(dtype)
+            # Parameters stay what they are, ordinary or inference tensors, wherever this is called.
+            with torch.inference_mode(module.weight.is_inference()):
+                module.to(dtype)
 
 
 def check_copies(model: nn.Module, tokens: int) -> None:

@@ -220,13 +220,13 @@ def plan_batches(
 
 
 def make_features(
-    input_ids: list[list[int]], tokenizer: WordPieceTokenizer, device: torch.device
+    input_ids: list[list[int]], tokenizer: WordPieceTokenizer | None, device: torch.device
 ) -> dict[str, Any]:
     """What `SentenceEncoder.forward` takes for these rows of ids: packed, but on mps padded.
 
     Apple's devices don't have all that the packed form needs, and it has not been tried there.
     """
-    if device.type == "mps":
+    if device.type == "mps" and tokenizer is not None:
         return dict(tokenizer.pad(input_ids, device))
     return PackedBatch(input_ids, device).features()
 

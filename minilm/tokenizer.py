@@ -53,11 +53,12 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.input_ids)
 
-    def warn_if_cut(self, stacklevel: int) -> None:
+    def warn_if_cut(self, stacklevel: int, first_row: int = 0) -> None:
         """Issue one `TruncationWarning` that adds up all that was cut; none if nothing was.
 
         Args:
             stacklevel: As in `warnings.warn`, counted from the caller of this method.
+            first_row: The number of the first text in what the user passed.
         """
         kept = [len(row) for row in self.input_ids]
         cut = [row for row, count in enumerate(self.token_counts) if count > kept[row]]
@@ -65,7 +66,8 @@ class Tokens:
             unread = 1 - sum(kept[row] for row in cut) / sum(self.token_counts[row] for row in cut)
             warnings.warn(
                 f"{len(cut):,} of {len(self):,} texts were cut at {kept[cut[0]]} tokens; "
-                f"{unread:.0%} of their tokens were not read; first: sentences[{cut[0]}]",
+                f"{unread:.0%} of their tokens were not read; "
+                f"first: sentences[{first_row + cut[0]}]",
                 TruncationWarning,
                 stacklevel=stacklevel + 1,
             )

@@ -743,7 +743,7 @@ def texts_of_all_lengths(encoder: SentenceEncoder) -> list[str]:
     vocabulary = encoder.tokenizer.backend.get_vocab()
     words = np.array(sorted(word for word in vocabulary if re.fullmatch("[a-z]{2,}", word)))
     random = np.random.default_rng(0)
-    lengths = [*range(2, 257), *(2 + random.exponential(7, size=1745).astype(int).clip(0, 254))]
+    lengths = [*range(2, 257), *(3 + random.exponential(6, size=1745).astype(int).clip(0, 253))]
     texts = [" ".join(random.choice(words, length - 2)) for length in lengths]
     read = encoder.tokenizer(texts).input_ids
     assert list(map(len, read)) == lengths
@@ -753,7 +753,6 @@ def texts_of_all_lengths(encoder: SentenceEncoder) -> list[str]:
 
 PASSES: list[tuple[int, dict[str, int]]] = [  # threads, limits
     (2, {}),
-    (1, {}),
     (1, {"token_budget": 300}),
     (2, {"token_budget": 16384}),
     (1, {"batch_size": 7}),
@@ -786,14 +785,14 @@ def test_same_bits_alone_in_any_batch_and_order(
             different = int((vectors != expected).any(axis=1).sum())
             assert different == 0, f"{different} of 2000 with {threads} threads, {limits}"
         assert expected is not None
-        for threads, rows in ((1, range(0, 2000, 13)), (2, range(5, 2000, 43))):  # 201 of them
+        for threads, rows in ((1, range(0, 2000, 13)), (2, range(5, 2000, 40))):  # 204
             torch.set_num_threads(threads)
             for row in rows:
                 alone = encoder.encode(texts[row])
                 assert (alone == expected[row]).all(), f"text {row} alone with {threads} threads"
     finally:
         torch.set_num_threads(before)
-    assert np.unique(expected, axis=0).shape[0] > 1990  # those of two tokens are all alike
+    assert np.unique(expected, axis=0).shape[0] > 1950  # some words come alone twice
 
 
 def test_deterministic_leaves_no_trace(tiny_encoder: SentenceEncoder) -> None:

@@ -1,4 +1,5 @@
 import collections
+import logging
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,16 @@ import pytest
 import torch
 
 from minilm.errors import InputError, InputTypeError
-from minilm.inputs import as_device, as_dtype, as_texts, check_choice, check_positive_int
+from minilm.inputs import (
+    as_device,
+    as_dtype,
+    as_texts,
+    check_choice,
+    check_in_range,
+    check_positive_int,
+    windows,
+    with_progress,
+)
 
 
 class Text(str):
@@ -305,6 +315,152 @@ def test_no_int(value: Any) -> None:
 def test_int_that_is_not_positive(value: Any) -> None:
     message = refused(InputError, lambda: check_positive_int(value, "batch_size"), "batch_size")
     assert message == f"batch_size is {value}; pass a positive integer"
+
+
+# check_in_range
+
+
+@pytest.mark.parametrize("value", [3, 4, 512, np.int64(512)])
+def test_int_in_range(value: Any) -> None:
+    checked = check_in_range(value, 3, 512, "limit")
+    assert checked == value
+    assert type(checked) is int
+
+
+@pytest.mark.parametrize("value", [1, 2, 513, 10**30, np.int16(513)])
+def test_int_outside_of_the_range(value: Any) -> None:
+    message = refused(InputError, lambda: check_in_range(value, 3, 512, "limit"), "limit")
+    assert message == f"limit is {value}; pass an integer from 3 to 512"
+
+
+@pytest.mark.parametrize(
+    ("value", "error"),
+    [(0, InputError), (-5, InputError), (True, InputTypeError), (4.0, InputTypeError),
+     ("4", InputTypeError), (None, InputTypeError)],
+)  # fmt: skip
+def test_no_positive_int_in_a_range(value: Any, error: type[InputError]) -> None:
+    message = refused(error, lambda: check_in_range(value, 3, 512, "limit"), "limit")
+    assert message == f"limit is {value!r}; pass a positive integer"
+
+
+# windows
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        (1, [["a"], ["b"], ["c"], ["d"], ["e"]]),
+        (2, [["a", "b"], ["c", "d"], ["e"]]),
+        (5, [["a", "b", "c", "d", "e"]]),
+        (100, [["a", "b", "c", "d", "e"]]),
+    ],
+)
+def test_windows(size: int, expected: list[list[str]]) -> None:
+    assert list(windows(list("abcde"), size)) == expected
+    assert list(windows((letter for letter in "abcde"), size)) == expected
+    assert list(windows([], size)) == []
+
+
+def test_windows_read_no_further_than_they_must() -> None:
+    taken = []
+
+    def texts() -> Any:
+        for letter in "abcde":
+            taken.append(letter)
+            yield letter
+
+    reading = windows(texts(), 2)
+    assert taken == []
+    next(reading)
+    assert taken == ["a", "b"]
+    next(reading)
+    assert taken == ["a", "b", "c", "d"]
+
+
+@pytest.mark.parametrize("kind", COLUMNS)
+def test_windows_of_a_column(kind: str) -> None:
+    assert list(windows(COLUMNS[kind](), 2)) == [TEXTS[:2], TEXTS[2:]]
+
+
+@pytest.mark.parametrize(
+    ("whole", "error", "seen"),
+    [
+        ("text", InputTypeError, "is a single text; pass an iterable of texts"),
+        (np.str_("text"), InputTypeError, "is a single text; pass an iterable of texts"),
+        (None, InputTypeError, "is None; pass a string or an iterable of strings"),
+        ({"a"}, InputTypeError, "is a set, which has no order; pass a list"),
+        ({"a": 1}, InputTypeError, "is of type dict; pass a string or an iterable of strings"),
+        (pd.DataFrame({"text": TEXTS}), InputTypeError, "is a DataFrame; pass one column of it"),
+        (
+            np.array([["a"]]),
+            InputError,
+            "has shape [1, 1]; pass a string or an iterable of strings",
+        ),
+    ],
+    ids=lambda value: str(value)[:20],
+)
+def test_whole_that_has_no_windows(whole: Any, error: type[InputError], seen: str) -> None:
+    message = refused(error, lambda: list(windows(whole, 2, "queries")), "queries")
+    assert message == f"queries {seen}"
+
+
+@pytest.mark.parametrize(
+    ("value", "error", "seen"),
+    [
+        (None, InputTypeError, "is None; pass a string"),
+        (7, InputTypeError, "is 7, of type int; pass a string"),
+        ("x\udfff", InputError, "has a lone surrogate, '\\udfff', at character 1"),
+    ],
+)
+def test_row_of_a_later_window(value: Any, error: type[InputError], seen: str) -> None:
+    reading = windows(iter(["a", "b", "c", "d", value]), 2, "queries")
+    assert next(reading) == ["a", "b"]
+    assert next(reading) == ["c", "d"]
+    assert refused(error, lambda: next(reading), "queries[4]").startswith(f"queries[4] {seen}")
+
+
+def test_error_between_two_windows_passes_through() -> None:
+    def texts() -> Any:
+        yield from "abc"
+        raise ZeroDivisionError("mine")
+
+    reading = windows(texts(), 2)
+    assert next(reading) == ["a", "b"]
+    with pytest.raises(ZeroDivisionError, match="mine"):
+        next(reading)
+
+
+# with_progress
+
+
+def test_progress_shows_if_asked(capsys: pytest.CaptureFixture[str]) -> None:
+    batches = [[1, 2], [3]]
+    assert with_progress(batches, False) is batches
+    assert with_progress(batches, None) is batches
+    assert capsys.readouterr().err == ""
+    assert list(with_progress(batches, True)) == batches
+    shown = capsys.readouterr().err
+    assert "Batches" in shown
+    assert "2/2" in shown
+
+
+@pytest.mark.parametrize(
+    ("level", "shows"),
+    [(logging.DEBUG, True), (logging.INFO, True), (logging.WARNING, False)],
+)
+def test_progress_follows_the_level_of_the_package(
+    capsys: pytest.CaptureFixture[str], level: int, shows: bool
+) -> None:
+    logger = logging.getLogger("minilm")
+    before = logger.level
+    logger.setLevel(level)
+    try:
+        assert list(with_progress([[1]], None)) == [[1]]
+        assert ("Batches" in capsys.readouterr().err) == shows
+        assert list(with_progress([[1]], not shows)) == [[1]]
+        assert ("Batches" in capsys.readouterr().err) == (not shows)
+    finally:
+        logger.setLevel(before)
 
 
 # check_choice
