@@ -421,11 +421,16 @@ def by_longest(rows: list[list[int]]) -> Tensor:
     return vectors(rows) * (1 + 1e-15 * (max(map(len, rows)) > 100))
 
 
+def by_order(rows: list[list[int]]) -> Tensor:
+    """Where the longest comes first, and there are many."""
+    return vectors(rows) * (1 + 1e-15 * (len(rows) > 5 and len(rows[0]) > len(rows[-1])))
+
+
 def nan(rows: list[list[int]]) -> Tensor:
     return vectors(rows) * torch.nan
 
 
-@pytest.mark.parametrize("embed", [by_number_of_rows, by_tokens_before, by_longest, nan])
+@pytest.mark.parametrize("embed", [by_number_of_rows, by_tokens_before, by_longest, by_order, nan])
 def test_rows_that_do_not_keep_their_bits(embed: Callable[[list[list[int]]], Tensor]) -> None:
     assert not keeps_bits(embed, 100, 256)
 
