@@ -248,15 +248,16 @@ class SentenceEncoder(nn.Module):
         to_numpy = convert_to_numpy and not convert_to_tensor
 
         tokens = self._tokenizer(texts, self.max_seq_length)
-        first_row = getattr(sentences, "first_row", None)  # of a window of encode_stream
-        tokens.warn_if_cut(2 if first_row is None else 3, first_row or 0)
-        batches = plan_batches(list(map(len, tokens.input_ids)), *limits)
+        first_row = sentences.first_row if isinstance(sentences, inputs.Window) else None
+        tokens.warn_if_cut(2 if first_row is None else 3, first_row or 0)  # 3: by encode_stream
+        lengths = list(map(len, tokens.input_ids))
+        batches = plan_batches(lengths, *limits)
         with torch.inference_mode(False), torch.no_grad():  # ordinary, usable in training
             dtype, device = self.bert.embeddings.word_embeddings.weight.dtype, self.device
-            size = (len(tokens), self.get_sentence_embedding_dimension())
+            size = (len(lengths), self.get_sentence_embedding_dimension())
             embeddings = torch.empty(size, dtype=dtype, device="cpu" if to_numpy else device)
         with torch.inference_mode(), eval_mode(self):
-            check_copies(self.bert, sum(map(len, tokens.input_ids)))
+            check_copies(self.bert, sum(lengths))
             for rows in inputs.with_progress(batches, show_progress_bar):
                 embeddings[rows] = self._embed([tokens.input_ids[i] for i in rows]).to(embeddings)
 

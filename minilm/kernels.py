@@ -8,8 +8,8 @@ which is the definition. Next: `encoder.py`.
 Where the time goes. A token costs 21.2 MFLOP in the linear layers, and attention 0.0092 MFLOP for
 each token it looks at, so that a text of 256 tokens spends a tenth of its arithmetic there. A pass
 over a thousand tokens reads the 42 MB of weights once, a query of ten tokens as well: long batches
-are limited by arithmetic, single queries by memory. `scripts/bench.py` measures both limits and
-how much of them is reached.
+are limited by arithmetic, single queries by memory. `scripts/bench.py` measures the rate of these
+products alone, and how much of it the whole reaches.
 
 Why a second layout. A linear layer computes x Wᵀ, each output a dot product of two rows. Libraries
 have a kernel of their own for a handful of rows, which adds up in another order, and split a long
@@ -22,9 +22,9 @@ sum between threads: the same text then gets other bits in another batch. Two la
   freezes a model. They are no public API, so that they are looked up, tried and compared with
   `F.linear` first. They have bfloat16 kernels for the processor's matrix units.
 
-A layout is chosen once for each dtype, by `layout_for`: it is tried on a small product, must agree
-with `F.linear`, and should give a row the same bits in any company. If none can be used, speed is
-lost and nothing else.
+A layout is chosen once for each dtype and shape, by `layout_for`: it is tried on a small product,
+must agree with `F.linear`, and should give a row the same bits in any company. If none can be used,
+speed is lost and nothing else.
 """
 
 import functools
@@ -188,9 +188,8 @@ class FastLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # as nn.Linear calls it
         """`[..., in]` -> `[..., out]`, in the dtype of the weight."""
-        rows = input.to(self.weight.dtype)
-        output = self.fast(rows)
-        return super().forward(rows) if output is None else output
+        output = self.fast(input)
+        return super().forward(input.to(self.weight.dtype)) if output is None else output
 
     def fast(self, hidden_states: Tensor, gelu: bool = False) -> Tensor | None:
         """What `forward` gives, or the GELU of it, by the copy; None where the copy can't serve."""

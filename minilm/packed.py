@@ -67,9 +67,11 @@ class PackedBatch:
     def __init__(
         self, input_ids: Sequence[Sequence[int]], device: torch.device | str = "cpu"
     ) -> None:
-        """Args:
-        input_ids: At least one row; none of them empty. In order of length for speed.
-        device: Where the tensors go.
+        """Lay the rows out.
+
+        Args:
+            input_ids: At least one row; none of them empty. In order of length for speed.
+            device: Where the tensors go.
         """
         self.lengths = [len(row) for row in input_ids]
         self._runs: list[_Run] = []
