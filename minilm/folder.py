@@ -12,6 +12,7 @@ them is reported in one error.
 
 import json
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, Literal, TypeVar
@@ -320,13 +321,29 @@ def _read_tokenizer(
 def _read_weights(
     files: ModelFiles, name: str, config: BertConfig, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    return read_checkpoint(_read(files, name, WeightsError), config, dtype, files.path(name))
+    data = files.read_unverified(name)
+    with ThreadPoolExecutor(1) as other:  # hashing 91 MB takes as long as reading them
+        verified = other.submit(files.verify, name, data)
+        try:
+            return read_checkpoint(
+                _contents(files, name, data, WeightsError), config, dtype, files.path(name)
+            )
+        finally:
+            verified.result()  # if the file is damaged, this is what to say of it
 
 
 def _read(
     files: ModelFiles, name: str, error: type[ConfigError | TokenizerError | WeightsError]
 ) -> bytes:
-    data = files.read(name)
+    return _contents(files, name, files.read(name), error)
+
+
+def _contents(
+    files: ModelFiles,
+    name: str,
+    data: bytes | None,
+    error: type[ConfigError | TokenizerError | WeightsError],
+) -> bytes:
     if data is None:
         hint = "; only safetensors files are read, never pickles" if error is WeightsError else ""
         raise error(files.path(name), ["is missing" + hint])

@@ -110,13 +110,24 @@ class ModelFiles:
         Raises:
             HashMismatchError: The file is pinned and differs from the published one.
         """
-        path = self.find(name)
-        if path is None:
-            return None
-        data = path.read_bytes()
-        expected = self.pinned.get(name, "no such file") if self.pinned else None
-        self.sha256[name] = _verify(data, expected, path)
+        data = self.read_unverified(name)
+        self.verify(name, data)
         return data
+
+    def read_unverified(self, name: str) -> bytes | None:
+        """The same; to be followed by `verify`, which may run beside what reads the contents."""
+        path = self.find(name)
+        return None if path is None else path.read_bytes()
+
+    def verify(self, name: str, data: bytes | None) -> None:
+        """Hash what was read, if there was anything.
+
+        Raises:
+            HashMismatchError: The file is pinned and differs from the published one.
+        """
+        if data is not None:
+            expected = self.pinned.get(name, "no such file") if self.pinned else None
+            self.sha256[name] = _verify(data, expected, self.path(name))
 
 
 def locate(
