@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from minilm import folder, hub, inputs
 from minilm.errors import InputError
 from minilm.eval_mode import eval_mode
-from minilm.kernels import accelerate, check_copies
+from minilm.kernels import accelerate, fast_products
 from minilm.packed import batch_limits, keeps_bits, make_features, plan_batches
 from minilm.similarity import SIMILARITY_FUNCTIONS, Embeddings
 from minilm.tokenizer import WordPieceTokenizer
@@ -256,8 +256,7 @@ class SentenceEncoder(nn.Module):
             dtype, device = self.bert.embeddings.word_embeddings.weight.dtype, self.device
             size = (len(lengths), self.get_sentence_embedding_dimension())
             embeddings = torch.empty(size, dtype=dtype, device="cpu" if to_numpy else device)
-        with torch.inference_mode(), eval_mode(self):
-            check_copies(self.bert, sum(lengths))
+        with torch.inference_mode(), eval_mode(self) as parts, fast_products(parts, sum(lengths)):
             for rows in inputs.with_progress(batches, show_progress_bar):
                 embeddings[rows] = self._embed([tokens.input_ids[i] for i in rows]).to(embeddings)
 
@@ -301,7 +300,7 @@ class SentenceEncoder(nn.Module):
         """Whether a text gets the same bits alone, in any batch and in any order: tried now, with
         this processor, number of threads and dtype.
         """
-        with torch.inference_mode(), eval_mode(self):
+        with torch.inference_mode(), eval_mode(self) as parts, fast_products(parts, tokens=0):
             return keeps_bits(self._embed, self.bert.config.vocab_size, self.max_seq_length)
 
     def tokenize(self, sentences: str | Iterable[str]) -> dict[str, Tensor]:

@@ -1,15 +1,40 @@
 """The matrix products, faster: `nn.Linear` with a second layout of its weight.
 
 In: the linear layers of `bert.py`. Out: the same layers, whose `forward` multiplies by a copy of
-the weight in the layout that suits the processor, where no gradient is recorded. Everything else
-(training, `torch.compile`, `torch.export`, other devices, other dtypes) goes through `F.linear`,
-which is the definition. Next: `encoder.py`.
+the weight in the layout that suits the processor, within `fast_products`, which `encode` enters.
+Everything else (a plain call, training, `torch.compile`, `torch.export`, other devices and dtypes)
+goes through `F.linear`, which is the definition. Next: `encoder.py`.
 
-Where the time goes. A token costs 21.2 MFLOP in the linear layers, and attention 0.0092 MFLOP for
-each token it looks at, so that a text of 256 tokens spends a tenth of its arithmetic there. A pass
-over a thousand tokens reads the 42 MB of weights once, a query of ten tokens as well: long batches
-are limited by arithmetic, single queries by memory. `scripts/bench.py` measures the rate of these
-products alone, and how much of it the whole reaches.
+The floor. A token costs 2 x 6 x (4 x 384² + 2 x 384 x 1536) = 21.2 MFLOP in the linear layers, and
+attention 0.0092 MFLOP for each token it looks at, so that a text of 256 tokens spends a tenth of
+its arithmetic there. A pass reads all weights once, 42 MB in float32, whether it is of ten tokens
+or of two thousand: long batches are limited by arithmetic, a single query by memory, and by the
+some 250 calls from Python between its products.
+
+Where the time goes, in µs a token, as `scripts/where_time_goes.py` printed it for sentences of 8 to
+25 tokens on two cores with AMX, the matrix units of Intel's processors:
+
+                      whole   products   attention   norms, sums, copies   other, Python
+    float32              77        78%          6%                    5%             11%
+    bfloat16             28        39%         19%                   20%             23%
+    float32, 1 query    460        38%          3%                    6%             54%
+
+The same products alone take 63 µs in float32 and 10 in bfloat16, and 7 in 8 bits, or 15 with the
+rounding to 8 bits before them as torch does it. So on such a processor 8-bit products could make
+bfloat16 faster by a ninth at the very best, at the price of accuracy: there are none here.
+
+What each trick is worth (the time without it, over the time with it, same sentences):
+
+                                            float32   bfloat16
+    sentences end to end (packed.py)           1.16       1.50
+    a second layout of the weights             1.04       1.24
+    GELU within the product                    1.02       1.10
+    rows up to a multiple of 64 (packed.py)    1.02       1.35
+    keys up to a multiple of 16 (packed.py)    1.01       1.12
+    freed memory kept                          1.02       1.13
+
+In float32 the processor multiplies nearly all of the time, whatever is done around it; bfloat16
+products are six times as fast, and then all else counts.
 
 Why a second layout. A linear layer computes x Wᵀ, each output a dot product of two rows. Libraries
 have a kernel of their own for a handful of rows, which adds up in another order, and split a long
@@ -28,8 +53,11 @@ speed is lost and nothing else.
 """
 
 import functools
-import zlib
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -37,25 +65,26 @@ import torch
 import torch.nn.functional as F
 import torch.nn.modules.module as _any_module
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from minilm.bert import BertFeedForward
 
 __all__ = [
+    "ByRows",
     "FastFeedForward",
     "FastLinear",
     "Layout",
     "Packed",
     "Transposed",
     "accelerate",
-    "check_copies",
+    "fast_products",
     "layout_for",
 ]
 
 _DTYPES = (torch.float32, torch.bfloat16)
 _SLICE = 384  # columns that are added up in one chain
+_FEW = 16  # rows, up to which the call itself takes a noticeable part of the time
 _TRIAL = (2, 10, 16, 17, 40, 100, 300, 511)  # numbers of rows, compared with 600
-_SAMPLES = 32  # numbers of a weight that are compared before each use of its copy
+_SAMPLES = 8  # numbers of a weight that are compared before each use of its copy
 
 
 class Layout:
@@ -78,17 +107,22 @@ class Layout:
 
 
 class Transposed(Layout):
-    """Wᵀ, contiguous, multiplied in slices of 384 input columns."""
+    """Wᵀ, contiguous, multiplied in slices of 384 input columns; at once for a few rows."""
 
-    def pack(self, weight: Tensor) -> list[Tensor]:
-        return list(torch.split(weight.t().contiguous(), _SLICE))
+    def pack(self, weight: Tensor) -> Tensor:
+        return weight.t().contiguous()
 
-    def linear(self, rows: Tensor, packed: list[Tensor], bias: Tensor | None, gelu: bool) -> Tensor:
-        columns = torch.split_with_sizes(rows, [len(part) for part in packed], dim=-1)
-        output = torch.mm(columns[0], packed[0])
-        for part, weight in zip(columns[1:], packed[1:], strict=True):
-            output.addmm_(part, weight)
-        if bias is not None:
+    def linear(self, rows: Tensor, packed: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+        if bias is not None and len(packed) <= _SLICE:
+            output = torch.addmm(bias, rows, packed)
+        elif len(packed) <= _SLICE or len(rows) <= _FEW:
+            output = torch.mm(rows, packed)
+        else:
+            columns, weights = torch.split(rows, _SLICE, dim=-1), torch.split(packed, _SLICE)
+            output = torch.mm(columns[0], weights[0])
+            for part, weight in zip(columns[1:], weights[1:], strict=True):
+                output.addmm_(part, weight)
+        if bias is not None and len(packed) > _SLICE:
             output.add_(bias)
         return F.gelu(output) if gelu else output
 
@@ -122,6 +156,23 @@ class Packed(Layout):
         return output
 
 
+class ByRows(Layout):
+    """Both: `Transposed` for a few rows, where a call costs little, and `Packed` for more."""
+
+    few = Transposed()
+    many = Packed()
+
+    def pack(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return self.few.pack(weight), self.many.pack(weight)
+
+    def linear(
+        self, rows: Tensor, packed: tuple[Tensor, Tensor], bias: Tensor | None, gelu: bool
+    ) -> Tensor:
+        if len(rows) <= _FEW:
+            return self.few.linear(rows, packed[0], bias, gelu)
+        return self.many.linear(rows, packed[1], bias, gelu)
+
+
 @functools.cache
 def layout_for(dtype: torch.dtype, out_features: int, in_features: int) -> Layout | None:
     """The layout for weights of this dtype and shape on this processor; None for `F.linear`.
@@ -145,7 +196,7 @@ def layout_for(dtype: torch.dtype, out_features: int, in_features: int) -> Layou
 def _candidates(dtype: torch.dtype, in_features: int) -> list[Layout]:
     # A rule, and not a race: a race has another winner now and then.
     if dtype == torch.float32 and in_features <= _SLICE:
-        return [Packed(), Transposed()]  # in the order of speed; with the same bits
+        return [ByRows(), Packed(), Transposed()]  # in the order of speed
     if dtype == torch.float32:  # oneDNN cuts long sums: faster by 3 %, less exact by a sixth
         return [Transposed(), Packed()]
     if dtype == torch.bfloat16:
@@ -176,36 +227,86 @@ def _trial(layout: Layout, dtype: torch.dtype, out_features: int, in_features: i
         return row_invariant
 
 
-class FastLinear(nn.Linear):
-    """`nn.Linear` that multiplies in the dtype of its weight, by the fastest layout there is.
+class _Thread(threading.local):
+    """What one thread's layers multiply by: nothing outside `fast_products`."""
 
-    A faster layout is a copy of the weight, made when it is first needed, and made again when the
-    weight has changed. It serves where no gradient is recorded, on a CPU; elsewhere this is
-    `F.linear`.
+    products: "Mapping[nn.Module, _Product]" = MappingProxyType({})
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def fast_products(modules: Iterable[nn.Module], tokens: int) -> Iterator[None]:
+    """Inside, on this thread, linear layers on a CPU multiply by copies of their weights.
+
+    All is decided here, once, and not at each product: which layers can have a copy, and whether
+    it is of today's weight. So inside, weights are not to be changed, nor replaced by torch.func,
+    nor derivatives taken forwards. Where a gradient is recorded or torch compiles, layers stay with
+    `F.linear` all the same.
+
+    Args:
+        modules: Of a model that went through `accelerate`.
+        tokens: How many are going to be computed. From 4,096 on, reading all weights takes no
+            noticeable part of the time, and every number is compared, not some.
+    """
+    products: dict[nn.Module, _Product] = {}
+    if not torch.is_autocast_enabled("cpu"):
+        feed_forwards = []
+        for module in modules:
+            if isinstance(module, FastLinear):
+                product = module.product(every_number=tokens >= 4096)
+                if product is not None:
+                    products[module] = product
+            elif isinstance(module, FastFeedForward):
+                feed_forwards.append(module)
+        for module in feed_forwards:
+            first = module.intermediate
+            if type(first) is FastLinear and first in products and not _has_hooks(first):
+                products[module] = products[first]
+    before, _thread.products = _thread.products, products
+    try:
+        yield
+    finally:
+        _thread.products = before
+
+
+def _product_of(module: nn.Module) -> "_Product | None":
+    """How to multiply now; None for `F.linear`."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return None
+    return _thread.products.get(module)
+
+
+class FastLinear(nn.Linear):
+    """`nn.Linear` that multiplies in the dtype of its weight, and within `fast_products` by a copy
+    of it in the fastest layout there is.
+
+    The copy is made when it is first needed, and made again when the weight has changed.
     """
 
     _copy: "_Copy | None" = None
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # as nn.Linear calls it
         """`[..., in]` -> `[..., out]`, in the dtype of the weight."""
-        output = self.fast(input)
-        return super().forward(input.to(self.weight.dtype)) if output is None else output
+        product = _product_of(self)
+        if product is None:
+            return super().forward(input.to(self.weight.dtype))
+        return product(input)
 
-    def fast(self, hidden_states: Tensor, gelu: bool = False) -> Tensor | None:
-        """What `forward` gives, or the GELU of it, by the copy; None where the copy can't serve."""
-        weight, bias = self.weight, self.bias
-        rows = hidden_states.to(weight.dtype)
-        if not _is_plain(rows, weight, bias):
-            return None
+    def product(self, every_number: bool) -> "_Product | None":
+        """The product by the copy, which is made, or made anew, if need be; None if it can't be.
+
+        Args:
+            every_number: Whether to compare all numbers of the weight with those that were copied.
+        """
+        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
         copy = self._copy
-        if copy is None or copy.is_stale(weight):
-            copy = self._copy = _Copy.of(weight)
-        if copy.layout is None:
-            return None
-        if rows.dim() == 2:
-            return copy.layout.linear(rows, copy.packed, bias, gelu)
-        output = copy.layout.linear(rows.flatten(end_dim=-2), copy.packed, bias, gelu)
-        return output.view(*rows.shape[:-1], self.out_features)
+        if "bias" not in self._parameters:  # another object at each call, as when it is pruned
+            copy = self._copy = None
+        elif copy is None or not copy.is_of(weight, bias, every_number):
+            copy = self._copy = _Copy.of(weight, bias)
+        return None if copy is None else copy.product
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "_copy"}
@@ -219,13 +320,30 @@ class FastFeedForward(BertFeedForward):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """`[..., 384]` -> `[..., 384]`."""
-        first = self.intermediate
-        if type(first) is FastLinear and not _has_hooks(first):
-            activation = first.fast(hidden_states, gelu=True)  # [..., 384] -> [..., 1536]
-            if activation is not None:
-                output: Tensor = self.dropout(self.output(activation))
-                return output
-        return super().forward(hidden_states)
+        product = _product_of(self)
+        if product is None:
+            return super().forward(hidden_states)
+        activation = product(hidden_states, gelu=True)  # [..., 384] -> [..., 1536]
+        output: Tensor = self.dropout(self.output(activation))  # [..., 1536] -> [..., 384]
+        return output
+
+
+@dataclass(frozen=True, slots=True)
+class _Product:
+    """x Wᵀ + b."""
+
+    layout: Layout
+    packed: Any
+    bias: Tensor | None
+    dtype: torch.dtype
+
+    def __call__(self, hidden_states: Tensor, gelu: bool = False) -> Tensor:
+        """`[..., in]` -> `[..., out]`, with the GELU if asked for."""
+        rows = hidden_states.to(self.dtype)
+        if rows.dim() == 2:
+            return self.layout.linear(rows, self.packed, self.bias, gelu)
+        output = self.layout.linear(rows.reshape(-1, rows.shape[-1]), self.packed, self.bias, gelu)
+        return output.view(*rows.shape[:-1], output.shape[-1])
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -241,33 +359,6 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _is_plain(rows: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether this is an ordinary product of ordinary tensors whose gradient nobody wants."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._get_tracing_state() is not None
-        or torch._C._functorch.peek_interpreter_stack() is not None  # inside a torch.func transform
-        or forward_ad._current_level >= 0
-    ):
-        return False
-    if torch.is_grad_enabled() and (
-        rows.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
-        return False
-    return (
-        weight.dtype in _DTYPES
-        and type(rows) is Tensor
-        and type(weight) is nn.Parameter  # not one that torch.func or a parametrization put there
-        and weight.device.type == "cpu"
-        and rows.device == weight.device
-        and rows.dim() > 1
-        and rows.numel() > 0
-        and not weight.is_inference()  # it would not count its changes
-        and weight.is_contiguous()
-        and not torch.is_autocast_enabled("cpu")
-    )
-
-
 @dataclass(frozen=True)
 class _Copy:
     """A weight in its layout, and what is needed to see that the weight has changed since.
@@ -276,24 +367,42 @@ class _Copy:
     module's are, None stands in its place.
     """
 
-    layout: Layout | None
-    packed: Any
+    product: _Product | None
+    weight: Tensor
+    bias: Tensor | None
+    shape: torch.Size
     address: int
     version: int
     numbers: "np.ndarray[Any, Any]"  # some of the weight's numbers, as they are now
     before: bytes  # and as they were
-    checksum: int
+    checksum: bytes
 
     @classmethod
-    def of(cls, weight: Tensor) -> "_Copy":
+    def of(cls, weight: Tensor | None, bias: Tensor | None) -> "_Copy | None":
+        """Make one; None if the weight is not an ordinary parameter on a CPU."""
+        if (
+            type(weight) is not nn.Parameter  # but one that a parametrization computes
+            or weight.dtype not in _DTYPES
+            or weight.device.type != "cpu"
+            or weight.layout != torch.strided
+            or not weight.is_contiguous()
+            or weight.is_inference()  # it would not count its changes
+            or not _fits(bias, weight)
+        ):
+            return None
         with torch.inference_mode(False), torch.no_grad():
             plain = weight.detach()
             layout = layout_for(plain.dtype, *plain.shape)
+            product = None
+            if layout is not None:
+                product = _Product(layout, layout.pack(plain), bias, plain.dtype)
             words = plain.view(torch.int16 if plain.element_size() == 2 else torch.int32)
             numbers = words.numpy().reshape(-1)[:: max(1, plain.numel() // _SAMPLES) | 1]
             return cls(
-                layout,
-                None if layout is None else layout.pack(plain),
+                product,
+                weight,
+                bias,
+                plain.shape,
                 plain.data_ptr(),
                 weight._version,
                 numbers,
@@ -304,22 +413,48 @@ class _Copy:
     def __reduce__(self) -> tuple[type[None], tuple[()]]:
         return type(None), ()
 
-    def is_stale(self, weight: Tensor) -> bool:
-        """Whether the weight has other contents than this copy.
+    def is_of(self, weight: Tensor | None, bias: Tensor | None, every_number: bool) -> bool:
+        """Whether this is the copy of these tensors as they are now.
 
-        torch counts changes in place, and a new tensor has another address. Changes through
-        `.data` are not counted: they are seen by the sample if they touch the whole tensor, as an
-        optimizer's do, and otherwise by `check_copies`.
+        torch counts changes in place, and other contents of `.data` have another address, since
+        the memory of those before is held here. Changes in place through `.data` are not counted:
+        they are seen by the sample if they touch the whole tensor, as an optimizer's do, and
+        otherwise if every number is compared.
         """
         return (
-            weight._version != self.version
-            or weight.data_ptr() != self.address
-            or self.numbers.tobytes() != self.before
+            weight is self.weight
+            and bias is self.bias
+            and weight._version == self.version
+            and weight.data_ptr() == self.address
+            and weight.shape == self.shape
+            and weight.is_contiguous()
+            and _fits(bias, weight)
+            and self.numbers.tobytes() == self.before
+            and (not every_number or self.checksum == _checksum(weight.detach()))
         )
 
 
-def _checksum(weight: Tensor) -> int:
-    return zlib.crc32(weight.flatten().view(torch.uint8).numpy().data)
+def _fits(bias: Tensor | None, weight: Tensor) -> bool:
+    """Whether the operators that know the weight's copy can add this bias."""
+    return bias is None or (
+        bias.dtype == weight.dtype
+        and bias.device == weight.device
+        and len(bias) == len(weight)
+        and bias.is_contiguous()
+    )
+
+
+def _checksum(weight: Tensor) -> bytes:
+    """The parity of the rows and of the columns of all bits, laid out in a rectangle.
+
+    Any change is seen but one of four corners of a rectangle by the same bits; in a quarter of the
+    time of a CRC.
+    """
+    data = weight.flatten().view(torch.uint8).numpy()
+    whole = data.size // 4096 * 4096
+    words = data[:whole].view(np.uint64).reshape(-1, 512)
+    parities = (np.bitwise_xor.reduce(words, axis=axis).tobytes() for axis in (0, 1))
+    return b"".join([*parities, data[whole:].tobytes()])
 
 
 @functools.cache
@@ -327,9 +462,9 @@ def _keep_freed_memory() -> None:
     """Let the C library keep what is freed, up to 64 MB, in place of giving it back each time.
 
     A pass allocates the same tensors of some MB over and over. glibc asks the system for blocks
-    above a threshold, page by page, and returns them when they are freed: up to a fifth of the
-    time in bfloat16. Freeing one block of almost 32 MB moves the threshold there (mallopt(3),
-    M_MMAP_THRESHOLD). It is never written to, so that it takes no memory.
+    above a threshold, page by page, and returns them when they are freed. Freeing one block of
+    almost 32 MB moves the threshold there (mallopt(3), M_MMAP_THRESHOLD). It is never written to,
+    so that it takes no memory.
     """
     torch.empty(31 * 2**20, dtype=torch.uint8)
 
@@ -356,20 +491,3 @@ def accelerate(model: nn.Module, dtype: torch.dtype | None = None) -> None:
             # Parameters stay what they are, ordinary or inference tensors, wherever this is called.
             with torch.inference_mode(module.weight.is_inference()):
                 module.to(dtype)
-
-
-def check_copies(model: nn.Module, tokens: int) -> None:
-    """Drop each copy that is not of today's weight, which means to read all weights.
-
-    Args:
-        model: The model.
-        tokens: How many are going to be computed. Nothing is done for so few that reading the
-            weights would take a noticeable part of the time.
-    """
-    if tokens < 4096:
-        return
-    for module in model.modules():
-        if isinstance(module, FastLinear):
-            copy = module._copy
-            if copy is not None and copy.checksum != _checksum(module.weight.detach()):
-                module._copy = None

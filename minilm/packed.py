@@ -9,6 +9,12 @@ all else acts on the last dimension, so that the batch may as well be `[total_to
 token. Sentences of equal length stand side by side, and such a run is a dense block: attention
 runs on it with no mask at all.
 
+Two details serve the kernels, and `kernels.py` says what they are worth. For each number of rows
+that oneDNN has not met, it takes milliseconds to prepare its products, and keeps what it prepared:
+batches are filled up to a multiple of 64 rows. And attention's inner loops go over 16 keys at a
+time, and over the rest one by one: sentences read on into the next one, up to a multiple of 16, and
+mask what they find there.
+
 Every text is computed by operations that depend on its own length only. So it gets the same bits
 alone and in any company, as long as each operation treats its rows alike.
 """
@@ -28,8 +34,9 @@ from minilm.tokenizer import WordPieceTokenizer
 
 __all__ = ["PackedBatch", "batch_limits", "keeps_bits", "make_features", "plan_batches"]
 
-# Attention's inner loops go over 16 keys at a time, and over the rest one by one.
-_STEP = 16
+# Batches of more than 512 tokens get a multiple of 64 rows, and those of more than 16 one of 16.
+_MULTIPLES = ((512, 64), (16, 16), (-1, 1))
+_STEP = 16  # keys
 # Not float16: a score beyond its range times 0 is no number, and would reach the neighbour.
 _WINDOWED = (torch.float32, torch.bfloat16, torch.float64)
 
@@ -65,13 +72,18 @@ class PackedBatch:
     """
 
     def __init__(
-        self, input_ids: Sequence[Sequence[int]], device: torch.device | str = "cpu"
+        self,
+        input_ids: Sequence[Sequence[int]],
+        device: torch.device | str = "cpu",
+        multiple_of: int = 1,
     ) -> None:
         """Lay the rows out.
 
         Args:
             input_ids: At least one row; none of them empty. In order of length for speed.
             device: Where the tensors go.
+            multiple_of: Put so many rows of no sentence behind the last one that the number of
+                rows can be divided by this.
         """
         self.lengths = [len(row) for row in input_ids]
         self._runs: list[_Run] = []
@@ -80,8 +92,11 @@ class PackedBatch:
             count = len(list(group))
             self._runs.append(_Run(start, start + count * length, count, length))
             start += count * length
+        self._filler = -start % multiple_of
+        ids = [i for row in input_ids for i in row] + [0] * self._filler
         places = [torch.arange(run.length).repeat(run.count) for run in self._runs]
-        self.input_ids = _send(torch.tensor([i for row in input_ids for i in row]), device)
+        places.append(torch.zeros(self._filler, dtype=torch.int64))
+        self.input_ids = _send(torch.tensor(ids), device)
         self.position_ids = _send(torch.cat(places), device)
 
     @functools.cached_property
@@ -94,11 +109,17 @@ class PackedBatch:
         """What `SentenceEncoder.forward` takes."""
         return {
             "input_ids": self.input_ids,
-            "attention_mask": torch.ones_like(self.input_ids),
+            "attention_mask": self._mask(),
             "position_ids": self.position_ids,
             "attend": self.attend,
             "per_sentence": self.per_sentence,
         }
+
+    def _mask(self) -> Tensor:
+        mask = torch.ones_like(self.input_ids)
+        if self._filler:
+            mask[-self._filler :] = 0
+        return mask
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """`attention` of `bert.py` within each sentence.
@@ -110,13 +131,15 @@ class PackedBatch:
             context `[total_tokens, heads, head_size]`.
         """
         varlen = _varlen(query)
-        if varlen is not None:
+        if varlen is not None and not self._filler:
             longest = max(self.lengths)
             context: Tensor = varlen(
                 query, key, value, self._bounds, self._bounds, longest, longest
             )
             return context
         contexts = [_attend(run, query, key, value) for run in self._runs]
+        if self._filler:
+            contexts.append(query.new_zeros(self._filler, *query.shape[1:]))
         return contexts[0] if len(contexts) == 1 else torch.cat(contexts)
 
     def per_sentence(self, pooling: nn.Module, token_embeddings: Tensor, mask: Tensor) -> Tensor:
@@ -125,7 +148,7 @@ class PackedBatch:
         Args:
             pooling: `[count, length, 384]` and a mask `[count, length]` -> `[count, 384]`.
             token_embeddings: `[total_tokens, 384]`.
-            mask: `[total_tokens]`, all 1.
+            mask: `[total_tokens]`, 1 in each sentence.
 
         Returns:
             `[batch, 384]`, in the order of `lengths`.
@@ -156,9 +179,8 @@ def _attend(run: _Run, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """`attention` for one run: all tensors `[total_tokens, heads, head_size]`."""
     mask = None
     missing = -run.length % _STEP
-    if missing and run.length > _STEP and query.device.type == "cpu" and query.dtype in _WINDOWED:
-        # Let each sentence see some rows of the next one too, to make its keys a multiple of 16,
-        # and mask them: less work than the odd ones would be.
+    if missing and query.device.type == "cpu" and query.dtype in _WINDOWED:
+        # Less work than the odd keys would be.
         keys, values = (_windows(run, missing, tensor) for tensor in (key, value))
         mask = _mask(run.length, missing, query.dtype)
     else:
@@ -230,7 +252,11 @@ def make_features(
     """
     if device.type == "mps" and tokenizer is not None:
         return dict(tokenizer.pad(input_ids, device))
-    return PackedBatch(input_ids, device).features()
+    multiple_of = 1
+    if device.type == "cpu":
+        total = sum(map(len, input_ids))
+        multiple_of = next(multiple for above, multiple in _MULTIPLES if total > above)
+    return PackedBatch(input_ids, device, multiple_of).features()
 
 
 def batch_limits(

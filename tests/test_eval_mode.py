@@ -5,7 +5,7 @@ import threading
 import pytest
 from torch import nn
 
-from minilm.eval_mode import _in_training, eval_mode
+from minilm.eval_mode import eval_mode
 
 
 class Holder(nn.Module):
@@ -25,28 +25,39 @@ def nested() -> nn.Module:
     )
 
 
-def test_modules_in_training_are_found_at_any_depth() -> None:
+def parts(model: nn.Module) -> list[nn.Module]:
+    with eval_mode(model) as found:
+        return found
+
+
+def test_all_modules_are_given_at_any_depth() -> None:
     model = nested()
-    assert set(_in_training(model)) == set(model.modules())
-    assert len(_in_training(model)) == 7
-    model.eval()
-    assert _in_training(model) == []
+    assert set(parts(model)) == set(model.modules())
+    assert len(parts(model)) == 7
+
+
+def test_a_deep_module_alone_in_training_is_switched_and_switched_back() -> None:
+    model = nested().eval()
     deep = model.get_submodule("2.0.1.deep")
     deep.train()
-    assert _in_training(model) == [deep]
+    with eval_mode(model):
+        assert not deep.training
+    assert [module for module in model.modules() if module.training] == [deep]
 
 
-def test_shared_modules_are_found_once() -> None:
+def test_shared_modules_are_given_once() -> None:
     shared = nn.Dropout()
     model = Holder(shared, Holder(shared), shared, None)
-    assert sorted(map(id, _in_training(model))) == sorted(map(id, model.modules()))
-    assert len(_in_training(model)) == 3
+    assert sorted(map(id, parts(model))) == sorted(map(id, model.modules()))
+    assert len(parts(model)) == 3
 
 
-def test_a_module_in_a_circle_is_found_once() -> None:
+def test_a_module_in_a_circle_is_given_once() -> None:
     model = Holder()
     model.add_module("itself", Holder(model))
-    assert len(_in_training(model)) == 2
+    for module in model.modules():  # torch's own eval() would not come back
+        module.training = False
+    assert len(parts(model)) == 2
 
 
 def test_each_module_gets_its_own_mode_back() -> None:

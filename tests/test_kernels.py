@@ -11,6 +11,7 @@ import pickle
 import threading
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -22,11 +23,11 @@ from torch.nn.utils import parametrize, prune
 
 from conftest import TINY, seeded_bert, tiny_tokenizer_json
 from minilm import BertFeedForward, BertModel, MeanPooling, Normalize, SentenceEncoder, kernels
-from minilm.kernels import FastLinear, Layout, Packed, Transposed, accelerate, check_copies
+from minilm.kernels import ByRows, FastLinear, Layout, Packed, Transposed, accelerate, fast_products
 from minilm.tokenizer import WordPieceTokenizer
 
 TEXTS = ["the dog bites the man", "", "a cat", "the sun is out .", "man sees dog", "a"]
-MANY = ["the dog"] * 1024  # 4 tokens each: enough for check_copies
+MANY = ["the dog"] * 1024  # 4 tokens each: enough for every number to be compared
 
 # The fast products add up in another order than the plain ones: float32 vectors of length 1.
 ROUNDING = 1e-6
@@ -79,8 +80,29 @@ def copies(model: nn.Module) -> list[Any]:
     return [layer._copy for layer in linear_layers(model).values()]
 
 
+def layouts_used(model: nn.Module) -> set[Any]:
+    return {copy.product and copy.product.layout for copy in copies(model)}
+
+
+@contextmanager
+def as_in_encode(model: nn.Module, tokens: int = 0, mode: Any = torch.inference_mode) -> Any:
+    """What `encode` puts around a pass, or that with another mode of torch."""
+    with mode(), fast_products(list(model.modules()), tokens):
+        yield
+
+
+def corrupt(model: nn.Module) -> None:
+    """Copies of zeros that look as if they were of today's weights."""
+    for layer in linear_layers(model).values():
+        product = layer.product(every_number=True)
+        packed = product.layout.pack(torch.zeros_like(layer.weight.detach()))
+        product = dataclasses.replace(product, packed=packed)
+        layer._copy = dataclasses.replace(layer._copy, product=product)
+
+
 LAYER = "bert.layers.0.attention.value"
 INTERMEDIATE = "bert.layers.0.feed_forward.intermediate"
+MODES: list[Any] = [torch.enable_grad, torch.no_grad, torch.inference_mode]
 
 
 # layouts
@@ -98,10 +120,28 @@ def needs_packed(dtype: torch.dtype) -> None:
 
 def layout_of(kind: str) -> tuple[Layout, torch.dtype]:
     dtype = torch.float32 if "float32" in kind else torch.bfloat16
-    if "Packed" in kind:
-        needs_packed(dtype)
-        return Packed(row_blocks="blocks" in kind), dtype
-    return Transposed(), dtype
+    if "Transposed" in kind:
+        return Transposed(), dtype
+    needs_packed(dtype)
+    return ByRows() if "ByRows" in kind else Packed(row_blocks="blocks" in kind), dtype
+
+
+def products_of(call: Callable[[], Tensor]) -> list[tuple[str, int, int]]:
+    """The matrix products in a call: operator, rows, columns that are added up."""
+    seen = []
+
+    class Recording(untyped.utils._python_dispatch.TorchDispatchMode):  # type: ignore[misc]
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            name = func.overloadpacket.__name__
+            if name in ("mm", "addmm", "addmm_", "_linear_pointwise"):
+                seen.append((name, *args[1 if "add" in name else 0].shape))
+            return func(*args, **(kwargs or {}))
+
+    with Recording():
+        call()
+    return seen
 
 
 @pytest.mark.parametrize("gelu", [False, True], ids=["linear", "gelu"])
@@ -111,7 +151,13 @@ def layout_of(kind: str) -> tuple[Layout, torch.dtype]:
 )
 @pytest.mark.parametrize(
     "kind",
-    ["Transposed float32", "Packed float32", "Packed bfloat16", "Packed bfloat16, row blocks"],
+    [
+        "Transposed float32",
+        "Packed float32",
+        "ByRows float32",
+        "Packed bfloat16",
+        "Packed bfloat16, row blocks",
+    ],
 )
 def test_layout_equals_linear(
     kind: str, inner: int, outer: int, has_bias: bool, gelu: bool
@@ -126,7 +172,7 @@ def test_layout_equals_linear(
     # Results of about 1, of sums of up to 1536 products; bfloat16 rounds the result to 8 bits, and
     # may round sums in between.
     bound = 4e-6 if dtype == torch.float32 else 0.02
-    for count in (1, 2, 3, 16, 32, 33, 100, 511, 512, 600):
+    for count in (1, 2, 3, 16, 17, 32, 33, 100, 511, 512, 600):
         output = layout.linear(rows[:count], packed, bias, gelu)
         assert output.dtype == dtype
         assert output.shape == (count, outer)
@@ -136,7 +182,7 @@ def test_layout_equals_linear(
 
 
 def test_gelu_is_exact_not_approximated() -> None:
-    for kind in ("Transposed float32", "Packed float32"):
+    for kind in ("Transposed float32", "Packed float32", "ByRows float32"):
         layout, dtype = layout_of(kind)
         rows = torch.linspace(-5, 5, 1001, dtype=dtype)[:, None]
         output = layout.linear(rows, layout.pack(torch.ones(1, 1, dtype=dtype)), None, True)
@@ -150,24 +196,55 @@ def test_row_blocks_are_products_of_32_rows(count: int) -> None:
     layout = Packed(row_blocks=True)
     weight, rows = randn(40, 64, seed=1, dtype=torch.bfloat16), randn(count, 64).bfloat16()
     packed = layout.pack(weight)
-    seen = []
-
-    class Recording(untyped.utils._python_dispatch.TorchDispatchMode):  # type: ignore[misc]
-        def __torch_dispatch__(
-            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
-        ) -> Any:
-            if "_linear_pointwise" in str(func):
-                seen.append(len(args[0]))
-            return func(*args, **(kwargs or {}))
-
-    with Recording():
-        output = layout.linear(rows, packed, None, False)
-    assert sum(seen) == count
-    assert max(seen) == (32 if 32 < count < 512 else count)
+    output = layout.linear(rows, packed, None, False)
+    products = products_of(lambda: layout.linear(rows, packed, None, False))
+    parts = [height for _, height, _ in products]
+    assert sum(parts) == count
+    assert max(parts) == (32 if 32 < count < 512 else count)
     assert torch.equal(output[:20], layout.linear(rows[:32], packed, None, False)[:20])
 
 
+@pytest.mark.parametrize("bias", [None, torch.ones(4)], ids=["no bias", "bias"])
+@pytest.mark.parametrize(
+    ("count", "inner", "columns"),
+    [(17, 384, [384]), (17, 385, [384, 1]), (600, 1536, [384] * 4), (16, 385, [385]),
+     (1, 1536, [1536])],
+)  # fmt: skip
+def test_transposed_adds_up_slices_of_384_columns(
+    count: int, inner: int, columns: list[int], bias: Tensor | None
+) -> None:
+    """But few rows at once."""
+    layout = Transposed()
+    rows, packed = torch.ones(count, inner), layout.pack(torch.ones(4, inner))
+    assert packed.shape == (inner, 4)
+    assert packed.is_contiguous()
+    products = products_of(lambda: layout.linear(rows, packed, bias, False))
+    first = "mm" if bias is None or inner > 384 else "addmm"  # long sums: the bias comes last
+    names = [first] + ["addmm_"] * (len(columns) - 1)
+    assert products == [(name, count, part) for name, part in zip(names, columns, strict=True)]
+
+
+@pytest.mark.parametrize(("count", "operator"), [(1, "addmm"), (16, "addmm"), (17, ""), (600, "")])
+def test_by_rows_takes_17_rows_to_be_many(count: int, operator: str) -> None:
+    layout, _ = layout_of("ByRows float32")
+    packed = layout.pack(torch.ones(4, 8))
+    products = products_of(
+        lambda: layout.linear(torch.ones(count, 8), packed, torch.ones(4), False)
+    )
+    assert products == [(operator or "_linear_pointwise", count, 8)]
+
+
 # layout_for
+
+
+def test_order_of_candidates() -> None:
+    def kinds(dtype: torch.dtype, columns: int) -> list[Any]:
+        return [type(layout) for layout in kernels._candidates(dtype, columns)]
+
+    assert kinds(torch.float32, 384) == [ByRows, Packed, Transposed]
+    assert kinds(torch.float32, 385) == [Transposed, Packed]
+    assert kinds(torch.bfloat16, 384) == kinds(torch.bfloat16, 385) == [Packed, Packed]
+    assert [getattr(x, "row_blocks", 0) for x in kernels._candidates(torch.bfloat16, 9)] == [0, 1]
 
 
 @pytest.fixture
@@ -194,7 +271,7 @@ class Wrong(Transposed):
     def __init__(self, where: str) -> None:
         self.where = where
 
-    def linear(self, rows: Tensor, packed: list[Tensor], bias: Tensor | None, gelu: bool) -> Tensor:
+    def linear(self, rows: Tensor, packed: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
         output = super().linear(rows, packed, bias, gelu)
         if self.where == "nan":
             return output * torch.nan
@@ -203,23 +280,34 @@ class Wrong(Transposed):
         return output if self.where == "gelu" and not gelu else output * 1.001
 
 
+class Recording(Transposed):
+    """Notes each product: whether it has the GELU in it."""
+
+    def __init__(self) -> None:
+        self.products: list[bool] = []
+
+    def linear(self, rows: Tensor, packed: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+        self.products.append(gelu)
+        return super().linear(rows, packed, bias, gelu)
+
+
 class Unusable(Transposed):
     def __init__(self, error: Exception, where: str) -> None:
         self.error, self.where = error, where
 
-    def pack(self, weight: Tensor) -> list[Tensor]:
+    def pack(self, weight: Tensor) -> Tensor:
         if self.where == "pack":
             raise self.error
         return super().pack(weight)
 
-    def linear(self, rows: Tensor, packed: list[Tensor], bias: Tensor | None, gelu: bool) -> Tensor:
+    def linear(self, rows: Tensor, packed: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
         raise self.error
 
 
 class Mixing(Transposed):
     """Right, but the last bits depend on the number of rows."""
 
-    def linear(self, rows: Tensor, packed: list[Tensor], bias: Tensor | None, gelu: bool) -> Tensor:
+    def linear(self, rows: Tensor, packed: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
         output = super().linear(rows, packed, bias, gelu)
         return output * (1 + len(rows) % 5 * torch.finfo(rows.dtype).eps)
 
@@ -270,6 +358,19 @@ def test_encoder_knows_that_its_layout_mixes_rows(candidates: Callable[..., Any]
     torch.testing.assert_close(vectors, expected, rtol=0, atol=ROUNDING)
 
 
+def test_encoder_multiplies_by_its_copies(candidates: Callable[..., Any]) -> None:
+    (layout,) = candidates(Recording())
+    encoder = make_encoder(seeded_bert())
+    encoder.encode("the dog")
+    layout.products.clear()  # those of the trial
+    encoder.encode("the dog")
+    # Query, key, value, output; and the feed-forward sublayer, the GELU in its first product.
+    assert layout.products == [False, False, False, False, True, False] * 2
+    layout.products.clear()
+    assert encoder.deterministic is not None
+    assert len(layout.products) > 12
+
+
 def test_first_of_several_good_layouts_is_chosen_once(candidates: Callable[..., Any]) -> None:
     first, second = candidates(Transposed(), Transposed())
     assert kernels.layout_for(torch.float32, 64, 32) is first
@@ -295,8 +396,7 @@ def test_encoder_with_other_layouts_gives_the_same_vectors(
     candidates(*layouts)
     encoder = make_encoder(seeded_bert())
     vectors = encoder.encode(TEXTS, convert_to_tensor=True)
-    used = {copy.layout for copy in copies(encoder)}
-    assert used == set(layouts or [None])
+    assert layouts_used(encoder) == set(layouts or [None])
     torch.testing.assert_close(
         vectors, plain_vectors(seeded_bert(), encoder), rtol=0, atol=ROUNDING
     )
@@ -315,7 +415,7 @@ def test_published_model_without_onednn(
     candidates(*layouts)
     other = copy.deepcopy(encoder)
     vectors = other.encode(PUBLISHED_TEXTS)
-    assert {copy.layout for copy in copies(other)} == set(layouts or [None])
+    assert layouts_used(other) == set(layouts or [None])
     np.testing.assert_allclose(vectors, encoder64.encode(PUBLISHED_TEXTS), rtol=0, atol=ROUNDING)
 
 
@@ -344,14 +444,18 @@ def layer() -> FastLinear:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("shape", [(5, 20), (1, 20), (20,), (2, 3, 20), (2, 1, 3, 20)])
+@pytest.mark.parametrize("shape", [(5, 20), (1, 20), (40, 20), (20,), (2, 3, 20), (3, 1, 13, 20)])
 def test_layer_keeps_leading_dimensions(
     layer: FastLinear, shape: tuple[int, ...], dtype: torch.dtype
 ) -> None:
     rows = randn(*shape, seed=5)
     expected = F.linear(rows.double(), layer.weight.double(), layer.bias.double())
+    layer.to(dtype)
     with torch.no_grad():
-        output = layer.to(dtype)(rows)  # float32 rows, whatever the weight is
+        plain = layer(rows)  # float32 rows, whatever the weight is
+        assert torch.equal(plain, F.linear(rows.to(dtype), layer.weight, layer.bias))
+    with as_in_encode(layer):
+        output = layer(rows)
     assert output.dtype == dtype
     assert output.shape == (*shape[:-1], 12)
     # Numbers up to 15 from weights, rows and results that are each rounded once.
@@ -359,50 +463,87 @@ def test_layer_keeps_leading_dimensions(
     torch.testing.assert_close(output.double(), expected, rtol=0, atol=bound)
 
 
-def test_layer_takes_rows_of_any_layout_in_memory(layer: FastLinear) -> None:
-    wide = randn(6, 5, 40)
+@pytest.mark.parametrize("size", [2, 6])
+def test_layer_takes_rows_of_any_layout_in_memory(layer: FastLinear, size: int) -> None:
+    """As few rows as `ByRows` takes for few, or more."""
+    wide = randn(size, 5, 40)
     for rows in (
         wide[..., ::2],  # every other column
         wide[..., :20].transpose(0, 1),
-        randn(20, 7).t(),
-        wide[:1, :1, :20].expand(3, 4, 20),
-        wide[:, 2, 20:],
+        randn(20, 5 * size).t(),
+        wide[:1, :1, :20].expand(3, size, 20),
+        randn(5 * size, 5, 40)[:, 2, 20:],
     ):
-        with torch.no_grad():
+        with as_in_encode(layer):
             output = layer(rows)
         exact = F.linear(rows.double(), layer.weight.double(), layer.bias.double())
         torch.testing.assert_close(output.double(), exact, rtol=0, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(0, 20), (2, 0, 20)])
-def test_layer_without_rows(layer: FastLinear, shape: tuple[int, ...]) -> None:
-    with torch.no_grad():
+def test_layer_without_rows(layer: FastLinear, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    with as_in_encode(layer.to(dtype)):
         assert layer(torch.ones(shape)).shape == (*shape[:-1], 12)
 
 
-def test_layer_without_bias() -> None:
+@pytest.mark.parametrize("count", [5, 40])
+def test_layer_without_bias(count: int) -> None:
     layer = nn.Linear(20, 12, bias=False)
     model = nn.Sequential(layer)
     accelerate(model)
-    rows = randn(5, 20)
-    with torch.no_grad():
+    rows = randn(count, 20)
+    with as_in_encode(model):
         torch.testing.assert_close(model(rows), rows @ layer.weight.T, rtol=0, atol=1e-6)
-    assert copies(model)[0].layout is not None
+    assert None not in layouts_used(model)
 
 
-def test_layer_of_the_wrong_width_is_refused_as_ever(layer: FastLinear) -> None:
-    for rows in (torch.ones(3, 19), torch.ones(3, 21), torch.ones(2, 3, 40)):
-        with pytest.raises(RuntimeError), torch.no_grad():
-            layer(rows)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_layer_of_the_wrong_width_is_refused_as_ever(layer: FastLinear, dtype: torch.dtype) -> None:
+    layer.to(dtype)
+    for shape in ((3, 19), (3, 21), (40, 19), (40, 21), (2, 3, 40), (5, 8, 40)):
+        with pytest.raises(RuntimeError), as_in_encode(layer):
+            layer(torch.ones(shape))
 
 
-def test_weight_that_is_not_contiguous(layer: FastLinear) -> None:
-    rows = randn(5, 20)
-    with torch.no_grad():
-        expected = layer(rows)
-        layer.weight = nn.Parameter(layer.weight.detach().t().contiguous().t())
-        assert not layer.weight.is_contiguous()
-        torch.testing.assert_close(layer(rows), expected, rtol=0, atol=1e-5)
+class OtherParameter(nn.Parameter):
+    """Somebody's own kind, as quantized weights are."""
+
+
+def replace_weight(change: Callable[[Tensor], Any], mode: Any = torch.no_grad) -> Any:
+    def run(layer: Any) -> None:
+        with mode():
+            weight = change(layer.weight.detach().clone())
+        del layer.weight
+        layer.weight = weight
+
+    return run
+
+
+NO_COPY: dict[str, Callable[[Any], Any]] = {
+    "float64": lambda layer: layer.double(),
+    "not contiguous": replace_weight(lambda weight: nn.Parameter(weight.t().contiguous().t())),
+    "no Parameter": replace_weight(lambda weight: weight * 2),
+    "other Parameter": replace_weight(OtherParameter),
+    "inference tensor": replace_weight(nn.Parameter, torch.inference_mode),
+}
+
+
+@pytest.mark.parametrize("name", NO_COPY)
+@pytest.mark.parametrize("used", [False, True], ids=["new", "used"])
+def test_layer_whose_weight_has_no_copy_is_the_plain_one(
+    layer: FastLinear, name: str, used: bool
+) -> None:
+    if used:
+        assert layer.product(every_number=False) is not None
+        corrupt(layer)
+    NO_COPY[name](layer)
+    assert layer.product(every_number=False) is None
+    rows = randn(40, 20)
+    with as_in_encode(layer):
+        expected = F.linear(rows.to(layer.weight.dtype), layer.weight, layer.bias)
+        assert torch.equal(layer(rows), expected)
+    assert layer._copy is None  # nor is the old one held
 
 
 # accelerate
@@ -427,9 +568,9 @@ def test_accelerate_keeps_what_can_be_seen() -> None:
         assert isinstance(module, nn.Linear)
         assert type(module) is FastLinear
     assert isinstance(model.get_submodule("layers.0.feed_forward"), BertFeedForward)
-    with torch.no_grad():
+    with as_in_encode(model):
         model(torch.tensor([[2, 5, 3]]))
-    assert all(copy is not None for copy in copies(model))
+    assert None not in copies(model)
     assert list(model.state_dict()) == list(state)
     seeded_bert(seed=1).load_state_dict(model.state_dict(), strict=True)
 
@@ -565,6 +706,7 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     ),
     ".data.mul_": edit(PLAIN, lambda layer: layer.weight.data.mul_(1.5)),
     ".data.add_": edit(PLAIN, lambda layer: layer.weight.data.add_(randn(32, 32) * 1e-3)),
+    ".data, half": edit(PLAIN, lambda layer: layer.weight.data[16:].mul_(1.5)),
     ".data.copy_": edit(PLAIN, lambda layer: layer.weight.data.copy_(randn(32, 32))),
     ".data =": edit(PLAIN, lambda layer: setattr(layer.weight, "data", randn(32, 32))),
     "vector_to_parameters": parameters_from_a_vector,
@@ -572,6 +714,9 @@ CHANGES: dict[str, Callable[[Any], None]] = {
     "another Parameter": edit(PLAIN, new_parameter),
     "bias, no_grad": edit(torch.no_grad, lambda layer: layer.bias.add_(1), INTERMEDIATE),
     "bias, .data, one": edit(PLAIN, lambda layer: layer.bias.data[3].add_(5), INTERMEDIATE),
+    "bias, .data =": edit(
+        PLAIN, lambda layer: setattr(layer.bias, "data", randn(64)), INTERMEDIATE
+    ),
     "bias =": edit(
         PLAIN, lambda layer: setattr(layer, "bias", nn.Parameter(randn(64))), INTERMEDIATE
     ),
@@ -617,42 +762,62 @@ def test_conversions_between_calls(tiny_encoder: SentenceEncoder) -> None:
     assert np.abs(half - single).max() > 1e-4
 
 
-# 0 in `.data`: a row and an element between those that is_stale looks at, and signs that cancel
-# in a plain sum.
-def zero_row(weight: Tensor) -> None:
-    weight.data[3] = 0
+@pytest.mark.parametrize("name", [LAYER, INTERMEDIATE])
+def test_bias_taken_away_and_given_back(tiny_encoder: SentenceEncoder, name: str) -> None:
+    plain: Any = seeded_bert()
+    layer = part(tiny_encoder, name)
+    before, bias = tiny_encoder.encode(TEXTS), layer.bias
+    layer.bias = plain.get_submodule(name.removeprefix("bert.")).bias = None
+    after = tiny_encoder.encode(TEXTS)
+    np.testing.assert_allclose(after, plain_vectors(plain, tiny_encoder), rtol=0, atol=ROUNDING)
+    assert np.abs(after - before).max() > 1e-4
+    layer.bias = bias
+    np.testing.assert_array_equal(tiny_encoder.encode(TEXTS), before)
 
 
-def zero_element(weight: Tensor) -> None:
-    weight.data[3, 5] = 0
+def test_bias_of_another_dtype_is_seen(tiny_encoder: SentenceEncoder) -> None:
+    before = tiny_encoder.encode(TEXTS)
+    layer = part(tiny_encoder, INTERMEDIATE)
+    layer.bias.data = layer.bias.data.double()
+    assert layer.product(every_number=False) is None
+    with pytest.raises(RuntimeError, match="dtype"):  # as from any nn.Linear
+        tiny_encoder.encode(TEXTS)
+    layer.bias.data = layer.bias.data.float()
+    np.testing.assert_array_equal(tiny_encoder.encode(TEXTS), before)
+    assert layer._copy.product is not None
 
 
-def swap_elements(weight: Tensor) -> None:
-    weight.data[3, [5, 7]] = weight.data[3, [7, 5]]
+def test_weight_transposed_where_it_is_is_seen(tiny_encoder: SentenceEncoder) -> None:
+    before = tiny_encoder.encode(TEXTS)
+    weight = part(tiny_encoder, LAYER).weight
+    address, version = weight.data_ptr(), weight._version
+    weight.data = weight.data.t()
+    assert (weight.data_ptr(), weight._version) == (address, version)
+    after = tiny_encoder.encode(TEXTS)
+    assert np.abs(after - before).max() > 1e-4
+    np.testing.assert_allclose(after, fresh(tiny_encoder).encode(TEXTS), rtol=0, atol=ROUNDING)
+    weight.data = weight.data.t()
+    np.testing.assert_array_equal(tiny_encoder.encode(TEXTS), before)
 
 
-def two_signs(weight: Tensor) -> None:
-    weight.data[3, [5, 7]] *= -1
+# By `.data`, between the numbers that every call looks at; the last two leave the sum of a weight's
+# words what it was.
+SMALL: dict[str, Callable[[Any], Any]] = {
+    "row": lambda weight: weight.data[3].zero_(),
+    "element": lambda weight: weight.data[3, 5].zero_(),
+    "swapped": lambda weight: weight.data[3, 5:8].copy_(weight.data[3, [7, 6, 5]]),
+    "signs": lambda weight: weight.data[3, 5:8:2].neg_(),
+}
 
 
-SMALL = {"row": zero_row, "element": zero_element, "swapped": swap_elements, "signs": two_signs}
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "row",
-        "element",
-        # The sum of a weight's words stays what it was.
-        "swapped",
-        "signs",
-    ],
-)
+@pytest.mark.parametrize("name", SMALL)
 def test_small_change_by_data_is_seen_by_a_call_of_4096_tokens(
     tiny_encoder: SentenceEncoder, name: str
 ) -> None:
     before = tiny_encoder.encode(TEXTS)
-    SMALL[name](part(tiny_encoder, LAYER).weight)
+    layer = part(tiny_encoder, LAYER)
+    SMALL[name](layer.weight)
+    assert layer._copy.numbers.tobytes() == layer._copy.before
     after = tiny_encoder.encode(MANY + TEXTS)[-len(TEXTS) :]
     assert np.abs(after - before).max() > 1e-6
     np.testing.assert_array_equal(after, fresh(tiny_encoder).encode(TEXTS))
@@ -697,22 +862,26 @@ def test_copies_are_kept_while_nothing_changes(tiny_encoder: SentenceEncoder) ->
     assert all(now is then for now, then in zip(copies(tiny_encoder), kept, strict=True))
 
 
-def test_weights_are_read_from_4096_tokens_on(tiny_encoder: SentenceEncoder) -> None:
+def test_every_number_is_compared_from_4096_tokens_on(tiny_encoder: SentenceEncoder) -> None:
     tiny_encoder.encode(TEXTS)
-    layer = part(tiny_encoder, LAYER)
     kept = copies(tiny_encoder)
-    zero_row(layer.weight)
-    check_copies(tiny_encoder.bert, 4095)
-    assert copies(tiny_encoder) == kept
-    check_copies(tiny_encoder.bert, 4096)
-    assert layer._copy is None
-    others = [copy for copy in copies(tiny_encoder) if copy is not None]
-    assert len(others) == len(kept) - 1
+    SMALL["row"](part(tiny_encoder, LAYER).weight)
+    with as_in_encode(tiny_encoder, tokens=4095):
+        assert all(now is then for now, then in zip(copies(tiny_encoder), kept, strict=True))
+    with as_in_encode(tiny_encoder, tokens=4096):
+        new = {name: part._copy for name, part in linear_layers(tiny_encoder).items()}
+        changed = [name for name, then in zip(new, kept, strict=True) if new[name] is not then]
+    assert changed == [LAYER]
 
 
-def test_check_copies_before_the_first_call(tiny_encoder: SentenceEncoder) -> None:
-    check_copies(tiny_encoder.bert, 10**6)
+@pytest.mark.parametrize("mode", MODES)
+def test_copies_are_made_by_encode_only(tiny_encoder: SentenceEncoder, mode: Any) -> None:
+    features = tiny_encoder.tokenize(TEXTS)
+    with mode():
+        tiny_encoder(features)
     assert set(copies(tiny_encoder)) == {None}
+    with as_in_encode(tiny_encoder, mode=mode):
+        assert None not in copies(tiny_encoder)
 
 
 class Adapter(nn.Module):
@@ -901,134 +1070,244 @@ class Doubled(nn.Module):
         return weight * 2
 
 
-@pytest.mark.parametrize("name", ["layers.0.attention.query", "layers.0.feed_forward.intermediate"])
-def test_parametrized_weight(tiny_encoder: SentenceEncoder, name: str) -> None:
-    plain = seeded_bert()
+@pytest.mark.parametrize("tensor", ["weight", "bias"])
+@pytest.mark.parametrize("name", ["layers.0.attention.value", "layers.0.feed_forward.intermediate"])
+def test_parametrized_layer(tiny_encoder: SentenceEncoder, name: str, tensor: str) -> None:
+    plain, layer = seeded_bert(), part(tiny_encoder, f"bert.{name}")
     before = tiny_encoder.encode(TEXTS)
     for model in (tiny_encoder.bert, plain):
-        parametrize.register_parametrization(model.get_submodule(name), "weight", Doubled())
+        parametrize.register_parametrization(model.get_submodule(name), tensor, Doubled())
+    assert layer.product(every_number=False) is None
     expected = plain_vectors(plain, tiny_encoder)
     after = tiny_encoder.encode(TEXTS, convert_to_tensor=True)
     torch.testing.assert_close(after, expected, rtol=0, atol=ROUNDING)
     assert np.abs(after.numpy() - before).max() > 1e-4
     with torch.no_grad():  # the parameter behind it
         for model in (tiny_encoder.bert, plain):
-            weight: Any = model.get_submodule(name)
-            weight.parametrizations.weight.original.mul_(0.5)
+            parts: Any = model.get_submodule(name)
+            parts.parametrizations[tensor].original.mul_(0.5)
     again = tiny_encoder.encode(TEXTS)
     np.testing.assert_allclose(again, plain_vectors(plain, tiny_encoder), rtol=0, atol=ROUNDING)
-    parametrize.remove_parametrizations(tiny_encoder.bert.get_submodule(name), "weight")
+    parametrize.remove_parametrizations(layer, tensor)
+    assert layer.product(every_number=False) is not None
     np.testing.assert_allclose(tiny_encoder.encode(TEXTS), again, rtol=0, atol=ROUNDING)
 
 
-def test_parametrized_weight_can_be_copied(tiny_encoder: SentenceEncoder) -> None:
+@pytest.mark.parametrize("tensor", ["weight", "bias"])
+def test_parametrized_layer_can_be_copied(tiny_encoder: SentenceEncoder, tensor: str) -> None:
     tiny_encoder.encode(TEXTS)
-    parametrize.register_parametrization(part(tiny_encoder, LAYER), "weight", Doubled())
+    parametrize.register_parametrization(part(tiny_encoder, LAYER), tensor, Doubled())
     expected = tiny_encoder.encode(TEXTS)
     np.testing.assert_array_equal(copy.deepcopy(tiny_encoder).encode(TEXTS), expected)
 
 
-@pytest.mark.parametrize("name", ["layers.0.attention.query", "layers.0.feed_forward.intermediate"])
-def test_pruned_weight(tiny_encoder: SentenceEncoder, name: str) -> None:
-    plain = seeded_bert()
+@pytest.mark.parametrize("tensor", ["weight", "bias"])
+@pytest.mark.parametrize("name", ["layers.0.attention.value", "layers.0.feed_forward.intermediate"])
+def test_pruned_layer(tiny_encoder: SentenceEncoder, name: str, tensor: str) -> None:
+    plain, layer = seeded_bert(), part(tiny_encoder, f"bert.{name}")
     before = tiny_encoder.encode(TEXTS)
     for model in (tiny_encoder.bert, plain):
-        l1_unstructured(model.get_submodule(name), "weight", amount=0.5)
+        l1_unstructured(model.get_submodule(name), tensor, amount=0.5)
+    assert layer.product(every_number=False) is None
     expected = plain_vectors(plain, tiny_encoder)
     after = tiny_encoder.encode(TEXTS)
     np.testing.assert_allclose(after, expected, rtol=0, atol=ROUNDING)
     assert np.abs(after - before).max() > 1e-4
-    remove_pruning(tiny_encoder.bert.get_submodule(name), "weight")
+    remove_pruning(layer, tensor)
+    assert layer.product(every_number=False) is not None
     np.testing.assert_allclose(tiny_encoder.encode(TEXTS), expected, rtol=0, atol=ROUNDING)
 
 
-# gradients
+# where the copies are used
 
 
-def corrupt(model: nn.Module) -> None:
-    """Copies of zeros that look as if they were of today's weights."""
-    for layer in linear_layers(model).values():
-        layout = layer._copy.layout
-        packed = layout.pack(torch.zeros_like(layer.weight.detach()))
-        layer._copy = dataclasses.replace(layer._copy, packed=packed)
-
-
-def test_no_copy_is_used_where_a_gradient_is_recorded(tiny_encoder: SentenceEncoder) -> None:
-    features = tiny_encoder.tokenize(TEXTS)
-    expected = tiny_encoder(features)["sentence_embedding"]
-    with torch.no_grad():
-        fast = tiny_encoder(features)["sentence_embedding"]
-    torch.testing.assert_close(fast, expected, rtol=0, atol=ROUNDING)
+@pytest.fixture
+def corrupted(tiny_encoder: SentenceEncoder) -> SentenceEncoder:
+    """The tiny encoder after a call, with copies that show where they are used."""
+    before = tiny_encoder.encode(TEXTS)
     corrupt(tiny_encoder)
-    with torch.no_grad():
-        assert (tiny_encoder(features)["sentence_embedding"] - expected).abs().max() > 0.01
-    assert torch.equal(tiny_encoder(features)["sentence_embedding"], expected)
-    tiny_encoder.requires_grad_(False)
-    assert (tiny_encoder(features)["sentence_embedding"] - expected).abs().max() > 0.01
-    for name in (LAYER, INTERMEDIATE):  # the second by way of FastFeedForward
-        layer = part(tiny_encoder, name)
-        layer.bias.requires_grad_(True)
-        rows = randn(5, 32)
-        assert torch.equal(layer(rows), F.linear(rows, layer.weight, layer.bias))
-        layer.bias.requires_grad_(False)
-        rows.requires_grad_(True)
-        assert torch.equal(layer(rows), F.linear(rows, layer.weight, layer.bias))
+    assert np.abs(tiny_encoder.encode(TEXTS) - before).max() > 0.01
+    return tiny_encoder
 
 
+def ids_and_mask(encoder: SentenceEncoder) -> tuple[Tensor, Tensor]:
+    features = encoder.tokenize(TEXTS)
+    return features["input_ids"], features["attention_mask"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_outside_encode_the_layers_are_the_plain_ones(
+    corrupted: SentenceEncoder, mode: Any
+) -> None:
+    plain, rows = seeded_bert(), randn(40, 32)
+    ids, mask = ids_and_mask(corrupted)
+    with mode():
+        for name, layer in linear_layers(corrupted).items():
+            inputs = randn(40, layer.in_features)
+            assert torch.equal(layer(inputs), F.linear(inputs, layer.weight, layer.bias)), name
+        for fast, slow in zip(corrupted.bert.layers, plain.layers, strict=True):
+            assert torch.equal(fast.feed_forward(rows), slow.feed_forward(rows))  # type: ignore
+        assert torch.equal(corrupted.bert(ids, mask), plain(ids, mask))
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
+def test_no_copy_is_used_where_gradients_are_recorded(
+    corrupted: SentenceEncoder, frozen: bool
+) -> None:
+    corrupted.requires_grad_(not frozen)
+    ids, mask = ids_and_mask(corrupted)
+    expected = seeded_bert()(ids, mask)
+    with as_in_encode(corrupted, mode=torch.enable_grad):
+        assert torch.equal(corrupted.bert(ids, mask), expected)
+        with torch.no_grad():
+            assert (corrupted.bert(ids, mask) - expected).abs().max() > 0.01
+        assert torch.equal(corrupted.bert(ids, mask), expected)
+
+
+def outside(model: nn.Module, mode: Any) -> Any:
+    return mode()
+
+
+anywhere = pytest.mark.parametrize("place", [outside, as_in_encode])
+both_modes = pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad])
+
+
+@anywhere
 @pytest.mark.parametrize("what", ["rows", "weight", "bias"])
 @pytest.mark.parametrize("name", ["layers.0.attention.query", "layers.0.feed_forward"])
-def test_gradients_are_those_of_the_plain_layer(name: str, what: str) -> None:
+def test_gradients_are_those_of_the_plain_layer(
+    corrupted: SentenceEncoder, name: str, what: str, place: Any
+) -> None:
     gradients = []
-    for fast in (False, True):
-        bert = seeded_bert()
-        if fast:
-            accelerate(bert)
+    for bert in (seeded_bert(), corrupted.bert):
         module = bert.get_submodule(name).requires_grad_(False)
-        rows = randn(5, 32)
-        with torch.no_grad():
-            module(rows)  # makes the copies
+        rows = randn(40, 32)
         wanted = rows
         if what != "rows":
             first: Any = module if isinstance(module, nn.Linear) else module.intermediate
             wanted = getattr(first, what)
         wanted.requires_grad_(True)
-        gradients.append(torch.autograd.grad(module(rows).square().sum(), wanted)[0])
+        with place(module, mode=torch.enable_grad):
+            gradients.append(torch.autograd.grad(module(rows).square().sum(), wanted)[0])
     assert torch.equal(*gradients)
     assert gradients[0].abs().max() > 1e-3
 
 
+@anywhere
 @pytest.mark.parametrize("part_name", ["attention.query", "feed_forward"])
 def test_forward_derivative_by_the_input_of_a_frozen_model(
-    tiny_encoder: SentenceEncoder, part_name: str
+    corrupted: SentenceEncoder, part_name: str, place: Any
 ) -> None:
-    module = tiny_encoder.bert.layers[0].get_submodule(part_name).requires_grad_(False)
-    rows, tangent = randn(5, 32), randn(5, 32, seed=1)
-    _, expected = untyped.autograd.functional.jvp(module, rows, tangent)  # twice backwards
+    module = corrupted.bert.layers[0].get_submodule(part_name).requires_grad_(False)
+    plain = seeded_bert().layers[0].get_submodule(part_name)
+    rows, tangent = randn(40, 32), randn(40, 32, seed=1)
+    _, expected = untyped.autograd.functional.jvp(plain, rows, tangent)  # twice backwards
     assert expected.abs().max() > 0.1
-    with untyped.autograd.forward_ad.dual_level():
+    with place(module, mode=torch.enable_grad), untyped.autograd.forward_ad.dual_level():
         output = module(untyped.autograd.forward_ad.make_dual(rows, tangent))
         derivative = untyped.autograd.forward_ad.unpack_dual(output).tangent
     assert derivative is not None  # silently none, if an operator has no rule
     torch.testing.assert_close(derivative, expected, rtol=0, atol=1e-5)
-    _, derivative = untyped.func.jvp(module, (rows,), (tangent,))
+    with place(module, mode=torch.enable_grad):
+        _, derivative = untyped.func.jvp(module, (rows,), (tangent,))
     torch.testing.assert_close(derivative, expected, rtol=0, atol=1e-5)
 
 
-def test_functional_gradient_of_a_frozen_model(tiny_encoder: SentenceEncoder) -> None:
-    layer: Any = tiny_encoder.bert.layers[0].requires_grad_(False)
-    rows = randn(5, 32)
-    gradient = torch.func.grad(lambda rows: layer(rows)[..., 0].square().sum())(rows)
+@anywhere
+def test_functional_gradient_of_a_frozen_model(corrupted: SentenceEncoder, place: Any) -> None:
+    layer: Any = corrupted.bert.layers[0].requires_grad_(False)
+    plain: Any = seeded_bert().layers[0]
+    rows = randn(40, 32)
+    with place(layer, mode=torch.enable_grad):
+        gradient = torch.func.grad(lambda rows: layer(rows)[..., 0].square().sum())(rows)
     rows.requires_grad_(True)
-    expected = torch.autograd.grad(layer(rows)[..., 0].square().sum(), rows)[0]
+    expected = torch.autograd.grad(plain(rows)[..., 0].square().sum(), rows)[0]
     torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-6)
     assert expected.abs().max() > 1e-3
 
 
+def look_into(encoder: SentenceEncoder, look: Callable[[], None]) -> list[int]:
+    """Call `look` in the middle of the next pass of the encoder; 1 in the list once it was."""
+    looked: list[int] = []
+
+    def hook(*_: object) -> None:
+        if not looked:
+            looked.append(1)
+            look()
+
+    part(encoder, "bert.layers.0.attention_layer_norm").register_forward_hook(hook)
+    return looked
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["works", "fails"])
+@pytest.mark.parametrize("which", ["another", "itself"])
+def test_encoder_used_by_a_hook_in_another(
+    corrupted: SentenceEncoder, which: str, fails: bool
+) -> None:
+    inner = make_encoder(seeded_bert(seed=1)) if which == "another" else corrupted
+    corrupt(inner)
+    expected, expected_inside = corrupted.encode(TEXTS), inner.encode(TEXTS[::-1])
+    seen: list[Any] = []
+
+    def look() -> None:
+        # The other's layers, before they have products, are the plain ones.
+        layer, rows = part(inner, LAYER), randn(40, 32)
+        is_plain = torch.equal(layer(rows), F.linear(rows, layer.weight, layer.bias))
+        assert is_plain == (which == "another")
+        seen.append(inner.encode(TEXTS[::-1]))
+        if fails:
+            inner.pooling.register_forward_hook(lambda *_: 1 / 0)
+            with pytest.raises(ZeroDivisionError):
+                inner.encode("a")
+            inner.pooling._forward_hooks.clear()
+
+    looked = look_into(corrupted, look)
+    np.testing.assert_array_equal(corrupted.encode(TEXTS), expected)
+    assert looked == [1]
+    np.testing.assert_array_equal(seen[0], expected_inside)
+
+
+def test_after_an_error_in_encode_the_layers_are_the_plain_ones(
+    corrupted: SentenceEncoder,
+) -> None:
+    looked = look_into(corrupted, lambda: 1 / 0)  # type: ignore[arg-type]
+    with pytest.raises(ZeroDivisionError):
+        corrupted.encode(TEXTS)
+    assert looked == [1]
+    ids, mask = ids_and_mask(corrupted)
+    with torch.no_grad():
+        assert torch.equal(corrupted.bert(ids, mask), seeded_bert()(ids, mask))
+
+
+def test_another_thread_has_products_of_its_own(corrupted: SentenceEncoder) -> None:
+    layer, rows = part(corrupted, LAYER), randn(40, 32)
+    plain = F.linear(rows, layer.weight, layer.bias)
+    fast = layer.bias.expand(40, 32)  # a product with zeros
+    expected, texts = corrupted.encode(TEXTS), TEXTS[::-1]
+    seen: list[Any] = []
+
+    @torch.no_grad()
+    def elsewhere() -> None:
+        seen.append(layer(rows))
+        seen.append(corrupted.encode(texts))
+        seen.append(layer(rows))
+
+    def look() -> None:
+        seen.append(layer(rows))
+        thread = threading.Thread(target=elsewhere)
+        thread.start()
+        thread.join()
+        seen.append(layer(rows))
+
+    looked = look_into(corrupted, look)
+    np.testing.assert_array_equal(corrupted.encode(TEXTS), expected)
+    assert looked == [1]
+    for output, wanted in zip(seen, (fast, plain, None, plain, fast), strict=True):
+        assert wanted is None or torch.equal(output, wanted)
+    np.testing.assert_array_equal(seen[2], corrupted.encode(texts))
+
+
 # copies of a model
-
-
-def clone_by_deepcopy(encoder: SentenceEncoder) -> Any:
-    return copy.deepcopy(encoder)
 
 
 def clone_by_pickle(encoder: SentenceEncoder) -> Any:
@@ -1042,7 +1321,7 @@ def clone_by_torch_save(encoder: SentenceEncoder) -> Any:
     return torch.load(buffer, weights_only=False)
 
 
-CLONES = [clone_by_deepcopy, clone_by_pickle, clone_by_torch_save]
+CLONES = [copy.deepcopy, clone_by_pickle, clone_by_torch_save]
 
 
 @pytest.mark.parametrize("clone", CLONES)
@@ -1088,14 +1367,7 @@ def test_made_in_inference_mode_it_can_be_trained() -> None:
         np.testing.assert_array_equal(encoder.encode(TEXTS), inside)
 
 
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        "float32",
-        "bfloat16",
-        "float64",
-    ],
-)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
 def test_conversion_in_inference_mode_leaves_ordinary_parameters(dtype: str) -> None:
     bert = seeded_bert()
     with torch.inference_mode():
@@ -1108,22 +1380,9 @@ def test_conversion_in_inference_mode_leaves_ordinary_parameters(dtype: str) -> 
 # what torch makes of a model: never a copy inside
 
 
-@pytest.fixture
-def used(tiny_encoder: SentenceEncoder) -> SentenceEncoder:
-    """The tiny encoder after a call, with all its copies."""
-    tiny_encoder.encode(TEXTS)
-    assert None not in copies(tiny_encoder)
-    return tiny_encoder
-
-
-def ids_and_mask(encoder: SentenceEncoder) -> tuple[Tensor, Tensor]:
-    features = encoder.tokenize(TEXTS)
-    return features["input_ids"], features["attention_mask"]
-
-
-def halve_the_weights(encoder: SentenceEncoder) -> None:
+def halve_the_weights(model: nn.Module) -> None:
     with torch.no_grad():
-        for layer in linear_layers(encoder).values():
+        for layer in linear_layers(model).values():
             layer.weight.mul_(0.5)
 
 
@@ -1132,103 +1391,111 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=5e-6)
 
 
-@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
+@anywhere
+@both_modes
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-def test_compiled_model(used: SentenceEncoder, backend: str, grad: bool) -> None:
-    ids, mask = ids_and_mask(used)
+def test_compiled_model(corrupted: SentenceEncoder, backend: str, mode: Any, place: Any) -> None:
+    plain = seeded_bert()
+    ids, mask = ids_and_mask(corrupted)
     try:
-        with torch.set_grad_enabled(grad):
-            compiled = torch.compile(used.bert, backend=backend, fullgraph=True)
-            close(compiled(ids, mask), used.bert(ids, mask))
-            halve_the_weights(used)
-            close(compiled(ids, mask), used.bert(ids, mask))
+        compiled = torch.compile(corrupted.bert, backend=backend, fullgraph=True)
+        for _ in range(2):
+            with place(corrupted, mode=mode):
+                close(compiled(ids, mask), plain(ids, mask))
+            halve_the_weights(corrupted)
+            halve_the_weights(plain)
+            corrupt(corrupted)
     finally:
         torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
-def test_exported_model(used: SentenceEncoder, grad: bool) -> None:
-    ids, mask = ids_and_mask(used)
-    with torch.set_grad_enabled(grad):
-        program = torch.export.export(used.bert, (ids, mask))
-        close(program.module()(ids, mask), used.bert(ids, mask))
+@anywhere
+@both_modes
+def test_exported_model(corrupted: SentenceEncoder, mode: Any, place: Any) -> None:
+    ids, mask = ids_and_mask(corrupted)
+    with place(corrupted, mode=mode):
+        program = torch.export.export(corrupted.bert, (ids, mask))
+        close(program.module()(ids, mask), seeded_bert()(ids, mask))
     assert "mkldnn" not in str(program.graph)
     assert "linear" in str(program.graph)
-    assert set(program.state_dict) == set(used.bert.state_dict())
+    assert set(program.state_dict) == set(corrupted.bert.state_dict())
     assert not program.constants
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-def test_traced_model(used: SentenceEncoder) -> None:
-    ids, mask = ids_and_mask(used)
+def test_traced_model(corrupted: SentenceEncoder) -> None:
+    plain = seeded_bert()
+    ids, mask = ids_and_mask(corrupted)
     with torch.no_grad():
-        traced = untyped.jit.trace(used.bert, (ids, mask))
-        close(traced(ids, mask), used.bert(ids, mask))
-        halve_the_weights(used)  # it has the parameters, not a copy
-        close(traced(ids, mask), used.bert(ids, mask))
+        traced = untyped.jit.trace(corrupted.bert, (ids, mask))
+        close(traced(ids, mask), plain(ids, mask))
+        for model in (corrupted, plain):
+            halve_the_weights(model)  # it has the parameters, not a copy
+        close(traced(ids, mask), plain(ids, mask))
     assert "mkldnn" not in str(traced.inlined_graph)
 
 
 @pytest.mark.parametrize("kind", [Tensor, nn.Parameter])
-@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
-def test_functional_call(used: SentenceEncoder, grad: bool, kind: type) -> None:
-    ids, mask = ids_and_mask(used)
+@both_modes
+def test_functional_call(corrupted: SentenceEncoder, mode: Any, kind: type) -> None:
+    ids, mask = ids_and_mask(corrupted)
     other = seeded_bert(seed=1)
     parameters = {name: value.detach().clone() for name, value in other.named_parameters()}
     if kind is nn.Parameter:
         parameters = {name: nn.Parameter(value) for name, value in parameters.items()}
-    with torch.set_grad_enabled(grad):
-        before = used.bert(ids, mask)
+    bert = corrupted.bert
+    with mode():
         for _ in range(2):
-            close(torch.func.functional_call(used.bert, parameters, (ids, mask)), other(ids, mask))
-        assert torch.equal(used.bert(ids, mask), before)
+            output = torch.func.functional_call(bert, parameters, (ids, mask))
+            assert torch.equal(output, other(ids, mask))
+        assert torch.equal(bert(ids, mask), seeded_bert()(ids, mask))
 
 
-@pytest.mark.parametrize("grad", [False, True], ids=["no_grad", "grad"])
-def test_vmap_over_models(used: SentenceEncoder, grad: bool) -> None:
-    ids, mask = ids_and_mask(used)
+@both_modes
+def test_vmap_over_models(corrupted: SentenceEncoder, mode: Any) -> None:
+    ids, mask = ids_and_mask(corrupted)
     models = [seeded_bert(seed=seed) for seed in range(3)]
     parameters, buffers = torch.func.stack_module_state(models)
 
     def call(parameters: Any, buffers: Any) -> Any:
-        return torch.func.functional_call(used.bert, (parameters, buffers), (ids, mask))
+        return torch.func.functional_call(corrupted.bert, (parameters, buffers), (ids, mask))
 
-    with torch.set_grad_enabled(grad):
+    with mode():
         together = torch.func.vmap(call)(parameters, buffers)
         for model, output in zip(models, together, strict=True):
             close(output, model(ids, mask))
 
 
-@pytest.mark.parametrize(
-    "grad",
-    [
-        False,
-        True,
-    ],
-    ids=["no_grad", "grad"],
-)
+@both_modes
 def test_vmap_over_inputs(
-    used: SentenceEncoder, grad: bool, capfd: pytest.CaptureFixture[str]
+    corrupted: SentenceEncoder, mode: Any, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    plain = seeded_bert()
     ids = torch.randint(TINY.vocab_size, (4, 3, 5), generator=torch.Generator().manual_seed(0))
-    with torch.set_grad_enabled(grad):
-        together = torch.func.vmap(used.bert)(ids)
-        close(together, torch.stack([used.bert(batch) for batch in ids]))
+    with mode():
+        together = torch.func.vmap(corrupted.bert)(ids)
+        close(together, torch.stack([plain(batch) for batch in ids]))
     assert "performance drop" not in capfd.readouterr().err
 
 
-def test_autocast_is_respected(used: SentenceEncoder) -> None:
-    single = used.encode(TEXTS)
+def test_autocast_is_respected(tiny_encoder: SentenceEncoder) -> None:
+    single = tiny_encoder.encode(TEXTS)
+    dtypes = []
+    hook = part(tiny_encoder, LAYER).register_forward_hook(
+        lambda *args: dtypes.append(args[2].dtype)
+    )
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = used.encode(TEXTS)
-        dtypes = []
-        part(used, LAYER).register_forward_hook(lambda *args: dtypes.append(args[2].dtype))
-        used.encode(TEXTS)
-    assert dtypes == [torch.bfloat16]
+        mixed = tiny_encoder.encode(TEXTS)
+        with as_in_encode(tiny_encoder):
+            np.testing.assert_array_equal(tiny_encoder.encode(TEXTS), mixed)
+    with as_in_encode(tiny_encoder), torch.autocast("cpu", torch.bfloat16):
+        np.testing.assert_array_equal(tiny_encoder.encode(TEXTS), mixed)
+    assert dtypes == [torch.bfloat16] * 3
+    hook.remove()
     assert mixed.dtype == np.float32
     np.testing.assert_allclose(mixed, single, rtol=0, atol=2e-2)
     assert np.abs(mixed - single).max() > 1e-4
-    np.testing.assert_allclose(used.encode(TEXTS), single, rtol=0, atol=0)
+    np.testing.assert_allclose(tiny_encoder.encode(TEXTS), single, rtol=0, atol=0)
 
 
 # threads

@@ -54,6 +54,27 @@ def test_sentences_are_laid_end_to_end() -> None:
     assert batch.input_ids.dtype == batch.position_ids.dtype == torch.int64
 
 
+@pytest.mark.parametrize("multiple_of", [1, 2, 5, 6, 64])
+def test_rows_of_no_sentence_fill_up_the_last_multiple(multiple_of: int) -> None:
+    rows = random_rows([5, 3, 3, 1, 2])
+    plain, filled = PackedBatch(rows), PackedBatch(rows, multiple_of=multiple_of)
+    total = len(filled.input_ids)
+    assert total % multiple_of == 0
+    assert 14 <= total < 14 + multiple_of
+    assert torch.equal(filled.input_ids[:14], plain.input_ids)
+    assert torch.equal(filled.position_ids[:14], plain.position_ids)
+    features = filled.features()
+    assert features["attention_mask"].tolist() == [1] * 14 + [0] * (total - 14)
+    query, key, value = (randn(total, 2, 4, seed=seed) for seed in range(3))
+    query[14:], key[14:], value[14:] = 1e6, -1e6, 1e6  # nobody looks at them
+    context = filled.attend(query, key, value)
+    assert torch.equal(context[:14], plain.attend(query[:14], key[:14], value[:14]))
+    assert torch.equal(context[14:], torch.zeros(total - 14, 2, 4, dtype=context.dtype))
+    value = value.flatten(1)
+    pooled = filled.per_sentence(MeanPooling(), value, features["attention_mask"])
+    close(pooled, plain.per_sentence(MeanPooling(), value[:14], torch.ones(14)), 0)
+
+
 def test_features_are_what_forward_takes() -> None:
     batch = PackedBatch([[101, 7592, 102], [101, 102]])
     features = batch.features()
@@ -396,6 +417,21 @@ def test_bad_limit_is_named(
         tiny_encoder.encode([], **{argument: value})
 
 
+@pytest.mark.parametrize(
+    ("lengths", "total"),
+    [
+        ([512], 512), ([511, 2], 576), ([256, 256, 64], 576), ([300, 300], 640), ([509], 512),
+        ([7, 5], 12), ([16], 16), ([17], 32), ([9, 8], 32), ([33], 48),
+    ],
+)  # fmt: skip
+def test_batches_have_a_multiple_of_16_or_64_rows(
+    tiny_encoder: SentenceEncoder, lengths: list[int], total: int
+) -> None:
+    features = make_features(random_rows(lengths), tiny_encoder.tokenizer, CPU)
+    assert len(features["input_ids"]) == total
+    assert int(features["attention_mask"].sum()) == sum(lengths)
+
+
 # keeps_bits
 
 
@@ -484,7 +520,7 @@ def test_limits_do_not_change_a_bit(tiny_encoder: SentenceEncoder, dtype: torch.
 
 def test_limits_are_those_of_the_passes(tiny_encoder: SentenceEncoder) -> None:
     seen: list[int] = []
-    tiny_encoder.bert.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    tiny_encoder.bert.register_forward_pre_hook(lambda _, args: seen.append(int(args[1].sum())))
     tiny_encoder.encode(TEXTS)
     assert len(seen) == 1
     total = seen.pop()

@@ -1,0 +1,326 @@
+"""Print where the time of `encode` on a CPU goes, and what each trick of the fast path is worth.
+
+    python scripts/where_time_goes.py [--model PATH_OR_NAME] [--rounds N] [--scale SHARE]
+
+Three tables, on the workloads of scripts/bench.py: the matrix products alone, at the model's
+shapes, by dtype; the share of each kind of operation in the time, as torch's profiler counts it;
+and the time with one trick switched off, over the time with all of them: 1.10 means that it saves a
+tenth. On and off run in turn, in one process, with another number of tokens a pass in each round,
+so that neither finds what the other has prepared. The module docstrings of `minilm/kernels.py` and
+`minilm/packed.py` explain the tricks.
+
+The last lines say what 8-bit products could save at most.
+"""
+
+import argparse
+import contextlib
+import statistics
+import subprocess
+import sys
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # a bare checkout is enough
+
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+import minilm.encoder  # noqa: E402
+from bench import MFLOP_PER_TOKEN, SHAPES, make_texts  # noqa: E402
+from minilm import BertFeedForward, SentenceEncoder, kernels, packed  # noqa: E402
+from minilm.hub import DEFAULT_MODEL  # noqa: E402
+
+DTYPES = ("float32", "bfloat16")
+ROWS = 2048
+KINDS = {  # the operators that the profiler names -> what a reader calls them
+    "products": ("mkldnn::_linear_pointwise", "aten::mm", "aten::addmm", "aten::addmm_"),
+    "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu",),
+    "norms": ("aten::native_layer_norm",),
+    "sums": ("aten::add", "aten::add_"),
+    "copies": ("aten::copy_", "aten::cat"),
+}
+
+
+def main() -> None:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", default=DEFAULT_MODEL)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--scale", type=float, default=0.3, help="share of each workload")
+    parser.add_argument("--seconds-only", metavar="DTYPE", help=argparse.SUPPRESS)
+    parser.add_argument("--no-kept-memory", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.seconds_only:
+        print(seconds_in_a_fresh_process(options))
+        return
+
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
+    rates = print_products(options.rounds)
+    times = {}
+    for dtype in DTYPES:
+        encoder = SentenceEncoder.from_pretrained(options.model, device="cpu", dtype=dtype)
+        texts = workloads(encoder, options.scale)
+        times[dtype] = print_shares(encoder, texts)
+        print_tricks(encoder, texts, options)
+    print_int8(rates, times["bfloat16"])
+
+
+def workloads(encoder: SentenceEncoder, scale: float) -> dict[str, list[str]]:
+    """Some of scripts/bench.py's texts."""
+    tokenizer = encoder.tokenizer
+    assert tokenizer is not None
+    return make_texts(lambda words: tokenizer(words).token_counts, scale)
+
+
+# --- The products alone ---------------------------------------------------------------------------
+
+
+def print_products(rounds: int) -> dict[str, float]:
+    """GFLOP/s of the products of a pass of 2,048 tokens.
+
+    Returns:
+        Microseconds a token, by the name of the way.
+    """
+    ways: dict[str, Callable[[int, int], Callable[[], object]]] = {
+        "float32, F.linear": lambda c, o: linear(torch.float32, c, o),
+        "float32, as minilm": lambda c, o: fast(torch.float32, c, o),
+        "bfloat16, F.linear": lambda c, o: linear(torch.bfloat16, c, o),
+        "bfloat16, as minilm": lambda c, o: fast(torch.bfloat16, c, o),
+        "int8": int8,
+        "int8 with quantization": lambda c, o: int8(c, o, quantize=True),
+    }
+    print(f"| products alone, {ROWS:,} rows | GFLOP/s | µs a token |\n| --- | ---: | ---: |")
+    rates = {}
+    for name, way in ways.items():
+        try:
+            with warnings.catch_warnings(), torch.inference_mode():
+                warnings.simplefilter("ignore")
+                products = [way(columns, outputs) for columns, outputs in SHAPES]
+                taken = [seconds(lambda: [product() for product in products])  # noqa: B023
+                         for _ in range(3 + 3 * rounds)]  # fmt: skip
+        except (AttributeError, RuntimeError, NotImplementedError) as error:
+            print(f"| {name} | not here: {str(error).splitlines()[0][:60]} | |")
+            continue
+        rates[name] = 6 * 1e6 * statistics.median(taken[3:]) / ROWS
+        print(f"| {name} | {1e3 * MFLOP_PER_TOKEN / rates[name]:,.0f} | {rates[name]:.1f} |")
+    print()
+    return rates
+
+
+def seconds(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def linear(dtype: torch.dtype, columns: int, outputs: int) -> Callable[[], Tensor]:
+    rows, weight, bias = operands(dtype, columns, outputs)
+    return lambda: activated(F.linear(rows, weight, bias), columns < outputs)
+
+
+def fast(dtype: torch.dtype, columns: int, outputs: int) -> Callable[[], Tensor]:
+    rows, weight, bias = operands(dtype, columns, outputs)
+    layout = kernels.layout_for(dtype, outputs, columns)
+    if layout is None:
+        raise RuntimeError("no layout")
+    copy = layout.pack(weight)
+    return lambda: layout.linear(rows, copy, bias, columns < outputs)
+
+
+def int8(columns: int, outputs: int, quantize: bool = False) -> Callable[[], Tensor]:
+    """The product that torch's compiler emits for a quantized model: 8-bit rows and weight.
+
+    The result is what the next operation takes: 8 bits before the second product of the
+    feed-forward layer, else bfloat16. With `quantize` the rows come in bfloat16 where they do in
+    the model, and are scaled and rounded first.
+    """
+    rows, weight, bias = operands(torch.float32, columns, outputs)
+    scale = rows.abs().max().item() / 127
+    scales = weight.abs().amax(1) / 127
+    whole = (weight / scales[:, None]).round().to(torch.int8)
+    q8 = ((rows / scale).round() + 128).to(torch.uint8)
+    prepack, multiply = torch.ops.onednn.qlinear_prepack, torch.ops.onednn.qlinear_pointwise
+    copy, zeros = prepack(whole, list(q8.shape)), torch.zeros(outputs, dtype=torch.int64)
+    inner = columns < outputs
+    after: tuple[Any, ...] = (0.05, 10, torch.uint8, "gelu", [], "none")
+    out = after if inner else (1.0, 0, torch.bfloat16, "none", [], "")
+    rows = rows.bfloat16()
+
+    def product() -> Tensor:
+        given = q8
+        if quantize and columns == 384:  # 1536 columns come in 8 bits from the product before
+            given = (rows * (1 / scale)).add_(128).to(torch.uint8)
+        result: Tensor = multiply(given, scale, 128, copy, scales, zeros, bias, *out)
+        return result
+
+    return product
+
+
+def operands(dtype: torch.dtype, columns: int, outputs: int) -> tuple[Tensor, Tensor, Tensor]:
+    random = torch.Generator().manual_seed(0)
+    rows = torch.randn(ROWS, columns, generator=random)
+    weight = torch.randn(outputs, columns, generator=random) * 0.05
+    bias = torch.randn(outputs, generator=random)
+    return rows.to(dtype), weight.to(dtype), bias.to(dtype)
+
+
+def activated(output: Tensor, gelu: bool) -> Tensor:
+    return F.gelu(output) if gelu else output
+
+
+# --- Shares of the time ---------------------------------------------------------------------------
+
+
+def print_shares(encoder: SentenceEncoder, texts: dict[str, list[str]]) -> dict[str, float]:
+    """What each kind of operation takes.
+
+    Returns:
+        Microseconds a token, by workload.
+    """
+    names = [*KINDS, "other", "Python"]
+    print(f"| {str(encoder.dtype)[6:]} | µs a token | {' | '.join(names)} |")
+    print("| --- |" + " ---: |" * (len(names) + 1))
+    tokenizer = encoder.tokenizer
+    assert tokenizer is not None
+    taken = {}
+    for name, rows in texts.items():
+        batches = [[row] for row in rows] if name == "W4" else [rows]
+        tokens = sum(tokenizer(rows).token_counts)
+        for _ in range(2):
+            alone = seconds(lambda: [encoder.encode(batch) for batch in batches])  # noqa: B023
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            whole = seconds(lambda: [encoder.encode(batch) for batch in batches])  # noqa: B023
+        kinds: dict[str, float] = defaultdict(float)
+        of = {operator: kind for kind, operators in KINDS.items() for operator in operators}
+        for event in profile.key_averages():
+            kinds[of.get(event.key, "other")] += event.self_cpu_time_total / 1e6
+        kinds["Python"] = max(0.0, whole - sum(kinds.values()))  # and the tokenizer
+        taken[name] = 1e6 * alone / tokens
+        shares = " | ".join(f"{kinds[kind] / whole:.0%}" for kind in names)
+        print(f"| {name} | {taken[name]:.1f} | {shares} |")
+    print()
+    return taken
+
+
+# --- Tricks ---------------------------------------------------------------------------------------
+
+
+def padded(input_ids: Any, tokenizer: Any, device: Any) -> Any:
+    return tokenizer.pad(input_ids, device)
+
+
+def no_layout(*shape: Any) -> None:
+    return None
+
+
+TRICKS: dict[str, list[Any]] = {
+    "no padding": [mock.patch.object(minilm.encoder, "make_features", padded)],
+    "weights in a second layout": [mock.patch.object(kernels, "layout_for", no_layout)],
+    "GELU within the product": [
+        mock.patch.object(kernels.FastFeedForward, "forward", BertFeedForward.forward)
+    ],
+    "keys up to a multiple of 16": [mock.patch.object(packed, "_STEP", 1)],
+    "rows up to a multiple of 64": [mock.patch.object(packed, "_MULTIPLES", ((-1, 1),))],
+}
+
+
+@contextlib.contextmanager
+def switched_off(trick: str, encoder: SentenceEncoder) -> Iterator[None]:
+    """The encoder without one trick, and with it again afterwards."""
+    forget_copies(encoder)
+    with contextlib.ExitStack() as stack:
+        for patch in TRICKS[trick]:
+            stack.enter_context(patch)
+        encoder.encode(["a first text, which makes the copies"])
+        yield
+    forget_copies(encoder)
+    encoder.encode(["a first text, which makes the copies"])
+
+
+def forget_copies(encoder: SentenceEncoder) -> None:
+    for module in encoder.modules():
+        if isinstance(module, kernels.FastLinear):
+            module._copy = None
+
+
+def print_tricks(
+    encoder: SentenceEncoder, texts: dict[str, list[str]], options: argparse.Namespace
+) -> None:
+    """The time without a trick over the time with it, median and range of the rounds."""
+    names = ["W1", "W2", "W3"]
+    print(f"| {str(encoder.dtype)[6:]} without | {' | '.join(names)} |")
+    print("| --- |" + " ---: |" * len(names))
+    usual, _ = packed.batch_limits(encoder.dtype, None, None)
+    for trick in TRICKS:
+        ratios = defaultdict(list)
+        for number in range(options.rounds):
+            for name in names:
+                budget = usual - 130 * number
+                run = lambda: encoder.encode(texts[name], token_budget=budget)  # noqa: B023, E731
+                on = seconds(run)
+                with switched_off(trick, encoder):
+                    off = seconds(run)
+                ratios[name].append(off / on)
+        print(f"| {trick} | {' | '.join(spread(ratios[name]) for name in names)} |", flush=True)
+    dtype = str(encoder.dtype)[6:]
+    ratios = defaultdict(list)
+    for _ in range(options.rounds):
+        with_it, without = (child(options, dtype, x) for x in ([], ["--no-kept-memory"]))
+        for name in names:
+            ratios[name].append(without[name] / with_it[name])
+    print(f"| freed memory kept | {' | '.join(spread(ratios[name]) for name in names)} |\n")
+
+
+def spread(ratios: list[float]) -> str:
+    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f}-{max(ratios):.2f})"
+
+
+def child(options: argparse.Namespace, dtype: str, extra: list[str]) -> dict[str, float]:
+    command = [sys.executable, __file__, "--model", options.model, "--scale", str(options.scale)]
+    command += ["--seconds-only", dtype, *extra]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return dict(zip(("W1", "W2", "W3"), map(float, output.split()), strict=True))
+
+
+def seconds_in_a_fresh_process(options: argparse.Namespace) -> str:
+    """What `child` reads."""
+    if options.no_kept_memory:
+        kernels._keep_freed_memory = lambda: None  # type: ignore[assignment]
+    encoder = SentenceEncoder.from_pretrained(options.model, dtype=options.seconds_only)
+    texts = workloads(encoder, options.scale)
+    taken = []
+    for name in ("W1", "W2", "W3"):
+        encoder.encode(texts[name])
+        taken.append(str(seconds(lambda: encoder.encode(texts[name]))))  # noqa: B023
+    return " ".join(taken)
+
+
+# --- Eight bits -----------------------------------------------------------------------------------
+
+
+def print_int8(rates: dict[str, float], times: dict[str, float]) -> None:
+    """How much faster bfloat16 would be if its products took the time of the 8-bit ones."""
+    if "int8 with quantization" not in rates or "bfloat16, as minilm" not in rates:
+        return
+    for name in ("W1", "W2", "W3"):
+        bounds = []
+        for way in ("int8", "int8 with quantization"):
+            saved = rates["bfloat16, as minilm"] - rates[way]
+            bounds.append(times[name] / (times[name] - saved))
+        print(
+            f"{name}: with 8-bit products in place of all of bfloat16's at most {bounds[0]:.2f} "
+            f"times as fast if rounding to 8 bits cost nothing, {bounds[1]:.2f} with what it costs."
+        )
+
+
+if __name__ == "__main__":
+    main()
