@@ -14,6 +14,11 @@ and before the first sentence, to load the published weights:
 7. `checkpoint.py`  safetensors -> tensors under our names
 8. `config.py`      the sizes of the network
 
+The same numbers faster: `packed.py` lays sentences end to end, `kernels.py` multiplies. And the
+model explained by itself: `trace.py` shows every number of a pass, `explain.py` splits a similarity
+into its parts, `tour.py` makes a page of both, `causes.py` finds out why another implementation
+gives other vectors. `inside.py` makes methods of them.
+
 Beside them: `similarity.py` compares vectors, `inputs.py` says what may be passed, `errors.py` what
 can go wrong, `eval_mode.py` keeps dropout out of `encode`, `parity.py` proves equality with the
 reference, `cli.py` is the command line.
@@ -35,10 +40,12 @@ _HOMES = {
     "BertModel": "bert",
     "BertSelfAttention": "bert",
     "ClsPooling": "pooling",
+    "Explanation": "explain",
     "MeanPooling": "pooling",
     "MinilmError": "errors",
     "Normalize": "pooling",
     "SentenceEncoder": "encoder",
+    "Trace": "trace",
     "TruncationWarning": "errors",
     "WordPieceTokenizer": "tokenizer",
     "attention": "bert",
@@ -56,11 +63,13 @@ if TYPE_CHECKING:
     from minilm.encoder import SentenceEncoder as SentenceEncoder
     from minilm.errors import MinilmError as MinilmError
     from minilm.errors import TruncationWarning as TruncationWarning
+    from minilm.explain import Explanation as Explanation
     from minilm.pooling import ClsPooling as ClsPooling
     from minilm.pooling import MeanPooling as MeanPooling
     from minilm.pooling import Normalize as Normalize
     from minilm.similarity import cos_sim as cos_sim
     from minilm.tokenizer import WordPieceTokenizer as WordPieceTokenizer
+    from minilm.trace import Trace as Trace
 
 __all__ = [
     "BertConfig",
@@ -70,10 +79,12 @@ __all__ = [
     "BertModel",
     "BertSelfAttention",
     "ClsPooling",
+    "Explanation",
     "MeanPooling",
     "MinilmError",
     "Normalize",
     "SentenceEncoder",
+    "Trace",
     "TruncationWarning",
     "WordPieceTokenizer",
     "__version__",

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from minilm import folder, hub, inputs
 from minilm.errors import InputError
 from minilm.eval_mode import eval_mode
+from minilm.inside import LookInside
 from minilm.kernels import accelerate, fast_products
 from minilm.packed import batch_limits, keeps_bits, make_features, plan_batches
 from minilm.similarity import SIMILARITY_FUNCTIONS, Embeddings
@@ -25,7 +26,7 @@ from minilm.tokenizer import WordPieceTokenizer
 __all__ = ["SentenceEncoder"]
 
 
-class SentenceEncoder(nn.Module):
+class SentenceEncoder(LookInside, nn.Module):
     """Maps sentences and paragraphs to vectors whose dot product is their similarity.
 
     Attributes:

@@ -26,10 +26,12 @@ __all__ = [
     "InputError",
     "InputTypeError",
     "MinilmError",
+    "MissingPackageError",
     "ModelFolderError",
     "ModelNotFoundError",
     "NotAFolderError",
     "TokenizerError",
+    "TraceKeyError",
     "TruncationWarning",
     "WeightsError",
 ]
@@ -143,6 +145,44 @@ class ModelNotFoundError(MinilmError, FileNotFoundError):
 
 class NotAFolderError(ModelNotFoundError, NotADirectoryError):
     """A path that should be a model folder is something else."""
+
+
+class MissingPackageError(MinilmError, ImportError):
+    """A part of this package needs a package that is not installed.
+
+    Attributes:
+        package: The package.
+        extra: The extra that brings it: `pip install "minilm[plot]"`.
+    """
+
+    def __init__(self, what: str, package: str, extra: str) -> None:
+        super().__init__(f'{what} needs {package}: pip install "minilm[{extra}]"')
+        self.what = what
+        self.package = package
+        self.extra = extra
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
+        return type(self), (self.what, self.package, self.extra)
+
+
+class TraceKeyError(MinilmError, KeyError):
+    """A trace has no tensor of that name.
+
+    Attributes:
+        name: What was asked for.
+        nearest: The names most like it, the likest first.
+    """
+
+    def __init__(self, name: str, nearest: Sequence[str]) -> None:
+        super().__init__(f"there is no {name!r} in this trace; the nearest: {', '.join(nearest)}")
+        self.name = name
+        self.nearest = list(nearest)
+
+    def __str__(self) -> str:  # KeyError's own would quote it
+        return str(self.args[0])
+
+    def __reduce__(self) -> tuple[type, tuple[str, list[str]]]:
+        return type(self), (self.name, self.nearest)
 
 
 class TruncationWarning(UserWarning):

@@ -25,6 +25,7 @@ __all__ = [
     "check_choice",
     "check_in_range",
     "check_positive_int",
+    "check_text",
     "check_unicode",
     "windows",
     "with_progress",
@@ -163,10 +164,20 @@ def _check_column(sentences: Any, argument: str) -> None:
 def _check_rows(texts: list[Any], argument: str, start: int = 0) -> list[str]:
     for row, text in enumerate(texts, start):
         if not isinstance(text, str):
-            place = f"{argument}[{row}]"
-            seen = "None" if text is None else f"{_short(text)}, of type {type(text).__name__}"
-            raise InputTypeError(f"{place} is {seen}; pass a string", place)
+            check_text(text, f"{argument}[{row}]")
     return texts
+
+
+def check_text(text: Any, argument: str) -> str:
+    """Return `text` if it is a str.
+
+    Raises:
+        InputTypeError: It is none.
+    """
+    if not isinstance(text, str):
+        seen = "None" if text is None else f"{_short(text)}, of type {type(text).__name__}"
+        raise InputTypeError(f"{argument} is {seen}; pass a string", argument)
+    return text
 
 
 def check_unicode(texts: Sequence[str], argument: str = "sentences", start: int = 0) -> None:
