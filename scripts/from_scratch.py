@@ -1,0 +1,120 @@
+"""all-MiniLM-L6-v2 in NumPy alone: from the bytes of two files to a matrix of similarities.
+
+    python scripts/from_scratch.py
+
+The shortest complete statement of the architecture, one sentence at a time: no batch, no padding.
+`minilm/bert.py` is the same in PyTorch. Not here: [MASK] and the like, written out in a text.
+"""
+
+import json
+import math
+import struct
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+Array = Any  # np.ndarray: the types of its operators say less than the shapes below
+
+FOLDER = Path(__file__).resolve().parents[1] / "weights" / "all-MiniLM-L6-v2"
+SENTENCES = ["The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."]
+LAYERS, HEADS, LIMIT, EPSILON = 6, 12, 256, 1e-12
+CHINESE = ("CJK UNIFIED IDEOGRAPH", "CJK COMPATIBILITY IDEOGRAPH")
+
+
+def read_tensors(data: bytes) -> dict[str, Array]:
+    """safetensors: 8 bytes say how long the JSON is that says where in the rest each tensor is."""
+    (length,) = struct.unpack("<Q", data[:8])
+    header, rest = json.loads(data[8 : 8 + length]), data[8 + length :]
+    return {
+        name: np.frombuffer(rest[slice(*about["data_offsets"])], "<f4").reshape(about["shape"])
+        for name, about in header.items()
+        if about.get("dtype") == "F32"
+    }
+
+
+def split(text: str) -> list[str]:
+    """No control characters, accents or capitals; words, punctuation and Chinese apart."""
+    spaced = ""
+    for c in text:
+        kind = unicodedata.category(c)
+        if kind[0] == "Z" or c in "\t\n\r":  # blanks
+            spaced += " "
+        elif kind not in ("Cc", "Cf", "Co") and c != "\ufffd":
+            spaced += f" {c} " if unicodedata.name(c, "").startswith(CHINESE) else c
+    plain = (c for c in unicodedata.normalize("NFD", spaced) if unicodedata.category(c) != "Mn")
+    lower = "".join(c.lower() for c in plain)
+    return "".join(f" {c} " if is_punctuation(c) else c for c in lower).split()
+
+
+def is_punctuation(c: str) -> bool:
+    """What Unicode calls so, and all of ASCII that is no letter, no digit and no blank."""
+    return unicodedata.category(c)[0] == "P" or ("!" <= c <= "~" and not c.isalnum())
+
+
+def word_pieces(word: str, vocabulary: dict[str, int]) -> list[int]:
+    """The longest piece that the vocabulary knows, then the longest of the rest, and so on."""
+    ids: list[int] = []
+    rest = word
+    while rest:
+        pieces = [("##" if ids else "") + rest[:end] for end in range(len(rest), 0, -1)]
+        known = next((piece for piece in pieces if piece in vocabulary), None)
+        if known is None or len(word) > 100:
+            return [vocabulary["[UNK]"]]
+        rest = rest[len(known) - (2 if ids else 0) :]
+        ids.append(vocabulary[known])
+    return ids
+
+
+def tokenize(text: str, vocabulary: dict[str, int]) -> list[int]:
+    """[CLS], as many pieces as there is room for, [SEP]."""
+    ids = [i for word in split(text) for i in word_pieces(word, vocabulary)]
+    return [vocabulary["[CLS]"], *ids[: LIMIT - 2], vocabulary["[SEP]"]]
+
+
+def softmax(x: Array) -> Array:
+    """Positive numbers of sum 1; the largest is taken away first, so that none is infinite."""
+    powers = np.exp(x - x.max(-1, keepdims=True))
+    return powers / powers.sum(-1, keepdims=True)
+
+
+def gelu(x: Array) -> Array:
+    """GELU, x Φ(x): how much of a number passes depends on the number."""
+    return x * (1 + np.vectorize(math.erf, [np.float32])(x / math.sqrt(2))) / 2
+
+
+def encode(ids: list[int], w: dict[str, Array]) -> Array:
+    """Ids `[tokens]` -> a vector of length 1, `[384]`."""
+
+    def linear(path: str, x: Array) -> Array:
+        return x @ w[f"{path}.weight"].T + w[f"{path}.bias"]
+
+    def norm(path: str, x: Array) -> Array:
+        scale = np.sqrt(x.var(-1, keepdims=True) + EPSILON)
+        return w[f"{path}.weight"] * (x - x.mean(-1, keepdims=True)) / scale + w[f"{path}.bias"]
+
+    word, position, token_type = (
+        w[f"embeddings.{name}_embeddings.weight"] for name in ("word", "position", "token_type")
+    )
+    x = norm("embeddings.LayerNorm", word[ids] + position[: len(ids)] + token_type[0])
+    for path in (f"encoder.layer.{number}" for number in range(LAYERS)):
+        query, key, value = (  # [tokens, 384] -> [12, tokens, 32]
+            linear(f"{path}.attention.self.{name}", x).reshape(len(x), HEADS, -1).swapaxes(0, 1)
+            for name in ("query", "key", "value")
+        )
+        scores = query @ key.swapaxes(1, 2) / math.sqrt(query.shape[-1])  # [12, tokens, tokens]
+        context = np.hstack(list(softmax(scores) @ value))  # [12, tokens, 32] -> [tokens, 384]
+        attention = linear(f"{path}.attention.output.dense", context)
+        x = norm(f"{path}.attention.output.LayerNorm", x + attention)
+        inner = gelu(linear(f"{path}.intermediate.dense", x))  # [tokens, 384] -> [tokens, 1536]
+        x = norm(f"{path}.output.LayerNorm", x + linear(f"{path}.output.dense", inner))
+    mean = x.mean(0)
+    return mean / np.linalg.norm(mean)
+
+
+if __name__ == "__main__":
+    tensors = read_tensors((FOLDER / "model.safetensors").read_bytes())
+    words = json.loads((FOLDER / "tokenizer.json").read_bytes())["model"]["vocab"]
+    vectors = np.stack([encode(tokenize(text, words), tensors) for text in SENTENCES])
+    print((vectors @ vectors.T).round(4))
