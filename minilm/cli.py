@@ -1,22 +1,26 @@
 """The command `minilm`: it parses, calls the library, and prints.
 
 Everything that it can do is one call in Python too. torch is loaded only once a command runs, so
-that `--help` answers at once. Exit codes: 0 done, 1 failed, 2 wrong usage, 130 interrupted.
+that `--help` answers at once. Exit codes: 0 done, 1 failed, or for `parity` different, 2 wrong
+usage, 130 interrupted.
 """
 
 import argparse
 import csv
+import html
 import io
 import json
 import os
+import re
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from minilm import __version__, hub
 from minilm.errors import InputError, MinilmError
+from minilm.foreign import read_lines, read_texts, read_vectors, run_onnx
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,6 +41,23 @@ examples:
   minilm download
 """
 
+_EXPLAIN_EXAMPLES = """\
+examples:
+  minilm explain "The weather is lovely today." "It's so sunny outside!"
+  minilm explain "good" "not good" --by group --json
+  minilm explain "a cat" "a dog" --png pairs.png --html pairs.html
+"""
+
+_PARITY_EXAMPLES = """\
+examples:
+  minilm parity --against other.jsonl                       # objects with text and embedding
+  minilm parity --against other.npy --texts sentences.txt
+  minilm parity --against model.onnx                        # pip install "minilm[onnx]"
+  minilm parity --golden golden                             # values for a port to compare with
+  minilm parity --golden golden --against-stages port.safetensors
+exit status: 0 if equal to rounding, else 1
+"""
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line.
@@ -53,9 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            options.run(options, parser)
+            code: int | None = options.run(options, parser)
         sys.stdout.flush()
     except BrokenPipeError:
+        code = 0
         # The reader has what it wanted. Python flushes once more at exit: into nothing.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
@@ -67,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         _report(f"minilm: {error.filename or 'system'}: {error.strerror or error}")
         return 1
-    return 0
+    return code or 0
 
 
 def _make_output_safe() -> None:
@@ -127,10 +149,84 @@ def _parser() -> argparse.ArgumentParser:
     similarity.add_argument("texts", nargs="+", metavar="TEXT", help="two or more")
     similarity.set_defaults(run=_similarity)
 
+    explain = commands.add_parser(
+        "explain",
+        parents=[model],
+        help="why two texts are alike: their similarity as a sum over pairs of words",
+        epilog=_EXPLAIN_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    explain.add_argument("a", metavar="A", help="a text")
+    explain.add_argument("b", metavar="B", help="the text to compare it with")
+    explain.add_argument(
+        "--by",
+        choices=("word", "token", "group"),
+        default="word",
+        help="what to add up: words (default), word pieces, or words, punctuation and special "
+        "tokens",
+    )
+    explain.add_argument("--json", action="store_true", help="print everything as JSON instead")
+    explain.add_argument("--png", type=Path, metavar="FILE", help="also draw all pairs")
+    explain.add_argument("--html", type=Path, metavar="FILE", help="also write them as a page")
+    explain.set_defaults(run=_explain)
+
+    tour = commands.add_parser(
+        "tour", parents=[model], help="a page that shows how two texts become their similarity"
+    )
+    tour.add_argument("a", metavar="A", help="a text, the one that is followed through the model")
+    tour.add_argument("b", metavar="B", help="the text to compare it with")
+    tour.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="FILE",
+        default=Path("tour.html"),
+        help="(default: %(default)s)",
+    )
+    tour.set_defaults(run=_tour)
+
     info = commands.add_parser(
         "info", parents=[model], help="the architecture, and where the weights came from"
     )
     info.set_defaults(run=_info)
+
+    parity = commands.add_parser(
+        "parity",
+        parents=[model],
+        help="why another implementation gives other vectors",
+        description="Compare another implementation with this one, and name the probable cause of "
+        "the difference; or write and compare golden values, stage by stage.",
+        epilog=_PARITY_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parity.add_argument(
+        "--against",
+        type=Path,
+        metavar="FILE",
+        help="vectors that another program wrote (.npy, .npz, .jsonl, .csv), or a model (.onnx)",
+    )
+    parity.add_argument(
+        "--texts",
+        type=Path,
+        metavar="FILE",
+        help="the texts of a FILE that has none: one a line, or .jsonl with a field text "
+        "(default: the golden texts)",
+    )
+    parity.add_argument(
+        "--golden",
+        type=Path,
+        metavar="FOLDER",
+        help="write texts, ids and the output of every stage into a folder",
+    )
+    parity.add_argument(
+        "--against-stages",
+        type=Path,
+        metavar="FILE",
+        help="instead of writing, compare a .safetensors file with what is in --golden, and name "
+        "the first stage that differs",
+    )
+    parity.add_argument("--json", action="store_true", help="print the finding as JSON")
+    parity.set_defaults(run=_parity)
 
     download = commands.add_parser(
         "download", help="put the published files into a folder, verified"
@@ -156,8 +252,8 @@ def _encode(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
     output: Path | None = options.output
     if output is not None and output.suffix not in _SUFFIXES:
         parser.error(f"argument -o: {output} has no suffix of {', '.join(_SUFFIXES)}")
-    if output is not None and not os.access(output.parent, os.W_OK):
-        raise InputError(f"{output}: {output.parent} is no folder that can be written to", "-o")
+    if output is not None:
+        _check_writable(output, "-o")
     files = options.files or ([] if options.text else ["-"])
     texts = [*options.text, *(line for name in files for line in read_lines(name))]
     encoder = _load(options)
@@ -179,6 +275,53 @@ def _similarity(options: argparse.Namespace, parser: argparse.ArgumentParser) ->
     encoder = _load(options)
     embeddings = encoder.encode(texts, convert_to_tensor=True)
     print(_matrix(texts, encoder.similarity(embeddings, embeddings).tolist()))
+
+
+def _explain(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    outputs: tuple[Path | None, Path | None] = (options.png, options.html)
+    for output, argument in zip(outputs, ("--png", "--html"), strict=True):
+        if output is not None:
+            _check_writable(output, argument)
+    encoder = _load(options)
+    explanation = encoder.explain(
+        options.a, options.b, by=options.by, dtype=options.dtype or "float64"
+    )
+    title = " / ".join(_one_line(text) or '""' for text in explanation.texts)
+    png, page = outputs
+    if png is not None:
+        hub.write_atomically(png, explanation.to_png)
+    if page is not None:
+        head = f'<!doctype html>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
+        contents = f"{head}{explanation.to_html()}\n".encode()
+        hub.write_atomically(page, lambda file: file.write(contents))
+    if options.json:
+        print(json.dumps(explanation.to_dict(), ensure_ascii=not _is_utf8(sys.stdout)))
+        return
+    table = explanation.table()
+    if _in_colour():
+        title = f"\033[1m{title}\033[0m"
+        # Blue adds, yellow takes away, as in the picture.
+        table = re.sub(r"\+\d\.\d{4}", "\033[34m\\g<0>\033[0m", table)
+        table = re.sub(r"-\d\.\d{4}", "\033[33m\\g<0>\033[0m", table)
+    print(title)
+    print(table)
+
+
+def _tour(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    from minilm.tour import tour
+
+    output: Path = options.output
+    _check_writable(output, "-o")
+    page = tour(_load(options), options.a, options.b).encode()
+    hub.write_atomically(output, lambda file: file.write(page))
+    _report(f"{output}: {len(page) / 1e6:.1f} MB; open it in a browser")
+
+
+def _in_colour() -> bool:
+    """Whether the output is a terminal whose user has not asked for none (no-color.org)."""
+    return (
+        sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    )
 
 
 def _info(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -207,8 +350,57 @@ def _info(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     print("\n".join(f"{name + ':':<13}{value}" for name, value in rows.items()))
 
 
+def _parity(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    if (options.against is None) == (options.golden is None):
+        parser.error("parity: pass one of --against FILE and --golden FOLDER")
+    if options.against_stages is not None and options.golden is None:
+        parser.error("argument --against-stages: goes with --golden FOLDER")
+    if options.texts is not None and options.against is None:
+        parser.error("argument --texts: goes with --against FILE")
+    if options.against is not None:
+        return _parity_against(options)
+    from minilm.golden import compare_stages_file, write_golden
+
+    if options.against_stages is not None:
+        report = compare_stages_file(options.golden, options.against_stages)
+        print(json.dumps(report.to_dict(), indent=2) if options.json else report.table())
+        return 0 if report.passed else 1
+    written = write_golden(_load(options), options.golden)
+    sizes = {str(path): path.stat().st_size for path in written}
+    if options.json:
+        print(json.dumps(sizes, indent=2))
+    else:
+        print("\n".join(f"{size / 1e6:6.1f} MB  {name}" for name, size in sizes.items()))
+    return 0
+
+
+def _parity_against(options: argparse.Namespace) -> int:
+    from minilm.causes import diagnose
+    from minilm.golden import TEXTS
+
+    file: Path = options.against
+    texts = None if options.texts is None else read_texts(options.texts)
+    golden = [each.text for each in TEXTS]
+    if file.suffix == ".onnx":
+        encoder = _load(options)
+        foreign = run_onnx(file, encoder, texts or golden)
+    else:
+        # Before the model is loaded: an error of the file comes at once.
+        foreign = read_vectors(file, texts, default=golden)
+        encoder = _load(options)
+    diagnosis = diagnose(encoder, foreign.texts, foreign.vectors)
+    print(json.dumps(diagnosis.to_dict(), indent=2) if options.json else diagnosis.table())
+    return 0 if diagnosis.is_equal else 1
+
+
 def _download(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     hub.download(options.output, source=options.source, report=_report)
+
+
+def _check_writable(output: Path, argument: str) -> None:
+    """Say that a result can't be written before the work is done for nothing."""
+    if not os.access(output.parent, os.W_OK):
+        raise InputError(f"{output}: {output.parent} is no folder that can be written to", argument)
 
 
 def _load(options: argparse.Namespace) -> "SentenceEncoder":
@@ -221,34 +413,6 @@ def _load(options: argparse.Namespace) -> "SentenceEncoder":
     return SentenceEncoder.from_pretrained(
         options.model, dtype=options.dtype, device=options.device
     )
-
-
-def read_lines(name: str) -> Iterator[str]:
-    """The lines of a file, blank ones too, so that row n of the result is line n.
-
-    Args:
-        name: A file of UTF-8 text, or - for standard input.
-
-    Raises:
-        InputError: A line is not UTF-8; the message names the file and the line.
-        OSError: The file can't be read.
-    """
-    if name == "-":
-        yield from _decoded(sys.stdin.buffer, "standard input")
-    else:
-        with Path(name).open("rb") as file:
-            yield from _decoded(file, name)
-
-
-def _decoded(file: IO[bytes], name: str) -> Iterator[str]:
-    for number, line in enumerate(file, 1):
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"{name}: line {number} is not UTF-8 ({error.reason}); convert the file", name
-            ) from error
-        yield text.removesuffix("\n").removesuffix("\r")
 
 
 def _write(

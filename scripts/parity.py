@@ -26,8 +26,8 @@ import torch  # noqa: E402
 import minilm  # noqa: E402
 from minilm import SentenceEncoder, hub  # noqa: E402
 from minilm.checkpoint import published_name  # noqa: E402
-from minilm.cli import read_lines  # noqa: E402
 from minilm.errors import InputError, MinilmError  # noqa: E402
+from minilm.foreign import read_texts  # noqa: E402
 from minilm.inputs import as_dtype  # noqa: E402
 from minilm.parity import (  # noqa: E402
     Golden,
@@ -179,23 +179,6 @@ def gradients(
         both.append({n: p.grad for n, p in bert.named_parameters() if p.grad is not None})
         model.zero_grad()
     return {published_name(name): grad for name, grad in both[0].items()}, both[1]
-
-
-def read_texts(path: Path) -> list[str]:
-    """One text a line, or the field `text` of every object of a .jsonl file."""
-    lines = list(read_lines(str(path)))
-    if not lines:
-        raise InputError(f"{path}: is empty; give one text a line", "--texts")
-    if path.suffix != ".jsonl":
-        return lines
-    texts = []
-    for number, line in enumerate(lines, 1):
-        try:
-            texts.append(str(json.loads(line)["text"]))
-        except (ValueError, KeyError, TypeError) as error:
-            message = f"{path}: line {number} is not a JSON object with a field text"
-            raise InputError(message, "--texts") from error
-    return texts
 
 
 def _name(dtype: torch.dtype) -> str:

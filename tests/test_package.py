@@ -23,9 +23,12 @@ LEVELS = [
     {"config"},
     {"bert", "pooling", "inputs", "hub"},
     {"similarity", "tokenizer", "checkpoint", "eval_mode", "kernels"},
-    {"folder", "packed"},
+    {"folder", "packed", "trace"},
+    {"explain"},
+    {"inside"},
     {"encoder"},
-    {"parity"},
+    {"parity", "foreign", "golden", "mistakes", "tour"},
+    {"causes"},
     {"cli"},
     {"__main__"},
 ]
@@ -89,10 +92,16 @@ def test_encoder_stays_readable() -> None:
 
 def test_only_runtime_packages_are_imported() -> None:
     allowed = {"minilm", "torch", "safetensors", "tokenizers", "huggingface_hub", "numpy", "tqdm"}
+    allowed |= set(sys.stdlib_module_names)
+    optional = {"matplotlib", "onnxruntime"}  # each an extra; imported where it is used
     for path in PACKAGE.rglob("*.py"):
-        for name in imported(path):
-            root = name.split(".")[0]
-            assert root in allowed | set(sys.stdlib_module_names), f"{path.name} imports {name}"
+        roots = {name.split(".")[0] for name in imported(path)}
+        assert roots <= allowed | optional, f"{path.name} imports {roots - allowed - optional}"
+        top = ast.parse(path.read_text(encoding="utf-8")).body
+        for statement in top:
+            if isinstance(statement, ast.Import | ast.ImportFrom):
+                text = ast.unparse(statement)
+                assert not any(name in text for name in optional), f"{path.name}: {text}"
 
 
 def test_public_names_are_those_of_all() -> None:
@@ -173,6 +182,7 @@ def test_wheel_works_in_a_fresh_environment(published: Path, tmp_path: Path) -> 
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert "minilm/py.typed" in names
+    assert {f"minilm/tour_page.{suffix}" for suffix in ("html", "css", "js")} <= set(names)
     assert {name.split("/")[0] for name in names} == {
         "minilm",
         f"minilm-{minilm.__version__}.dist-info",

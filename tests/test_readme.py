@@ -13,7 +13,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=["model", "modules"])
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=["model", "modules", "inside"])
 def test_snippet_prints_what_it_says(
     snippet: str, encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,297 @@
+"""Vectors that another program made: read from its file, or asked of an ONNX model.
+
+In: a path. Out: `Foreign`, texts and their vectors. Next: `causes.py` says why they are not ours.
+
+NumPy, torch and onnxruntime are imported only when they are used, so that the command line, which
+reads its texts with this file too, answers `--help` at once.
+"""
+
+import csv
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from minilm.errors import InputError, MissingPackageError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from minilm.encoder import SentenceEncoder
+
+__all__ = ["SUFFIXES", "Foreign", "read_lines", "read_texts", "read_vectors", "run_onnx"]
+
+SUFFIXES = (".npy", ".npz", ".jsonl", ".csv")
+
+_BATCH = 32  # texts that an ONNX model is given at a time, padded to the longest of them
+_VECTOR_FIELDS = ("embedding", "embeddings", "vector", "vectors")
+_SENTENCE_OUTPUTS = ("sentence_embedding", "sentence_embeddings")
+_TOKEN_OUTPUTS = ("token_embeddings", "last_hidden_state")
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """Texts, and the vectors that another program gave for them.
+
+    Attributes:
+        texts: n texts.
+        vectors: Floating point `[n, d]`.
+        origin: Where they came from, for a heading.
+    """
+
+    texts: list[str]
+    vectors: "np.ndarray[Any, Any]"
+    origin: str
+
+
+def read_lines(name: str) -> Iterator[str]:
+    """The lines of a file, blank ones too, so that row n of the result is line n.
+
+    Args:
+        name: A file of UTF-8 text, or - for standard input.
+
+    Raises:
+        InputError: A line is not UTF-8; the message names the file and the line.
+        OSError: The file can't be read.
+    """
+    if name == "-":
+        yield from _decoded(sys.stdin.buffer, "standard input")
+    else:
+        with Path(name).open("rb") as file:
+            yield from _decoded(file, name)
+
+
+def _decoded(file: IO[bytes], name: str) -> Iterator[str]:
+    for number, line in enumerate(file, 1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{name}: line {number} is not UTF-8 ({error.reason}); convert the file", name
+            ) from error
+        yield text.removesuffix("\n").removesuffix("\r")
+
+
+def read_texts(path: Path, argument: str = "--texts") -> list[str]:
+    """One text a line, or the field `text` of every object of a .jsonl file.
+
+    Args:
+        path: The file.
+        argument: What to call it in an error.
+
+    Raises:
+        InputError: It is empty, not UTF-8, or a line of the .jsonl has no such field.
+        OSError: The file can't be read.
+    """
+    lines = list(read_lines(str(path)))
+    if not lines:
+        raise InputError(f"{path}: is empty; give one text a line", argument)
+    if path.suffix != ".jsonl":
+        return lines
+    texts = []
+    for number, line in enumerate(lines, 1):
+        try:
+            texts.append(str(json.loads(line)["text"]))
+        except (ValueError, KeyError, TypeError) as error:
+            message = f"{path}: line {number} is not a JSON object with a field text"
+            raise InputError(message, argument) from error
+    return texts
+
+
+def read_vectors(
+    path: Path,
+    texts: Sequence[str] | None = None,
+    *,
+    default: Sequence[str] | None = None,
+    argument: str = "--against",
+) -> Foreign:
+    """Read the vectors that a program wrote, with their texts where the file has them.
+
+    Args:
+        path: Its suffix says what it is. `.npy`: an array `[n, d]`. `.npz`: the array
+            `embeddings` (or the only one), and `texts_json`, as `minilm encode` writes it, or
+            `texts`. `.jsonl`: objects with `text` and `embedding`. `.csv`: a heading, then the
+            text and its numbers.
+        texts: The texts of a file that has none.
+        default: Likewise, where `texts` is not given.
+        argument: What to call the file in an error.
+
+    Raises:
+        InputError: The file is of another form, has texts of its own beside `texts` or none at
+            all, or not as many texts as vectors.
+        OSError: The file can't be read.
+    """
+    import numpy as np
+
+    readers = {".npy": _read_npy, ".npz": _read_npz, ".jsonl": _read_jsonl, ".csv": _read_csv}
+    if path.suffix not in readers:
+        raise InputError(
+            f"{path}: has no suffix of {', '.join(SUFFIXES)}, .onnx; name it after its form",
+            argument,
+        )
+    try:
+        own, rows = readers[path.suffix](path)
+        vectors = np.asarray(rows)
+        if vectors.dtype.kind not in "fiu":
+            raise ValueError(f"holds {vectors.dtype}, not numbers")
+        vectors = vectors.astype(np.promote_types(vectors.dtype, np.float32))
+    except (ValueError, KeyError, TypeError, IndexError, EOFError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"{path}: is no file of vectors: {reason}", argument) from error
+    if vectors.ndim != 2 or not vectors.size:
+        shape = list(vectors.shape)
+        raise InputError(f"{path}: holds an array {shape}, expected one row a text", argument)
+    if own is not None and texts is not None:
+        raise InputError(f"{path}: has texts of its own; leave --texts out", "--texts")
+    known = own if own is not None else default if texts is None else texts
+    if known is None:
+        raise InputError(f"{path}: has no texts; pass --texts FILE", "--texts")
+    if len(known) != len(vectors):
+        whose = "the golden texts are" if known is default else "there are"
+        hint = "; pass --texts FILE" if known is default else ""
+        raise InputError(
+            f"{path}: holds {len(vectors)} vectors, but {whose} {len(known)}{hint}", argument
+        )
+    return Foreign(list(known), vectors, str(path))
+
+
+def _read_npy(path: Path) -> tuple[list[str] | None, Any]:
+    import numpy as np
+
+    return None, np.load(path, allow_pickle=False)
+
+
+def _read_npz(path: Path) -> tuple[list[str] | None, Any]:
+    import zipfile
+
+    import numpy as np
+
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            return _from_archive(archive)
+    except zipfile.BadZipFile as error:
+        raise ValueError(error) from error
+
+
+def _from_archive(archive: Any) -> tuple[list[str] | None, Any]:
+    texts = None
+    if "texts_json" in archive:
+        texts = list(map(str, json.loads(archive["texts_json"].tobytes())))
+    elif "texts" in archive:
+        texts = list(map(str, archive["texts"].tolist()))
+    names = [name for name in archive if name not in ("texts", "texts_json")]
+    name = next((name for name in _VECTOR_FIELDS if name in names), None)
+    if name is None and len(names) == 1:
+        name = names[0]
+    if name is None:
+        raise KeyError("embeddings")
+    return texts, archive[name]
+
+
+def _read_jsonl(path: Path) -> tuple[list[str] | None, Any]:
+    texts, rows = [], []
+    for number, line in enumerate(read_lines(str(path)), 1):
+        try:
+            row = json.loads(line)
+            texts.append(str(row["text"]))
+            rows.append(row[next(name for name in _VECTOR_FIELDS if name in row)])
+        except (ValueError, KeyError, TypeError, StopIteration) as error:
+            raise ValueError(f"line {number} has no text and embedding") from error
+    return texts, rows
+
+
+def _read_csv(path: Path) -> tuple[list[str] | None, Any]:
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    return [row[0] for row in rows], [[float(number) for number in row[1:]] for row in rows]
+
+
+def run_onnx(
+    path: Path, encoder: "SentenceEncoder", texts: Sequence[str], *, session: Any = None
+) -> Foreign:
+    """Ask an ONNX export of the model for the vectors of some texts.
+
+    It is given the ids of our tokenizer, cut at our limit, in padded batches of 32, or in the one
+    shape that it takes. If it gives token vectors they are pooled by our modules.
+
+    Args:
+        path: The `.onnx` file.
+        encoder: Our model.
+        texts: n texts.
+        session: An `onnxruntime.InferenceSession`, or what behaves as one; by default one for
+            `path` on the processor.
+
+    Raises:
+        MissingPackageError: onnxruntime is not installed.
+        InputError: The file can't be loaded or run, or has no output that could be an embedding.
+    """
+    import numpy as np
+    import torch
+
+    if session is None:
+        session = _session(path)
+    tokenizer = encoder._tokenizer
+    inputs = {each.name: list(each.shape) for each in session.get_inputs()}
+    if "input_ids" not in inputs:
+        raise InputError(f"{path}: takes {', '.join(inputs)}, expected input_ids", "--against")
+    rows, width = (
+        size if isinstance(size, int) else None for size in [*inputs["input_ids"], None, None][:2]
+    )
+    ids = tokenizer(texts, min(encoder.max_seq_length, width or encoder.max_seq_length)).input_ids
+    name = _output(path, session, encoder.get_sentence_embedding_dimension())
+    vectors = []
+    size = rows or _BATCH
+    for start in range(0, len(ids), size):
+        batch = ids[start : start + size]
+        count = len(batch)
+        batch = batch + [batch[-1]] * (rows - count if rows else 0)
+        features = tokenizer.pad([*batch, [0] * width] if width else batch)
+        feed = {
+            # The row of full width was only there to pad to it.
+            key: features[key][: len(batch)].numpy()
+            for key in inputs
+            if key in features
+        }
+        try:
+            (output,) = session.run([name], feed)
+        except Exception as error:  # onnxruntime raises classes of its own
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"{path}: can't be run: {reason}", "--against") from error
+        found = torch.from_numpy(np.asarray(output)).float()[:count]
+        if found.dim() == 3:  # [batch, tokens, 384] -> [batch, 384]
+            mask = features["attention_mask"][:count]
+            found = encoder.normalize(encoder.pooling(found, mask))
+        vectors.append(found.numpy())
+    return Foreign(list(texts), np.concatenate(vectors), str(path))
+
+
+def _session(path: Path) -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingPackageError("comparing with an ONNX model", "onnxruntime", "onnx") from error
+    if not path.is_file():
+        raise InputError(f"{path}: no such file", "--against")
+    try:
+        return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Exception as error:  # onnxruntime raises classes of its own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: is no ONNX model: {reason}", "--against") from error
+
+
+def _output(path: Path, session: Any, hidden_size: int) -> str:
+    """The output to take: a sentence vector if it is named so, else token vectors, else either."""
+    outputs: dict[str, list[Any]] = {each.name: list(each.shape) for each in session.get_outputs()}
+    for name in (*_SENTENCE_OUTPUTS, *_TOKEN_OUTPUTS):
+        if name in outputs:
+            return name
+    for rank in (3, 2):
+        for name, shape in outputs.items():
+            if len(shape) == rank and (shape[-1] == hidden_size or not isinstance(shape[-1], int)):
+                return name
+    found = ", ".join(f"{name} {shape}" for name, shape in outputs.items())
+    raise InputError(f"{path}: none of its outputs is an embedding: {found}", "--against")
