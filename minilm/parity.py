@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from minilm.bert import Attend
 from minilm.encoder import SentenceEncoder
+from minilm.kernels import fast_products
 from minilm.tokenizer import WordPieceTokenizer
 
 __all__ = [
@@ -240,7 +241,8 @@ def record_stages(encoder: SentenceEncoder, features: Features) -> Stages:
         layers, `[batch, heads, tokens, tokens]` for attention probabilities, `[batch, 384]`.
     """
     stages: Stages = {}
-    with _hooks(encoder, stages):
+    # With the products that `encode` uses, of copies of which every number is compared first.
+    with _hooks(encoder, stages), fast_products(encoder.modules(), tokens=4096):
         stages["sentence_embedding"] = encoder(features)["sentence_embedding"]
     return {name: stages[name] for name in stage_names(len(encoder.bert.layers))}
 
