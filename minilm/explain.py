@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from minilm import inputs, pooling
 from minilm.errors import InputError, MissingPackageError
-from minilm.trace import Encoder, Trace, traces
+from minilm.trace import Encoder, Trace, aligned, traces
 
 __all__ = [
     "ComponentExplanation",
@@ -118,7 +118,7 @@ class Explanation:
             )
         )
         rows.append(("similarity", "", "", f"{self.similarity:+.4f}", "100%"))
-        lines = _aligned(rows, right=(2, 3, 4))
+        lines = aligned(rows, right=(2, 3, 4))
         lines.insert(-1, "-" * max(map(len, lines)))
         notes = [f"residual {self.residual:.1e}"]
         for which, count in zip(("first", "second"), self.unread, strict=True):
@@ -331,7 +331,7 @@ class ComponentExplanation:
         for label, a, b in zip(self.labels, self.share_a, self.share_b, strict=True):
             rows.append((label, f"{a:+.4f}", f"{b:+.4f}"))
         rows.append(("similarity", f"{self.similarity:+.4f}", f"{self.similarity:+.4f}"))
-        return "\n".join([*_aligned(rows, right=(1, 2)), f"residual {self.residual:.1e}"])
+        return "\n".join([*aligned(rows, right=(1, 2)), f"residual {self.residual:.1e}"])
 
     def __str__(self) -> str:
         return self.table()
@@ -517,7 +517,7 @@ class Deletions:
         for label, without, change in zip(self.labels, self.without, self.change, strict=True):
             rows.append((label, f"{without:+.4f}", f"{-change:+.4f}"))
         rows.append(("(nothing)", f"{self.similarity:+.4f}", ""))
-        return "\n".join(_aligned(rows, right=(1, 2)))
+        return "\n".join(aligned(rows, right=(1, 2)))
 
     def __str__(self) -> str:
         return self.table()
@@ -593,7 +593,7 @@ class Contrast:
                 f"{self.difference:+.4f}",
             )
         )
-        return "\n".join([*_aligned(rows, right=(1,)), f"residual {self.residual:.1e}"])
+        return "\n".join([*aligned(rows, right=(1,)), f"residual {self.residual:.1e}"])
 
     def __str__(self) -> str:
         return self.table()
@@ -791,19 +791,6 @@ def _summing(blocks: list[_Block], count: int) -> _Array:
 
 def _percent(part: float, whole: float) -> str:
     return f"{part / whole:.0%}" if whole else ""
-
-
-def _aligned(rows: Sequence[tuple[str, ...]], right: Sequence[int]) -> list[str]:
-    """Lines of a table; what can't be printed is escaped."""
-    shown = [[x if x.isprintable() else ascii(x)[1:-1] for x in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if number in right else cell.ljust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in shown
-    ]
 
 
 # Blue for what adds, orange for what takes away: told apart with any eyes.

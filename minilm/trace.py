@@ -179,14 +179,7 @@ class Trace(Mapping[str, Any]):
                 rows.append((name, shape, *(f"{x:.4g}" for x in figures), str(entry.source)))
             else:
                 rows.append((name, str(len(entry.tensor)), "", "", "", str(entry.source)))
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                cell.rjust(width) if 2 <= number <= 4 else cell.ljust(width)
-                for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ).rstrip()
-            for row in rows
-        ]
+        lines = aligned(rows, right=(2, 3, 4))
         end = f"differs from encode by {self.difference:.1e}"
         return "\n".join([repr(self.text), *lines, end])
 
@@ -249,6 +242,19 @@ class Trace(Mapping[str, Any]):
             if isinstance(entry.tensor, Tensor)
         }
         safetensors.torch.save_file(tensors, path, metadata)
+
+
+def aligned(rows: Sequence[tuple[str, ...]], right: Sequence[int]) -> list[str]:
+    """Lines of a table; what can't be printed is escaped."""
+    shown = [[x if x.isprintable() else ascii(x)[1:-1] for x in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
+    return [
+        "  ".join(
+            cell.rjust(width) if number in right else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in shown
+    ]
 
 
 def trace(
