@@ -210,15 +210,16 @@ MUTATED = {
 
 @pytest.mark.parametrize("mutation", MUTATED)
 def test_planted_fault_is_named(encoder: SentenceEncoder, mutation: str) -> None:
+    texts = [*TEXTS, *SHORT[11:13]]  # two with accents in small letters: capitals are [UNK] anyway
     with planted(mutation, encoder) as broken:
-        features = broken.tokenize(TEXTS) if mutation.startswith("limit") else None
+        features = broken.tokenize(texts) if mutation.startswith("limit") else None
         with torch.no_grad():
             vectors = [
                 broken({k: v[i : i + 8] for k, v in features.items()})["sentence_embedding"]
-                for features in [features or broken.tokenize(TEXTS)]
-                for i in range(0, len(TEXTS), 8)
+                for features in [features or broken.tokenize(texts)]
+                for i in range(0, len(texts), 8)
             ]
-    assert names(diagnose(encoder, TEXTS, torch.cat(vectors))) == [MUTATED[mutation]]
+    assert names(diagnose(encoder, texts, torch.cat(vectors))) == [MUTATED[mutation]]
 
 
 def test_eps_1e_5_is_named(encoder: SentenceEncoder) -> None:
@@ -339,7 +340,8 @@ def test_ties_are_named_together(encoder: SentenceEncoder) -> None:
 def test_what_no_text_shows_is_said(encoder: SentenceEncoder) -> None:
     texts = ["the dog", "a cat sees the sun"]
     with planted("relu", encoder) as broken:
-        diagnosis = diagnose(encoder, texts, port(broken, texts))
+        vectors = port(broken, texts)
+    diagnosis = diagnose(encoder, texts, vectors)
     assert diagnosis.verdict in ("none", "another model")
     assert "cut at 128 tokens" in [cause.name for cause in diagnosis.untried]
     assert "texts longer than 128 tokens" in diagnosis.table()
