@@ -635,6 +635,9 @@ def test_missing_onnxruntime_names_the_extra(
         run_onnx(Path("model.onnx"), tiny_encoder, TINY)
 
 
+@pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:ONNX export mode is set:UserWarning")  # dropout of 0
 def test_real_onnxruntime(encoder: SentenceEncoder, tmp_path: Path) -> None:
     """A model in float32 is equal to rounding, and its int8 form is recognised."""
     reason = "needs onnxruntime and onnx: pip install 'minilm[bench]'"
