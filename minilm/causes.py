@@ -48,8 +48,9 @@ _TIE = 2.0  # causes within this factor of the best are named together
 _CORRELATION = 0.3  # of errors by fewer bits; by chance it would be 0.01
 _SIZES = (0.4, 3.0)  # how large they may be beside those that we make
 _ANOTHER_MODEL = 0.6  # the median cosine below which nothing but another model is left
-_SCREENED = 5  # texts on which the padded forms are tried first: they cost the most
-
+_SCREENED = 3  # texts on which the padded forms are tried first: they cost the most
+_BEST = 3  # of them are tried on all texts, if within
+_WITHIN = 0.5  # orders of magnitude of the best
 
 _NOT_NORMALIZED = Cause("no normalization", "divide each vector by its length")
 _NORMALIZED = Cause("normalized, where this model isn't", "leave the vectors their length")
@@ -421,8 +422,9 @@ class _Case:
         return [trial for trial in trials if right[trial] == most]
 
     def _round(self, base: "_Trial") -> "list[_Trial]":
-        """Every mistake on top of those of `base`."""
-        trials, costly = [], []
+        """Every mistake on top of those of `base`: the cheap ones first, until one explains all."""
+        trials: list[_Trial] = []
+        tiers: dict[str, list[tuple[Cause, Recipe]]] = {"simple": [], "bits": [], "width": []}
         changed = {name for cause in base.causes for name in self.causes[cause]}
         for cause, changes in self.causes.items():
             if changed & changes.keys():
@@ -430,23 +432,23 @@ class _Case:
             recipe = base.recipe.with_(changes)
             if not self.laboratory.differs(base.recipe, recipe):
                 continue
-            if recipe.width:
-                costly.append((cause, recipe))
-            else:
-                trials.append(self._try((*base.causes, cause), recipe))
-        if self._explaining(trials):
-            return trials
+            tier = "width" if recipe.width else "bits" if "bits" in changes else "simple"
+            tiers[tier].append((cause, recipe))
+        for tier in ("simple", "bits"):
+            trials += [self._try((*base.causes, cause), recipe) for cause, recipe in tiers[tier]]
+            if self._explaining(trials):
+                return trials
         # Padding costs most: first some texts for all of these, then all texts for the best.
         rows = self.laboratory.screening(_SCREENED)
         goal = self.goal[rows]
         screened = sorted(
             (_score(goal - _unit(self.laboratory.pooled(recipe, rows))), number)
-            for number, (_, recipe) in enumerate(costly)
+            for number, (_, recipe) in enumerate(tiers["width"])
         )
-        trials += [
-            self._try((*base.causes, costly[number][0]), costly[number][1])
-            for _, number in screened[:3]
-        ]
+        for score, number in screened[:_BEST]:
+            if score <= screened[0][0] + _WITHIN:
+                cause, recipe = tiers["width"][number]
+                trials.append(self._try((*base.causes, cause), recipe))
         return trials
 
     def _try(self, causes: tuple[Cause, ...], recipe: Recipe) -> "_Trial":

@@ -361,12 +361,12 @@ class Laboratory:
 
 
 def _batches(widths: Sequence[int], exact: bool) -> Iterator[list[int]]:
-    """Places in order of width, as many at a time as fit; with `exact` of one width only."""
+    """Places in order of width, as many at a time as fit; with `exact`, and of 0, of one width."""
     batch: list[int] = []
     for place in sorted(range(len(widths)), key=lambda place: widths[place]):
         if batch and (
             (len(batch) + 1) * widths[place] > _TOKENS
-            or (exact and widths[place] != widths[batch[0]])
+            or ((exact or not widths[batch[0]]) and widths[place] != widths[batch[0]])
         ):
             yield batch
             batch = []

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -25,22 +24,11 @@ from mutations import planted
 
 pytestmark = pytest.mark.filterwarnings("ignore::minilm.errors.TruncationWarning")
 
-# Each diagnosis with the published weights tries some thirty mistakes. A few always run; all of
-# them with MINILM_LONG_TESTS=1, which takes minutes.
-_ALWAYS = ("equal_to_rounding", "cut at 128", "[CLS] pooling", "no normalization", "eps_1e_5")
-
-
-@pytest.fixture
-def encoder(encoder: SentenceEncoder, request: pytest.FixtureRequest) -> SentenceEncoder:
-    is_short = any(part in request.node.name for part in _ALWAYS)
-    if not is_short and not os.environ.get("MINILM_LONG_TESTS"):
-        pytest.skip("takes long: set MINILM_LONG_TESTS=1")
-    return encoder
-
 
 ALL = [each.text for each in GOLDEN]
 # Some of them: those that show something, and few of the longest, which take most of the time.
 SHORT = [text for text in ALL if len(text) < 60]
+FEW = SHORT[:10]
 TEXTS = [*SHORT[:8], *(text for text in ALL if 600 < len(text) < 1500), ALL[-1]]
 
 
@@ -173,12 +161,12 @@ PORTS: dict[str, Callable[[SentenceEncoder], np.ndarray[Any, Any]]] = {
         e, SHORT, counted=True, batch=100
     ),
     "no mask in the mean: padding counted, padded to 128 tokens": lambda e: port(
-        e, SHORT, counted=True, width=128
+        e, FEW, counted=True, width=128
     ),
-    "padding attended, padded to 128 tokens": lambda e: port(e, SHORT, attended=True, width=128),
-    "padding attended, padded to 256 tokens": lambda e: port(e, SHORT, attended=True, width=256),
+    "padding attended, padded to 128 tokens": lambda e: port(e, FEW, attended=True, width=128),
+    "padding attended, padded to 256 tokens": lambda e: port(e, FEW, attended=True, width=256),
     "no mask at all: padding attended and counted, padded to 512 tokens": lambda e: port(
-        e, SHORT, attended=True, counted=True, width=512, batch=8
+        e, FEW, attended=True, counted=True, width=512, batch=8
     ),
 }
 
@@ -186,7 +174,7 @@ PORTS: dict[str, Callable[[SentenceEncoder], np.ndarray[Any, Any]]] = {
 @pytest.mark.parametrize("name", PORTS)
 def test_mistake_of_a_port_is_named(encoder: SentenceEncoder, name: str) -> None:
     vectors = PORTS[name](encoder)
-    texts = TEXTS if len(vectors) == len(TEXTS) else SHORT
+    texts = next(texts for texts in (TEXTS, SHORT, FEW) if len(texts) == len(vectors))
     diagnosis = diagnose(encoder, texts, vectors)
     assert not diagnosis.is_equal
     assert names(diagnosis) == [name], diagnosis.table()
@@ -320,7 +308,7 @@ def test_two_mistakes_are_named_together(encoder: SentenceEncoder) -> None:
 
 def test_fewer_bits_beside_a_mistake(encoder: SentenceEncoder) -> None:
     low = weights_of(encoder, lambda w: w.half().float())
-    diagnosis = diagnose(encoder, SHORT, port(low, SHORT, pool=first))
+    diagnosis = diagnose(encoder, FEW, port(low, FEW, pool=first))
     assert names(diagnosis) == ["[CLS] pooling", "float16 weights"], diagnosis.table()
 
 
@@ -357,27 +345,27 @@ def test_what_no_text_shows_is_said(encoder: SentenceEncoder) -> None:
 )  # fmt: skip
 def test_unknown_mistakes_are_not_given_a_name(encoder: SentenceEncoder, mutation: str) -> None:
     with planted(mutation, encoder) as broken:
-        vectors = port(broken, SHORT)
+        vectors = port(broken, FEW)
         if mutation == "tokens_normalized_before_the_mean":
-            vectors = broken(broken.tokenize(SHORT))["sentence_embedding"].detach().numpy()
-    diagnosis = diagnose(encoder, SHORT, vectors)
+            vectors = broken(broken.tokenize(FEW))["sentence_embedding"].detach().numpy()
+    diagnosis = diagnose(encoder, FEW, vectors)
     assert diagnosis.verdict in ("none", "another model"), diagnosis.table()
     assert not diagnosis.is_equal
 
 
 def test_noise_has_no_name(encoder: SentenceEncoder) -> None:
     for size in (1e-5, 1e-3, 3e-2):
-        noise = np.random.default_rng(0).normal(0, size, (len(SHORT), 384))
-        vectors = encoder.encode(SHORT) + noise
+        noise = np.random.default_rng(0).normal(0, size, (len(FEW), 384))
+        vectors = encoder.encode(FEW) + noise
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-        diagnosis = diagnose(encoder, SHORT, vectors)
+        diagnosis = diagnose(encoder, FEW, vectors)
         assert diagnosis.verdict == "none", diagnosis.table()
         assert "none of the known causes" in diagnosis.table()
 
 
 def test_another_model(encoder: SentenceEncoder) -> None:
-    vectors = np.random.default_rng(0).normal(size=(len(SHORT), 384))
-    diagnosis = diagnose(encoder, SHORT, vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
+    vectors = np.random.default_rng(0).normal(size=(len(FEW), 384))
+    diagnosis = diagnose(encoder, FEW, vectors / np.linalg.norm(vectors, axis=1, keepdims=True))
     assert diagnosis.verdict == "another model"
     assert abs(diagnosis.median_cosine) < 0.1
 
