@@ -6,6 +6,7 @@ row, `[n, d] x [n, d] -> [n]`. One vector `[d]` counts as one row.
 """
 
 from collections.abc import Callable, Sequence
+from enum import Enum
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,8 @@ from minilm.pooling import Normalize
 __all__ = [
     "SIMILARITY_FUNCTIONS",
     "Embeddings",
+    "Similarity",
+    "SimilarityFunction",
     "cos_sim",
     "dot_score",
     "euclidean_sim",
@@ -101,6 +104,42 @@ SIMILARITY_FUNCTIONS: dict[str, tuple[Similarity, Similarity]] = {
 }
 
 
+class SimilarityFunction(Enum):
+    """The names of `SIMILARITY_FUNCTIONS` as the reference's enumeration."""
+
+    COSINE = "cosine"
+    DOT_PRODUCT = "dot"
+    DOT = "dot"  # noqa: PIE796  # another name for DOT_PRODUCT
+    EUCLIDEAN = "euclidean"
+    MANHATTAN = "manhattan"
+
+    @classmethod
+    def _missing_(cls, value: object) -> "SimilarityFunction":
+        known = ", ".join(cls.possible_values())
+        raise InputError(
+            f"similarity_function is {value!r}; pass one of {known}", "similarity_function"
+        )
+
+    @staticmethod
+    def possible_values() -> list[str]:
+        """The names, as in `similarity_fn_name` of config_sentence_transformers.json."""
+        return [member.value for member in SimilarityFunction]
+
+    @staticmethod
+    def to_similarity_fn(similarity_function: "str | SimilarityFunction") -> Similarity:
+        """The function of that name for all pairs.
+
+        Raises:
+            InputError: There is none.
+        """
+        return SIMILARITY_FUNCTIONS[SimilarityFunction(similarity_function).value][0]
+
+    @staticmethod
+    def to_similarity_pairwise_fn(similarity_function: "str | SimilarityFunction") -> Similarity:
+        """The function of that name row by row. Errors as in `to_similarity_fn`."""
+        return SIMILARITY_FUNCTIONS[SimilarityFunction(similarity_function).value][1]
+
+
 _unit = Normalize()
 
 
@@ -111,24 +150,35 @@ def _distances(a: Tensor, b: Tensor, p: float) -> Tensor:
     return torch.cdist(a.to(wide), b.to(wide), p=p, compute_mode=mode).to(a.dtype)
 
 
-def _matrices(a: Embeddings, b: Embeddings) -> tuple[Tensor, Tensor]:
-    """Both as `[rows, d]` tensors of one floating dtype on one device."""
-    first, second = _matrix(a, "a"), _matrix(b, "b")
+def _matrices(
+    a: Embeddings, b: Embeddings, names: tuple[str, str] = ("a", "b")
+) -> tuple[Tensor, Tensor]:
+    """Both as `[rows, d]` tensors of one floating dtype on the first one's device.
+
+    Raises:
+        InputError, InputTypeError: As in `cos_sim`; the arguments are called by `names`.
+    """
+    first, second = _matrix(a, names[0]), _matrix(b, names[1])
     if not first.numel():  # no rows have no width either
         first = first.new_zeros(0, second.shape[1])
     if not second.numel():
         second = second.new_zeros(0, first.shape[1])
     if first.shape[1] != second.shape[1]:
         raise InputError(
-            f"b has vectors of width {second.shape[1]}, a of width {first.shape[1]}; "
-            "pass embeddings of one model",
-            "b",
+            f"{names[1]} has vectors of width {second.shape[1]}, {names[0]} of width "
+            f"{first.shape[1]}; pass embeddings of one model",
+            names[1],
         )
     dtype = torch.promote_types(first.dtype, second.dtype)
     return first.to(dtype), second.to(first.device, dtype)
 
 
 def _matrix(embeddings: Embeddings, argument: str) -> Tensor:
+    """`[rows, d]` as a tensor of a floating dtype, by the rules of `cos_sim`.
+
+    Raises:
+        InputError, InputTypeError: As in `cos_sim`.
+    """
     try:
         if isinstance(embeddings, Tensor):
             tensor = embeddings

@@ -1,0 +1,361 @@
+"""Smaller vectors: a byte or a bit for each number instead of four bytes.
+
+In: embeddings. Out: NumPy arrays of codes, and back.
+
+A code of one byte says in which of 256 buckets between a smallest and a largest value a number
+lies. Those ranges are the trouble: taken from the vectors at hand, as the reference does by
+default, a code means something else in every call, and two codes of one text differ. For the
+published model they need not be: its vectors have length 1, so the numbers are of one size,
+1/√384 on average, in every dimension and for every text. `model_ranges` therefore is fixed, the
+same in all dimensions and symmetric::
+
+    ranges = model_ranges()
+    quantize_embeddings(encoder.encode(texts), "int8", ranges)  # round(384 x), from -128 to 127
+
+The dot product of two such vectors of int8 is 384² times that of the embeddings, rounding apart, so
+any index for int8 ranks by it directly. `scripts/int8_ranges.py` measures what that costs.
+"""
+
+import json
+import logging
+from collections.abc import Callable
+from functools import cache
+from importlib import resources
+from math import sqrt
+from typing import Any, Literal, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minilm.errors import InputError, InputTypeError
+from minilm.inputs import check_in_range
+from minilm.similarity import Embeddings
+
+__all__ = [
+    "PRECISIONS",
+    "check_precision",
+    "Precision",
+    "dequantize",
+    "has_model_ranges",
+    "model_ranges",
+    "quantize_embeddings",
+]
+
+Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
+PRECISIONS: tuple[str, ...] = ("float32", "int8", "uint8", "binary", "ubinary")
+
+_Array = np.ndarray[Any, Any]
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "float32": np.dtype(np.float32),
+    "int8": np.dtype(np.int8),
+    "uint8": np.dtype(np.uint8),
+    "binary": np.dtype(np.int8),
+    "ubinary": np.dtype(np.uint8),
+}
+_ENOUGH = 100  # embeddings for ranges of their own, by the reference's judgement
+
+logger = logging.getLogger(__name__)
+
+
+@overload
+def quantize_embeddings(
+    embeddings: Tensor | _Array,
+    precision: str,
+    ranges: Embeddings | None = None,
+    calibration_embeddings: Embeddings | None = None,
+) -> _Array: ...
+
+
+@overload
+def quantize_embeddings(
+    embeddings: Embeddings,
+    precision: str,
+    ranges: Embeddings | None = None,
+    calibration_embeddings: Embeddings | None = None,
+) -> _Array | list[_Array]: ...
+
+
+def quantize_embeddings(
+    embeddings: Embeddings,
+    precision: str,
+    ranges: Embeddings | None = None,
+    calibration_embeddings: Embeddings | None = None,
+) -> _Array | list[_Array]:
+    """Code each number by a byte or a bit.
+
+    With ranges lo and hi: floor((x - lo) / ((hi - lo) / 255)), kept within 0 and 255, as uint8;
+    128 less as int8. Binary: whether x > 0, eight numbers a byte, the first in the highest bit, as
+    uint8 ("ubinary") or 128 less as int8 ("binary").
+
+    Args:
+        embeddings: `[n, d]` or `[d]`, floating point, or a list of matrices `[tokens, d]`.
+        precision: "float32", "int8", "uint8", "binary" or "ubinary".
+        ranges: `[2, d]`, the smallest and the largest value of each dimension; for int8 and uint8
+            only. Best `model_ranges()`.
+        calibration_embeddings: `[m, d]`, vectors to take the ranges from. Without either they are
+            taken from the embeddings themselves, and the codes can't be compared with others.
+
+    Returns:
+        `[n, d]` or, for bits, `[n, ⌈d / 8⌉]`, each row filled up with zeros. A list of matrices
+        gives a list; an empty list, an empty list.
+
+    Raises:
+        InputError: The precision is unknown, widths differ, a number is NaN, a range is not finite
+            or ends before it begins, or ranges would have to be taken from one embedding.
+        InputTypeError: The embeddings are no numbers, or codes already.
+    """
+    _dtype_of(precision)
+    if isinstance(embeddings, list | tuple):
+        if not embeddings:
+            return []
+        if np.ndim(embeddings[0]) == 2 and not isinstance(embeddings[0], list | tuple):
+            matrices = [_floats(matrix, f"embeddings[{i}]") for i, matrix in enumerate(embeddings)]
+            if precision.endswith("int8") and ranges is None:  # the same ones for all
+                rows = _joined(np.concatenate, matrices, "embeddings")
+                ranges = _ranges_of(rows, precision, calibration_embeddings)
+            return [_codes(matrix, precision, ranges, None) for matrix in matrices]
+    return _codes(_floats(embeddings, "embeddings"), precision, ranges, calibration_embeddings)
+
+
+def dequantize(
+    codes: Embeddings,
+    precision: str,
+    ranges: Embeddings | None = None,
+    *,
+    width: int | None = None,
+) -> _Array:
+    """Numbers for codes, as near as can be said from them.
+
+    Args:
+        codes: What `quantize_embeddings` gave.
+        precision: The precision given there.
+        ranges: The ranges used there, for int8 and uint8.
+        width: For bits, how many numbers a vector had; by default eight for each byte.
+
+    Returns:
+        float32, of the shape that the embeddings had. For a byte, the middle of its bucket, which
+        with `model_ranges` is the int8 code times a constant. For a bit, ±1/√width, which makes
+        vectors of length 1.
+
+    Raises:
+        InputError: The precision is unknown, ranges are missing or of another width, or `width`
+            doesn't fit.
+        InputTypeError: The codes have another dtype than that precision has.
+    """
+    dtype = _dtype_of(precision)
+    array = codes.detach().cpu().numpy() if isinstance(codes, Tensor) else np.asarray(codes)
+    if array.dtype != dtype:
+        raise InputTypeError(
+            f"codes is of {array.dtype}; {precision} codes are of {dtype}", "codes"
+        )
+    if precision == "float32":
+        return array.copy()
+    if precision.endswith("int8"):
+        if ranges is None:
+            raise InputError(
+                "ranges is None; pass those that the codes were made with, such as model_ranges()",
+                "ranges",
+            )
+        starts, steps = _starts_and_steps(ranges, array.shape[-1])
+        number = array.astype(np.float32) + (128 if precision == "int8" else 0)
+        # A dimension that had one value only has that one for its bucket 0.
+        constant = np.diff(_range_rows(ranges), axis=0)[0] == 0
+        half = np.where(constant, np.float32(0), np.float32(0.5))
+        found: _Array = (starts + (number + half) * steps).astype(np.float32)
+        return found
+    packed = array.shape[-1]
+    if width is None:
+        width = 8 * packed
+    check_in_range(width, max(1, 8 * packed - 7), 8 * packed, "width")
+    unsigned = array if precision == "ubinary" else (array.astype(np.int16) + 128).astype(np.uint8)
+    bits = np.unpackbits(unsigned, axis=-1, count=width).astype(np.float32)
+    signs: _Array = (2 * bits - 1) / np.float32(sqrt(width))
+    return signs
+
+
+def model_ranges(
+    width: int = 384, normalized: bool = True, *, unit_after_truncation: bool = False
+) -> _Array:
+    """Fixed ranges for the published model: the same in every call, process and machine.
+
+    With them an int8 code is round(384 x), kept within -128 and 127. That holds numbers up to a
+    third: in sentences none is larger, in one dimension of single words or of text without any some
+    are, up to 0.41, and lose what is beyond.
+
+    Args:
+        width: Numbers in a vector, at most 384; fewer after `truncate_dim`.
+        normalized: The vectors come from the whole model, which makes their length 1. If not, from
+            its mean pooling: those are of lengths from 1 to 9, and the short ones lose more.
+        unit_after_truncation: The vectors were truncated to `width` numbers and then made of length
+            1 again. That makes their numbers √(384 / width) times as large, by which the ranges
+            are multiplied: within 1.5% the mean factor measured, for any width from 8 on.
+
+    Returns:
+        float32 `[2, width]`: the smallest and the largest value of each number.
+
+    Raises:
+        InputError, InputTypeError: `width` is no integer from 1 to 384.
+    """
+    data = _shipped()
+    full = data["width"]
+    width = check_in_range(width, 1, full, "width")
+    step = data["normalized" if normalized or unit_after_truncation else "pooled"]["step"]
+    if unit_after_truncation:
+        step *= sqrt(full / width)
+    # Half a bucket lower than from -128 to 127: `quantize_embeddings` rounds down, and so to the
+    # nearest.
+    limits = np.array([[-128.5 * step], [126.5 * step]], np.float32)
+    return np.repeat(limits, width, axis=1)
+
+
+def has_model_ranges(weights_sha256: str) -> bool:
+    """Whether `model_ranges` were measured with the model whose model.safetensors has this SHA-256,
+    as in `encoder.source.sha256["model.safetensors"]`.
+    """
+    return bool(_shipped()["model_safetensors_sha256"] == weights_sha256)
+
+
+@cache
+def _shipped() -> dict[str, Any]:
+    text = resources.files("minilm").joinpath("int8_ranges.json").read_text(encoding="utf-8")
+    data: dict[str, Any] = json.loads(text)
+    return data
+
+
+def _codes(
+    array: _Array,
+    precision: str,
+    ranges: Embeddings | None,
+    calibration_embeddings: Embeddings | None,
+) -> _Array:
+    if precision == "float32":
+        return array.astype(np.float32)
+    if np.isnan(array).any():
+        row = int(np.isnan(np.atleast_2d(array)).any(axis=1).argmax())
+        raise InputError(f"embeddings[{row}] has a NaN, which has no code", "embeddings")
+    if precision.endswith("binary"):
+        if not array.size:
+            shape = (*array.shape[:-1], (array.shape[-1] + 7) // 8)
+            return np.zeros(shape, _DTYPES[precision])
+        bits = np.packbits(array > 0, axis=-1)
+        return bits if precision == "ubinary" else (bits.astype(np.int16) - 128).astype(np.int8)
+    if not array.size:
+        return np.zeros(array.shape, _DTYPES[precision])
+    if ranges is None:
+        ranges = _ranges_of(array, precision, calibration_embeddings)
+    starts, steps = _starts_and_steps(ranges, array.shape[-1])
+    numbers = np.clip(np.floor((array - starts) / steps), 0, 255)
+    return (numbers - (128 if precision == "int8" else 0)).astype(_DTYPES[precision])
+
+
+def _ranges_of(
+    array: _Array, precision: str, calibration_embeddings: Embeddings | None
+) -> _Array | None:
+    """The smallest and the largest value in each dimension."""
+    argument = "embeddings" if calibration_embeddings is None else "calibration_embeddings"
+    if calibration_embeddings is not None:
+        array = _floats(calibration_embeddings, argument)
+    elif not array.size:
+        return None  # nothing to code either
+    if array.ndim == 1 or len(array) == 1:
+        raise InputError(
+            f"Cannot compute {precision} quantization ranges from {argument} with a single "
+            "embedding: pass ranges, for the published model those of model_ranges(), or many "
+            "calibration_embeddings",
+            argument,
+        )
+    if calibration_embeddings is None and len(array) < _ENOUGH:
+        logger.warning(
+            "Computing %s quantization buckets based on %d embeddings. The codes can't be compared "
+            "with those of another call; pass `ranges`, for the published model those of "
+            "model_ranges(), or many `calibration_embeddings`.",
+            precision,
+            len(array),
+        )
+    found: _Array = np.stack([array.min(axis=0), array.max(axis=0)])
+    if not np.isfinite(found).all():
+        raise InputError(f"{argument} has a number that is not finite", argument)
+    return found
+
+
+def _starts_and_steps(ranges: Embeddings | None, width: int) -> tuple[_Array, _Array]:
+    rows = _range_rows(ranges)
+    if rows.shape[1] != width:
+        raise InputError(
+            f"ranges is for {rows.shape[1]} numbers, the vectors have {width}; "
+            "pass ranges of that width",
+            "ranges",
+        )
+    steps = (rows[1] - rows[0]) / np.float32(255)
+    return rows[0], np.where(steps == 0, np.float32(1), steps)
+
+
+def _range_rows(ranges: Embeddings | None) -> _Array:
+    rows = _floats(ranges, "ranges").astype(np.float32)
+    if rows.ndim != 2 or len(rows) != 2:
+        raise InputError(
+            f"ranges has shape {list(rows.shape)}; pass [2, d], the smallest and the largest value "
+            "of each dimension",
+            "ranges",
+        )
+    if not np.isfinite(rows).all() or (rows[0] > rows[1]).any():
+        raise InputError("ranges is not finite, or ends before it begins", "ranges")
+    return rows
+
+
+def check_precision(precision: str) -> str:
+    """Return `precision` if it is one of `PRECISIONS`.
+
+    Raises:
+        InputError: It is none of them.
+    """
+    if precision not in PRECISIONS:
+        raise InputError(
+            f"Precision {precision!r} is not supported, must be one of "
+            f"{{{', '.join(map(repr, PRECISIONS))}}}",
+            "precision",
+        )
+    return precision
+
+
+def _dtype_of(precision: str) -> np.dtype[Any]:
+    return _DTYPES[check_precision(precision)]
+
+
+def _floats(values: Any, argument: str) -> _Array:
+    """A floating-point array of one or two dimensions."""
+    if isinstance(values, list | tuple) and any(isinstance(row, Tensor) for row in values):
+        rows = [_floats(row, f"{argument}[{i}]") for i, row in enumerate(values)]
+        return _joined(np.stack, rows, argument)
+    try:
+        if isinstance(values, Tensor):
+            values = values.detach().cpu()
+            values = values.float() if values.dtype == torch.bfloat16 else values.numpy()
+        array: _Array = np.asarray(values)
+        if array.dtype in (np.int8, np.uint8):
+            raise TypeError("codes already")
+        if array.dtype.kind in "iub":
+            array = array.astype(np.float32)
+        if array.dtype.kind != "f":
+            raise TypeError("no numbers")
+    except (TypeError, ValueError) as error:
+        dtype = getattr(values, "dtype", None)
+        raise InputTypeError(
+            f"{argument} is {type(values).__name__}{f' of {dtype}' if dtype is not None else ''}; "
+            "pass floating-point vectors of one width",
+            argument,
+        ) from error
+    if array.ndim not in (1, 2):
+        raise InputError(
+            f"{argument} has shape {list(array.shape)}; pass one vector [d] or rows [n, d]",
+            argument,
+        )
+    return array
+
+
+def _joined(join: Callable[[list[_Array]], _Array], parts: list[_Array], argument: str) -> _Array:
+    try:
+        return join(parts)
+    except ValueError as error:
+        raise InputError(f"{argument} has vectors of different widths", argument) from error

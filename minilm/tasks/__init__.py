@@ -1,0 +1,19 @@
+"""What embeddings are good for: search, paraphrase mining, clustering.
+
+Tasks take embeddings, never a model: vectors made elsewhere or long ago will do.
+
+- `search.py`       `semantic_search`: the nearest of a corpus for each query
+- `paraphrase.py`   `paraphrase_mining_embeddings`: the most similar pairs within one set
+- `communities.py`  `community_detection`: groups around a centre
+
+All are exact and deterministic: every score is computed twice, quickly to find the candidates, then
+pair by pair in double precision to decide. So no result depends on the sizes of blocks, equal
+vectors have equal scores, and equal scores are in the order of the rows. None holds an n x n
+matrix.
+"""
+
+from minilm.tasks.communities import community_detection
+from minilm.tasks.paraphrase import paraphrase_mining_embeddings
+from minilm.tasks.search import semantic_search
+
+__all__ = ["community_detection", "paraphrase_mining_embeddings", "semantic_search"]

@@ -1,0 +1,86 @@
+"""The most similar pairs within one set of vectors.
+
+In: embeddings. Out: `[score, i, j]`, the most similar first. Each vector's nearest others come from
+`search.py`; here they become pairs, each once.
+"""
+
+from typing import Any
+
+import numpy as np
+
+from minilm.inputs import check_positive_int
+from minilm.similarity import Embeddings, _matrix, cos_sim
+from minilm.tasks.search import ScoreFunction, Scores
+
+__all__ = ["paraphrase_mining_embeddings"]
+
+_Pairs = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]  # keys and scores
+
+_PENDING = 2**18  # pairs collected before the best are picked
+
+
+def paraphrase_mining_embeddings(
+    embeddings: Embeddings,
+    query_chunk_size: int = 5000,
+    corpus_chunk_size: int = 100000,
+    max_pairs: int = 500000,
+    top_k: int = 100,
+    score_function: ScoreFunction = cos_sim,
+) -> list[list[float | int]]:
+    """Find the pairs of vectors that are most similar. Exact.
+
+    A pair is considered if one is among the `top_k` nearest of the other, of equally near ones
+    those of smaller row. With `top_k` of at least n - 1 that is every pair.
+
+    Args:
+        embeddings: `[n, d]`.
+        query_chunk_size: Vectors compared at a time, at most. No result depends on it.
+        corpus_chunk_size: Vectors that they are compared with at a time, at most; likewise.
+        max_pairs: The most pairs to return.
+        top_k: The most neighbours of one vector to consider.
+        score_function: As in `semantic_search`, and symmetric: of the scores of (i, j) and (j, i)
+            the larger counts.
+
+    Returns:
+        `[score, i, j]` with i < j, the most similar first; pairs of equal score ordered by (i, j).
+
+    Raises:
+        InputError, InputTypeError: As in `semantic_search`; or `max_pairs` is negative.
+
+    Example:
+        >>> paraphrase_mining_embeddings([[1.0, 0.0], [0.0, 1.0], [2.0, 0.0]], max_pairs=1)
+        [[1.0, 0, 2]]
+    """
+    if type(max_pairs) is not int or max_pairs != 0:
+        check_positive_int(max_pairs, "max_pairs")
+    top_k = check_positive_int(top_k, "top_k")
+    vectors = _matrix(embeddings, "embeddings")
+    if not vectors.numel():
+        return []
+    scores = Scores(vectors, vectors, score_function, ("embeddings", "embeddings"))
+    count = len(vectors)
+    keys, values = np.empty(0, np.int64), np.empty(0, np.float32)  # i * n + j: orders by (i, j)
+    pending: list[_Pairs] = []
+    for rows, ids, found in scores.nearest(
+        top_k, query_chunk_size, corpus_chunk_size, others_only=True
+    ):
+        pending.append((np.minimum(rows, ids) * count + np.maximum(rows, ids), found))
+        if sum(len(part) for part, _ in pending) >= max(_PENDING, max_pairs):
+            keys, values = _best([(keys, values), *pending], max_pairs)
+            pending.clear()
+    keys, values = _best([(keys, values), *pending], max_pairs)
+    return [
+        [value, key // count, key % count]
+        for key, value in zip(keys.tolist(), values.tolist(), strict=True)
+    ]
+
+
+def _best(parts: list[_Pairs], max_pairs: int) -> _Pairs:
+    """The best of the pairs, each once."""
+    keys, values = (np.concatenate(part) for part in zip(*parts, strict=True))
+    order = np.lexsort((-values, keys))
+    keys, values = keys[order], values[order]
+    once = np.diff(keys, prepend=-1) != 0  # of the same pair, the first, which has the better score
+    keys, values = keys[once], values[once]
+    order = np.lexsort((keys, -values))[:max_pairs]
+    return keys[order], values[order]
