@@ -6,7 +6,7 @@ The published file names its tensors as Google's first BERT release did; `NAMES`
 one goes. Nothing is skipped in silence: what is not in the table is an error.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -130,6 +130,32 @@ def published_name(name: str) -> str:
     if layer:
         parts[1] = "{}"
     return f"{NAMES['.'.join(parts)].format(layer)}.{kind}"
+
+
+def published_shapes(config: BertConfig) -> dict[str, torch.Size]:
+    """The shape of every tensor of `BertModel(config)`, under our names."""
+    return {name: tensor.shape for name, tensor in _without_memory(config).state_dict().items()}
+
+
+def read_unused(data: bytes, weight: Sequence[int], bias: Sequence[int]) -> dict[str, Tensor]:
+    """The pooler of a checkpoint, which we don't use and carry over when a model is saved.
+
+    Args:
+        data: The contents of a safetensors file.
+        weight: The shape that `pooler.dense.weight` must have.
+        bias: That of `pooler.dense.bias`.
+
+    Returns:
+        Both tensors under their published names; none, if they are not there in these shapes.
+    """
+    shapes = {"pooler.dense.weight": tuple(weight), "pooler.dense.bias": tuple(bias)}
+    try:
+        contents = safetensors.torch.load(data)
+    except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError):
+        return {}
+    found = {_plain(name): tensor for name, tensor in contents.items() if _plain(name) in shapes}
+    fits = all(tuple(tensor.shape) == shapes[name] for name, tensor in found.items())
+    return found if fits and len(found) == len(shapes) else {}
 
 
 def _without_memory(config: BertConfig) -> BertModel:
