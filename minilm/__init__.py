@@ -14,6 +14,13 @@ and before the first sentence, to load the published weights:
 7. `checkpoint.py`  safetensors -> tensors under our names
 8. `config.py`      the sizes of the network
 
+Text is taken in any form and vectors are given in any: `encode.py` is what users call, `compute.py`
+one call computed, `truncation.py` what is done about long text, `process_pool.py` several
+processes, `quantize.py` vectors in few bits, `options.py` what may be passed to load a model.
+`save.py` writes a model's folder, `fingerprint.py` records which model made vectors, `check.py`
+tells it from the vectors. `tasks/` searches and groups them, and `util.py` has the names that
+sentence-transformers gives to all that.
+
 The same numbers faster: `packed.py` lays sentences end to end, `kernels.py` multiplies. And the
 model explained by itself: `trace.py` shows every number of a pass, `explain.py` splits a similarity
 into its parts, `tour.py` makes a page of both, `causes.py` finds out why another implementation
@@ -21,7 +28,7 @@ gives other vectors. `inside.py` makes methods of them.
 
 Beside them: `similarity.py` compares vectors, `inputs.py` says what may be passed, `errors.py` what
 can go wrong, `eval_mode.py` keeps dropout out of `encode`, `parity.py` proves equality with the
-reference, `cli.py` is the command line.
+reference, `files.py` reads and writes files of texts, `cli.py` is the command line.
 """
 
 import importlib
@@ -40,16 +47,22 @@ _HOMES = {
     "BertModel": "bert",
     "BertSelfAttention": "bert",
     "ClsPooling": "pooling",
+    "EncodeReport": "truncation",
     "Explanation": "explain",
+    "Fingerprint": "fingerprint",
     "MeanPooling": "pooling",
     "MinilmError": "errors",
     "Normalize": "pooling",
     "SentenceEncoder": "encoder",
+    "SimilarityFunction": "similarity",
+    "TextWindow": "truncation",
     "Trace": "trace",
+    "TruncationError": "errors",
     "TruncationWarning": "errors",
     "WordPieceTokenizer": "tokenizer",
     "attention": "bert",
     "cos_sim": "similarity",
+    "quantize_embeddings": "quantize",
 }
 
 if TYPE_CHECKING:
@@ -62,14 +75,20 @@ if TYPE_CHECKING:
     from minilm.config import BertConfig as BertConfig
     from minilm.encoder import SentenceEncoder as SentenceEncoder
     from minilm.errors import MinilmError as MinilmError
+    from minilm.errors import TruncationError as TruncationError
     from minilm.errors import TruncationWarning as TruncationWarning
     from minilm.explain import Explanation as Explanation
+    from minilm.fingerprint import Fingerprint as Fingerprint
     from minilm.pooling import ClsPooling as ClsPooling
     from minilm.pooling import MeanPooling as MeanPooling
     from minilm.pooling import Normalize as Normalize
+    from minilm.quantize import quantize_embeddings as quantize_embeddings
+    from minilm.similarity import SimilarityFunction as SimilarityFunction
     from minilm.similarity import cos_sim as cos_sim
     from minilm.tokenizer import WordPieceTokenizer as WordPieceTokenizer
     from minilm.trace import Trace as Trace
+    from minilm.truncation import EncodeReport as EncodeReport
+    from minilm.truncation import TextWindow as TextWindow
 
 __all__ = [
     "BertConfig",
@@ -79,17 +98,23 @@ __all__ = [
     "BertModel",
     "BertSelfAttention",
     "ClsPooling",
+    "EncodeReport",
     "Explanation",
+    "Fingerprint",
     "MeanPooling",
     "MinilmError",
     "Normalize",
     "SentenceEncoder",
+    "SimilarityFunction",
+    "TextWindow",
     "Trace",
+    "TruncationError",
     "TruncationWarning",
     "WordPieceTokenizer",
     "__version__",
     "attention",
     "cos_sim",
+    "quantize_embeddings",
 ]
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())

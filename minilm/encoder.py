@@ -1,32 +1,35 @@
 """`SentenceEncoder`: text in, one unit vector for each text out.
 
 This is where the pieces meet: text -> token ids (`tokenizer.py`) -> token vectors (`bert.py`) ->
-mean over real tokens -> length 1 (`pooling.py`). `forward` is that pipeline; `encode` adds what a
-caller expects around it: any iterable of texts, batches, order, NumPy.
+mean over real tokens -> length 1 (`pooling.py`). `forward` is that pipeline; `encode.py` adds what
+a caller expects around it: any iterable of texts, batches, order, NumPy.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from operator import call
-from typing import Any, Literal, Unpack, overload
+from typing import Any, Unpack
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from minilm import folder, hub, inputs
-from minilm.errors import InputError
+from minilm.encode import Encode, prompt_of
+from minilm.errors import InputError, InputTypeError
 from minilm.eval_mode import eval_mode
+from minilm.fingerprint import Fingerprint, fingerprint
 from minilm.inside import LookInside
 from minilm.kernels import accelerate, fast_products
-from minilm.packed import batch_limits, keeps_bits, make_features, plan_batches
-from minilm.similarity import SIMILARITY_FUNCTIONS, Embeddings
+from minilm.options import DEFAULT_PROMPTS, LoadOptions, load_options
+from minilm.packed import keeps_bits, make_features
+from minilm.save import save_pretrained
+from minilm.similarity import SIMILARITY_FUNCTIONS, Embeddings, SimilarityFunction
 from minilm.tokenizer import WordPieceTokenizer
 
 __all__ = ["SentenceEncoder"]
 
 
-class SentenceEncoder(LookInside, nn.Module):
+class SentenceEncoder(Encode, LookInside, nn.Module):
     """Maps sentences and paragraphs to vectors whose dot product is their similarity.
 
     Attributes:
@@ -34,7 +37,8 @@ class SentenceEncoder(LookInside, nn.Module):
         pooling: `MeanPooling` or `ClsPooling`, token vectors -> one vector.
         normalize: `Normalize`, or `nn.Identity` in a model without that stage.
         tokenizer: `WordPieceTokenizer`, or None if none was given.
-        similarity_fn_name: "cosine", "dot", "euclidean" or "manhattan": what `similarity` does.
+        prompts: Texts to put in front of sentences, by name: `encode(prompt_name=...)`.
+        default_prompt_name: The one that `encode` uses if none is asked for; None for none.
         source: Where the files came from, with their SHA-256; None for a model made of `modules`.
     """
 
@@ -50,6 +54,8 @@ class SentenceEncoder(LookInside, nn.Module):
             The features, and with them `token_embeddings` `[batch, tokens, 384]` and
             `sentence_embedding` `[batch, 384]`.
         """
+        if not isinstance(features, Mapping):
+            raise InputTypeError("features is no dict; encode(...) takes texts", "features")
         token_embeddings = self.bert(  # [batch, tokens] -> [batch, tokens, 384]
             features["input_ids"],
             features["attention_mask"],
@@ -72,22 +78,15 @@ class SentenceEncoder(LookInside, nn.Module):
         modules: Sequence[nn.Module] | None = None,
         tokenizer: WordPieceTokenizer | None = None,
         max_seq_length: int | None = None,
-        similarity_fn_name: str | None = None,
-        revision: str | None = None,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
+        **options: Unpack[LoadOptions],
     ) -> None:
         """Load a model by its name or folder, or compose one from modules.
 
         Args:
-            model_name_or_path: See `from_pretrained`, as for the arguments from `revision` on.
+            model_name_or_path: See `from_pretrained`, as for the options.
             modules: Instead of a name: `[bert, pooling]` or `[bert, pooling, normalize]`.
             tokenizer: What goes with `modules` to read text.
             max_seq_length: Instead of the loaded model's, or of as many as there are positions.
-            similarity_fn_name: Instead of the loaded model's, or of "cosine".
 
         Raises:
             MinilmError: As in `from_pretrained`; an InputError if not one of the two is given.
@@ -102,25 +101,28 @@ class SentenceEncoder(LookInside, nn.Module):
         if tokenizer and modules is None:
             raise InputError("tokenizer goes with modules; a named model has its own", "tokenizer")
         # Checked before 90 MB are fetched for nothing. Modules stay where and what they are.
+        wanted = load_options(options)
+        dtype, device = wanted.dtype, wanted.device
         kind = None if modules and dtype is None else inputs.as_dtype(dtype)
         target = None if modules and device is None else inputs.as_device(device, kind)
         self.source: hub.ModelFiles | None = None
+        prompts, default_prompt_name = dict(DEFAULT_PROMPTS), wanted.default_prompt_name
+        similarity_fn_name = wanted.similarity_fn_name
         if model_name_or_path is not None:
-            self.source = hub.locate(
-                model_name_or_path,
-                revision=revision,
-                cache_dir=cache_dir,
-                token=token,
-                local_files_only=local_files_only,
-            )
+            self.source = hub.locate(model_name_or_path, **wanted.where)
             parts = folder.read_model(self.source, inputs.as_dtype(dtype))
             modules, tokenizer = parts.build(), parts.tokenizer
             max_seq_length = parts.max_seq_length if max_seq_length is None else max_seq_length
             similarity_fn_name = similarity_fn_name or parts.similarity_fn_name
+            prompts |= parts.prompts
+            default_prompt_name = default_prompt_name or parts.default_prompt_name
+        self.prompts = prompts | wanted.prompts
+        if default_prompt_name is not None:
+            prompt_of(self.prompts, default_prompt_name, "default_prompt_name")
+        self.default_prompt_name = default_prompt_name
         self.bert, self.pooling, self.normalize = folder.as_stages(modules or [])
-        self.similarity_fn_name = inputs.check_choice(
-            similarity_fn_name or "cosine", SIMILARITY_FUNCTIONS, "similarity_fn_name"
-        )
+        self.similarity_fn_name = similarity_fn_name or "cosine"
+        self.truncate_dim = wanted.truncate_dim
         config = self.bert.config
         if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
             largest, rows = tokenizer.vocab_size - 1, config.vocab_size
@@ -137,13 +139,7 @@ class SentenceEncoder(LookInside, nn.Module):
     def from_pretrained(
         cls,
         name_or_path: str | os.PathLike[str] = hub.DEFAULT_MODEL,
-        *,
-        revision: str | None = None,
-        device: str | torch.device | None = None,
-        dtype: str | torch.dtype | None = None,
-        cache_dir: str | os.PathLike[str] | None = None,
-        token: str | bool | None = None,
-        local_files_only: bool = False,
+        **options: Unpack[LoadOptions],
     ) -> "SentenceEncoder":
         """Load a model, by default the published all-MiniLM-L6-v2.
 
@@ -156,143 +152,29 @@ class SentenceEncoder(LookInside, nn.Module):
             dtype: What to compute in: float64, float32 (default), float16 or bfloat16, as a
                 torch.dtype or its name. With bfloat16 the matrix products are, which take nearly
                 all of the time; what is added up between them stays float32.
-            cache_dir: The Hub cache, by default huggingface_hub's.
+            prompts: Texts that `encode(prompt_name=...)` puts in front of every sentence, by name.
+            default_prompt_name: The one to use if none is asked for.
+            similarity_fn_name: "cosine", "dot", "euclidean" or "manhattan": what `similarity` does.
+            truncate_dim: How many numbers of each vector `encode` keeps by default.
+            cache_dir: The Hub cache, by default huggingface_hub's. `cache_folder` is the same.
             token: An access token for the Hub, or True for the stored one.
             local_files_only: Never use the network.
+            options: What sentence-transformers takes besides: see `LoadOptions`.
 
         Raises:
             ModelNotFoundError: The model is in none of the places looked at.
             HashMismatchError: A file of the published model is damaged.
             ConfigError, TokenizerError, WeightsError, ModelFolderError: The files of the model
                 are broken, or ask for what is not implemented.
-            InputError: The device or dtype can't be used.
+            InputError: The device or dtype can't be used, or an option has no effect here.
         """
-        return cls(
-            name_or_path,
-            revision=revision,
-            device=device,
-            dtype=dtype,
-            cache_dir=cache_dir,
-            token=token,
-            local_files_only=local_files_only,
-        )
+        return cls(name_or_path, **options)
 
-    @overload
-    def encode(
-        self,
-        sentences: str | Iterable[str],
-        *,
-        convert_to_numpy: Literal[True] = ...,
-        convert_to_tensor: Literal[False] = ...,
-        **options: Unpack[inputs.EncodeOptions],
-    ) -> np.ndarray[Any, Any]: ...
-
-    @overload
-    def encode(
-        self,
-        sentences: str | Iterable[str],
-        *,
-        convert_to_numpy: bool = ...,
-        convert_to_tensor: Literal[True],
-        **options: Unpack[inputs.EncodeOptions],
-    ) -> Tensor: ...
-
-    @overload
-    def encode(
-        self,
-        sentences: str | Iterable[str],
-        *,
-        convert_to_numpy: bool = ...,
-        convert_to_tensor: bool = ...,
-        **options: Unpack[inputs.EncodeOptions],
-    ) -> np.ndarray[Any, Any] | Tensor | list[Tensor]: ...
-
-    def encode(
-        self,
-        sentences: str | Iterable[str],
-        *,
-        batch_size: int | None = None,
-        show_progress_bar: bool | None = None,
-        convert_to_numpy: bool = True,
-        convert_to_tensor: bool = False,
-        device: str | torch.device | None = None,
-        token_budget: int | None = None,
-    ) -> np.ndarray[Any, Any] | Tensor | list[Tensor]:
-        """Embed texts.
-
-        Args:
-            sentences: A str, or any iterable of str: list, generator, NumPy array, pandas or
-                polars Series, Arrow array. Text beyond `max_seq_length` tokens is not read, and a
-                `TruncationWarning` says how much that was.
-            batch_size: Sentences computed at a time, at most; None sets no limit.
-            show_progress_bar: By default only if this package's logger is at INFO or below.
-            convert_to_numpy: Give NumPy arrays, else tensors on the model's device.
-            convert_to_tensor: Give one tensor, whatever `convert_to_numpy` says.
-            device: Move the model there first, and leave it there.
-            token_budget: Tokens computed at a time, at most, if no sentence is longer; by default
-                as many as were fastest for this dtype. Neither limit changes a vector.
-
-        Returns:
-            One vector `[384]` for a str, else `[n, 384]` in the order given, with n = 0 too. Its
-            dtype is float32, or that which the whole model was converted to; NumPy has no
-            bfloat16 and gets float32. With `convert_to_numpy` and `convert_to_tensor` both false,
-            a list of n tensors `[384]`.
-
-        Raises:
-            InputTypeError: Something is no text; the message names the row.
-            InputError: A text has a lone surrogate, or an argument's value can't be used.
-        """
-        texts, is_single = inputs.as_texts(sentences)
-        limits = batch_limits(self.dtype, batch_size, token_budget)
-        if device is not None:
-            self.to(inputs.as_device(device))
-        to_numpy = convert_to_numpy and not convert_to_tensor
-
-        tokens = self._tokenizer(texts, self.max_seq_length)
-        first_row = sentences.first_row if isinstance(sentences, inputs.Window) else None
-        tokens.warn_if_cut(2 if first_row is None else 3, first_row or 0)  # 3: by encode_stream
-        lengths = list(map(len, tokens.input_ids))
-        batches = plan_batches(lengths, *limits)
-        with torch.inference_mode(False), torch.no_grad():  # ordinary, usable in training
-            dtype, device = self.bert.embeddings.word_embeddings.weight.dtype, self.device
-            size = (len(lengths), self.get_sentence_embedding_dimension())
-            embeddings = torch.empty(size, dtype=dtype, device="cpu" if to_numpy else device)
-        with torch.inference_mode(), eval_mode(self) as parts, fast_products(parts, sum(lengths)):
-            for rows in inputs.with_progress(batches, show_progress_bar):
-                embeddings[rows] = self._embed([tokens.input_ids[i] for i in rows]).to(embeddings)
-
-        if to_numpy:
-            array = (embeddings.float() if dtype == torch.bfloat16 else embeddings).numpy()
-            return array[0] if is_single else array
-        if is_single:
-            return embeddings[0]
-        return embeddings if convert_to_tensor else list(embeddings)
-
-    def encode_stream(
-        self,
-        sentences: Iterable[str],
-        *,
-        window: int = 4096,
-        **options: Unpack[inputs.EncodeOptions],
-    ) -> Iterator[np.ndarray[Any, Any]]:
-        """Embed texts one after the other, however many come: `encode` in bounded memory.
-
-        An error comes when its text's turn does.
-
-        Args:
-            sentences: An iterable of str.
-            window: Texts read and held at a time.
-            options: As in `encode`.
-
-        Yields:
-            One vector `[384]` for each text, in order.
-        """
-        for texts in inputs.windows(sentences, inputs.check_positive_int(window, "window")):
-            yield from self.encode(texts, **options)
-
-    def _embed(self, input_ids: list[list[int]]) -> Tensor:
+    def _embed(
+        self, input_ids: list[list[int]], token_type_ids: list[list[int]] | None = None
+    ) -> Tensor:
         """One pass: rows of ids -> `[n, 384]`."""
-        features = make_features(input_ids, self.tokenizer, self.device)
+        features = make_features(input_ids, self.tokenizer, self.device, token_type_ids)
         sentence_embedding: Tensor = self(features)["sentence_embedding"]
         return sentence_embedding
 
@@ -304,23 +186,6 @@ class SentenceEncoder(LookInside, nn.Module):
         with torch.inference_mode(), eval_mode(self) as parts, fast_products(parts, tokens=0):
             return keeps_bits(self._embed, self.bert.config.vocab_size, self.max_seq_length)
 
-    def tokenize(self, sentences: str | Iterable[str]) -> dict[str, Tensor]:
-        """Texts -> the features that `forward` takes, as one padded batch on the model's device.
-
-        Returns:
-            `input_ids`, `token_type_ids`, `attention_mask`, int64 `[n, tokens]`, cut at
-            `max_seq_length`.
-
-        Raises:
-            InputTypeError, InputError: As in `encode`; also for no text at all.
-        """
-        texts, _ = inputs.as_texts(sentences)
-        if not texts:
-            raise InputError("sentences is empty; pass at least one", "sentences")
-        tokens = self._tokenizer(texts, self.max_seq_length)
-        tokens.warn_if_cut(stacklevel=2)
-        return self._tokenizer.pad(tokens.input_ids, self.device)
-
     def similarity(self, embeddings1: Embeddings, embeddings2: Embeddings) -> Tensor:
         """How alike each vector of one set is to each of another, `[n, 384] x [m, 384] -> [n, m]`.
 
@@ -331,6 +196,18 @@ class SentenceEncoder(LookInside, nn.Module):
     def similarity_pairwise(self, embeddings1: Embeddings, embeddings2: Embeddings) -> Tensor:
         """The same row by row, `[n, 384] x [n, 384] -> [n]`."""
         return SIMILARITY_FUNCTIONS[self.similarity_fn_name][1](embeddings1, embeddings2)
+
+    @property
+    def similarity_fn_name(self) -> str:
+        """What `similarity` does: "cosine", "dot", "euclidean" or "manhattan". Settable."""
+        return self._similarity_fn_name
+
+    @similarity_fn_name.setter
+    def similarity_fn_name(self, value: str | SimilarityFunction) -> None:
+        name = value.value if isinstance(value, SimilarityFunction) else value
+        self._similarity_fn_name = inputs.check_choice(
+            name, SIMILARITY_FUNCTIONS, "similarity_fn_name"
+        )
 
     @property
     def max_seq_length(self) -> int:
@@ -356,9 +233,9 @@ class SentenceEncoder(LookInside, nn.Module):
         weights = (part.weight for part in self.bert.modules() if isinstance(part, nn.Linear))
         return next(weights, self.bert.embeddings.word_embeddings.weight).dtype
 
-    def get_sentence_embedding_dimension(self) -> int:
-        """The width of an embedding: 384."""
-        return self.bert.config.hidden_size
+    def get_max_seq_length(self) -> int:
+        """`max_seq_length`."""
+        return self.max_seq_length
 
     def to(self, *args: Any, **kwargs: Any) -> "SentenceEncoder":
         """Move or convert the model, as `nn.Module.to`; a device that can't be used is named."""
@@ -369,6 +246,26 @@ class SentenceEncoder(LookInside, nn.Module):
                 inputs.as_device(device, dtype)
         with torch.inference_mode(False):  # parameters stay ordinary tensors wherever we are
             return super().to(*args, **kwargs)
+
+    def save_pretrained(
+        self,
+        path: str | os.PathLike[str] | None,
+        model_name: str | None = None,
+        create_model_card: bool = True,
+        train_datasets: list[str] | None = None,
+        safe_serialization: bool = True,
+    ) -> None:
+        """Write a folder that this package and sentence-transformers load: see `minilm.save`."""
+        if path is not None:
+            save_pretrained(
+                self, path, model_name, create_model_card, train_datasets, safe_serialization
+            )
+
+    save = save_pretrained
+
+    def fingerprint(self) -> Fingerprint:
+        """Which model this is, as a record to keep with its vectors: see `minilm.fingerprint`."""
+        return fingerprint(self)
 
     def __iter__(self) -> Iterator[nn.Module]:
         """The stages in order; those that do nothing left out."""

@@ -5,12 +5,15 @@ what it is about as attributes, so that nobody has to parse a message::
 
     MinilmError
     ├── InputError (ValueError)              an argument: its value
-    │   └── InputTypeError (TypeError)       an argument: its type
+    │   ├── InputTypeError (TypeError)       an argument: its type
+    │   └── TruncationError                  text beyond the limit, where that is no option
     ├── ConfigError (ValueError)             a JSON file of a model folder
     ├── TokenizerError (ValueError)          tokenizer.json
     ├── WeightsError (ValueError)            model.safetensors
     ├── HashMismatchError (ValueError)       a file that is not the published one
     ├── ModelFolderError (ValueError)        several of the above in one folder
+    ├── NotFiniteError (ArithmeticError)     the model gave NaN or infinity
+    ├── WorkerError (RuntimeError)           a process of a pool died
     └── ModelNotFoundError (FileNotFoundError)
         └── NotAFolderError (NotADirectoryError)
 
@@ -30,10 +33,13 @@ __all__ = [
     "ModelFolderError",
     "ModelNotFoundError",
     "NotAFolderError",
+    "NotFiniteError",
     "TokenizerError",
     "TraceKeyError",
+    "TruncationError",
     "TruncationWarning",
     "WeightsError",
+    "WorkerError",
 ]
 
 
@@ -58,6 +64,41 @@ class InputError(MinilmError, ValueError):
 
 class InputTypeError(InputError, TypeError):
     """An argument has a type that cannot be used."""
+
+
+class TruncationError(InputError):
+    """Some texts are longer than the model's limit, and `truncation="error"` was asked for.
+
+    Attributes:
+        rows: Which.
+    """
+
+    def __init__(self, message: str, rows: Sequence[int]) -> None:
+        super().__init__(message, "sentences")
+        self.rows = list(rows)
+
+    def __reduce__(self) -> tuple[type, tuple[str, list[int]]]:  # type: ignore[override]
+        return type(self), (str(self), self.rows)
+
+
+class NotFiniteError(MinilmError, ArithmeticError):
+    """The vectors of some texts have NaN or infinity in them.
+
+    Attributes:
+        rows: Of which texts.
+    """
+
+    def __init__(self, rows: Sequence[int], reason: str) -> None:
+        self.rows, self.reason = list(rows), reason
+        first = f"first: sentences[{self.rows[0]}]" if self.rows else ""
+        super().__init__(f"{len(self.rows):,} vectors have NaN or infinity; {first}; {reason}")
+
+    def __reduce__(self) -> tuple[type, tuple[list[int], str]]:
+        return type(self), (self.rows, self.reason)
+
+
+class WorkerError(MinilmError, RuntimeError):
+    """A process of a pool died, or could not say what its error was."""
 
 
 class _FileError(MinilmError, ValueError):

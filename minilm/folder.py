@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import PurePosixPath, PureWindowsPath
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from minilm.errors import (
     WeightsError,
 )
 from minilm.hub import ModelFiles, looks_like
+from minilm.options import DEFAULT_PROMPTS
 from minilm.pooling import ClsPooling, MeanPooling, Normalize
 from minilm.similarity import SIMILARITY_FUNCTIONS
 from minilm.tokenizer import WordPieceTokenizer
@@ -66,6 +67,12 @@ _NORMALIZE_SETTINGS: dict[str, tuple[Any, ...]] = {
 }
 
 
+class _OwnSettings(NamedTuple):
+    similarity_fn_name: str
+    prompts: dict[str, str]
+    default_prompt_name: str | None
+
+
 @dataclass(frozen=True)
 class ModelParts:
     """What an encoder is made of.
@@ -78,6 +85,8 @@ class ModelParts:
         normalize: Whether that vector is scaled to length 1.
         max_seq_length: The longest input in tokens, [CLS] and [SEP] included.
         similarity_fn_name: The similarity that the model was trained for.
+        prompts: Texts to put in front of sentences, by name.
+        default_prompt_name: The one to use if none is asked for.
     """
 
     config: BertConfig
@@ -87,6 +96,8 @@ class ModelParts:
     normalize: bool
     max_seq_length: int
     similarity_fn_name: str
+    prompts: dict[str, str]
+    default_prompt_name: str | None
 
     def build(self) -> list[nn.Module]:
         """Compose the stages, in evaluation mode."""
@@ -139,7 +150,7 @@ def read_model(files: ModelFiles, dtype: torch.dtype) -> ModelParts:
 
     config = attempt(lambda: _read_config(files, transformer + "config.json"))
     settings = attempt(lambda: _read_settings(files, transformer))
-    similarity_fn_name = attempt(lambda: _read_similarity_fn_name(files))
+    own = attempt(lambda: _read_own_settings(files))
     pooling = attempt(lambda: _read_pooling(files, stages["Pooling"] + "config.json", config))
     if "Normalize" in stages:
         attempt(lambda: _read_normalize(files, stages["Normalize"] + "config.json"))
@@ -156,9 +167,17 @@ def read_model(files: ModelFiles, dtype: torch.dtype) -> ModelParts:
         raise errors[0]
     if errors:
         raise ModelFolderError(files.location, errors)
-    assert config and state and tokenizer and pooling and limit and similarity_fn_name  # noqa: PT018
+    assert config and state and tokenizer and pooling and limit and own  # noqa: PT018
     return ModelParts(
-        config, state, tokenizer, pooling, "Normalize" in stages, limit, similarity_fn_name
+        config,
+        state,
+        tokenizer,
+        pooling,
+        "Normalize" in stages,
+        limit,
+        own.similarity_fn_name,
+        own.prompts,
+        own.default_prompt_name,
     )
 
 
@@ -210,7 +229,8 @@ def _read_settings(files: ModelFiles, folder: str) -> tuple[dict[str, Any], dict
     return sentence, _read_json(files, folder + "tokenizer_config.json", dict, {})
 
 
-def _read_similarity_fn_name(files: ModelFiles) -> str:
+def _read_own_settings(files: ModelFiles) -> _OwnSettings:
+    """config_sentence_transformers.json, which is optional."""
     name = "config_sentence_transformers.json"
     values = _read_json(files, name, dict, {})
     known = {
@@ -218,18 +238,17 @@ def _read_similarity_fn_name(files: ModelFiles) -> str:
         "model_type": ("SentenceTransformer",),
     }
     problems = unsupported(values, known)
-    default_prompt = values.get("default_prompt_name")
-    prompts = values.get("prompts")
-    prompts = prompts if isinstance(prompts, dict) else {}
-    without_effect = [None, *(name for name, text in prompts.items() if text == "")]
-    if default_prompt not in without_effect:
-        problems.append(
-            f"default_prompt_name is {default_prompt!r}; supported: null, since prompts are not "
-            "put in front of texts yet"
-        )
+    prompts = values.get("prompts") or {}
+    if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
+        problems.append(f"prompts is {prompts!r}; expected an object of names and texts")
+        prompts = {}
+    default, names = values.get("default_prompt_name"), list(DEFAULT_PROMPTS | prompts)
+    if default not in [*names, None]:
+        supported = ", ".join(map(repr, names))
+        problems.append(f"default_prompt_name is {default!r}; supported: {supported} or null")
     if problems:
         raise ConfigError(files.path(name), problems)
-    return str(values.get("similarity_fn_name") or "cosine")
+    return _OwnSettings(str(values.get("similarity_fn_name") or "cosine"), prompts, default)
 
 
 def _read_pooling(

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Collection, Iterable, Iterator, KeysView, Mapping, Sequence, Set
 from itertools import islice
 from pathlib import PurePath
-from typing import Any, TypedDict, TypeVar
+from typing import Any, TypeAlias, TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -19,8 +19,10 @@ from minilm.errors import InputError, InputTypeError
 
 __all__ = [
     "EncodeOptions",
+    "Row",
     "as_device",
     "as_dtype",
+    "as_rows",
     "as_texts",
     "check_choice",
     "check_in_range",
@@ -32,6 +34,9 @@ __all__ = [
 ]
 
 _Batch = TypeVar("_Batch")
+
+# A text, or a pair of texts that are read together: [CLS] A [SEP] B [SEP].
+Row: TypeAlias = str | tuple[str, str]
 
 _HINT = "pass a string or an iterable of strings"
 
@@ -46,8 +51,8 @@ def with_progress(batches: Sequence[_Batch], show: bool | None) -> Iterable[_Bat
     return batches
 
 
-class Window(list[str]):
-    """Some of the texts of a stream. `first_row` is where in the stream they begin."""
+class Window(list[Row]):
+    """Some of the rows of a stream. `first_row` is where in the stream they begin."""
 
     first_row = 0
 
@@ -65,7 +70,7 @@ def windows(sentences: Any, size: int, argument: str = "sentences") -> Iterator[
     rows = iter(_plain_rows(sentences))
     start = 0
     while texts := Window(islice(rows, size)):
-        _check_rows(texts, argument, start)
+        _check_pairs(texts, argument, start)
         check_unicode(texts, argument, start)
         texts.first_row = start
         yield texts
@@ -75,10 +80,52 @@ def windows(sentences: Any, size: int, argument: str = "sentences") -> Iterator[
 class EncodeOptions(TypedDict, total=False):
     """The arguments of `SentenceEncoder.encode` that don't change the type of its result."""
 
+    prompt_name: str | None
+    prompt: str | None
     batch_size: int | None
     show_progress_bar: bool | None
-    device: str | torch.device | None
+    precision: str | None
+    device: "str | torch.device | Sequence[str | torch.device] | None"
+    normalize_embeddings: bool
+    truncate_dim: int | None
+    pool: Any
+    chunk_size: int | None
+    truncation: str
     token_budget: int | None
+    task: str | None
+
+
+def as_rows(sentences: Any, argument: str = "sentences") -> tuple[list[Row], bool]:
+    """The same as `as_texts`, where a row may also be a pair of texts: a tuple or a list of two.
+
+    Returns:
+        The rows in positional order, pairs as tuples, and whether a single text was passed.
+
+    Raises:
+        InputTypeError: As in `as_texts`.
+        InputError: As in `as_texts`; or a row has more or fewer than two texts.
+    """
+    if isinstance(sentences, np.ndarray) and sentences.ndim == 2:
+        sentences = sentences.tolist()
+    if isinstance(sentences, np.ndarray) and sentences.ndim == 0:
+        sentences = sentences.item()
+    if isinstance(sentences, str):
+        return [sentences], True
+    _check_column(sentences, argument)
+    return _check_pairs(list(_plain_rows(sentences)), argument), False
+
+
+def _check_pairs(rows: list[Any], argument: str, start: int = 0) -> list[Row]:
+    for row, text in enumerate(rows):
+        if isinstance(text, str):
+            continue
+        place = f"{argument}[{start + row}]"
+        if not isinstance(text, tuple | list | np.ndarray):
+            check_text(text, place)
+        if len(text) != 2:
+            raise InputError(f"{place} has {len(text)} parts; pass a string, or two of them", place)
+        rows[row] = tuple(check_text(part, f"{place}[{i}]") for i, part in enumerate(text))
+    return rows
 
 
 def as_texts(sentences: Any, argument: str = "sentences") -> tuple[list[str], bool]:
@@ -180,7 +227,7 @@ def check_text(text: Any, argument: str) -> str:
     return text
 
 
-def check_unicode(texts: Sequence[str], argument: str = "sentences", start: int = 0) -> None:
+def check_unicode(texts: Sequence[Row], argument: str = "sentences", start: int = 0) -> None:
     """Refuse half characters, which a str can hold and UTF-8 can't.
 
     Raises:
@@ -188,12 +235,13 @@ def check_unicode(texts: Sequence[str], argument: str = "sentences", start: int 
     """
     for row, text in enumerate(texts, start):
         try:
-            text.encode("utf-8")
+            for part in (text,) if isinstance(text, str) else text:
+                part.encode("utf-8")
         except UnicodeEncodeError as error:
-            place = f"{argument}[{row}]"
+            place, bad = f"{argument}[{row}]", error.object[error.start]
             raise InputError(
-                f"{place} has a lone surrogate, {text[error.start]!r}, at character {error.start}: "
-                "it is not Unicode text; decode its source with errors='replace'",
+                f"{place} has a lone surrogate, {bad!r}, at character {error.start}: it is not "
+                "Unicode text; decode its source with errors='replace'",
                 place,
             ) from error
 

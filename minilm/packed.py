@@ -68,6 +68,7 @@ class PackedBatch:
     Attributes:
         input_ids: int64 `[total_tokens]`.
         position_ids: The place of each token in its sentence, int64 `[total_tokens]`.
+        token_type_ids: int64 `[total_tokens]`, or None where all are 0.
         lengths: The number of tokens of each sentence.
     """
 
@@ -76,6 +77,7 @@ class PackedBatch:
         input_ids: Sequence[Sequence[int]],
         device: torch.device | str = "cpu",
         multiple_of: int = 1,
+        token_type_ids: Sequence[Sequence[int]] | None = None,
     ) -> None:
         """Lay the rows out.
 
@@ -84,6 +86,7 @@ class PackedBatch:
             device: Where the tensors go.
             multiple_of: Put so many rows of no sentence behind the last one that the number of
                 rows can be divided by this.
+            token_type_ids: As many rows of as many, if some are not 0.
         """
         self.lengths = [len(row) for row in input_ids]
         self._runs: list[_Run] = []
@@ -97,6 +100,10 @@ class PackedBatch:
         places = [torch.arange(run.length).repeat(run.count) for run in self._runs]
         places.append(torch.zeros(self._filler, dtype=torch.int64))
         self.input_ids = _send(torch.tensor(ids), device)
+        self.token_type_ids = None
+        if token_type_ids is not None:
+            types = [i for row in token_type_ids for i in row] + [0] * self._filler
+            self.token_type_ids = _send(torch.tensor(types), device)
         self.position_ids = _send(torch.cat(places), device)
 
     @functools.cached_property
@@ -110,6 +117,7 @@ class PackedBatch:
         return {
             "input_ids": self.input_ids,
             "attention_mask": self._mask(),
+            "token_type_ids": self.token_type_ids,
             "position_ids": self.position_ids,
             "attend": self.attend,
             "per_sentence": self.per_sentence,
@@ -244,19 +252,22 @@ def plan_batches(
 
 
 def make_features(
-    input_ids: list[list[int]], tokenizer: WordPieceTokenizer | None, device: torch.device
+    input_ids: list[list[int]],
+    tokenizer: WordPieceTokenizer | None,
+    device: torch.device,
+    token_type_ids: list[list[int]] | None = None,
 ) -> dict[str, Any]:
     """What `SentenceEncoder.forward` takes for these rows of ids: packed, but on mps padded.
 
     Apple's devices don't have all that the packed form needs, and it has not been tried there.
     """
     if device.type == "mps" and tokenizer is not None:
-        return dict(tokenizer.pad(input_ids, device))
+        return dict(tokenizer.pad(input_ids, device, token_type_ids))
     multiple_of = 1
     if device.type == "cpu":
         total = sum(map(len, input_ids))
         multiple_of = next(multiple for above, multiple in _MULTIPLES if total > above)
-    return PackedBatch(input_ids, device, multiple_of).features()
+    return PackedBatch(input_ids, device, multiple_of, token_type_ids).features()
 
 
 def batch_limits(

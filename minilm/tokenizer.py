@@ -14,8 +14,7 @@ and is applied to the ids: a tokenizer has no state that two threads could fight
 """
 
 import json
-import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,12 +26,14 @@ from tokenizers.normalizers import Sequence as NormalizerSequence
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from minilm.errors import InputError, TokenizerError, TruncationWarning
-from minilm.inputs import as_texts, check_positive_int, check_unicode
+from minilm.errors import InputError, TokenizerError
+from minilm.inputs import Row, as_rows, check_positive_int, check_unicode
 
 __all__ = ["Tokens", "WordPieceTokenizer"]
 
 _Entry = TypeVar("_Entry")
+
+_GROUP = 65_536  # characters given to the library at a time
 
 
 @dataclass(frozen=True)
@@ -43,34 +44,17 @@ class Tokens:
         input_ids: The ids, [CLS] and [SEP] included, at most as many as the limit allows.
         token_counts: How many ids there were before the cut.
         offsets: For each id its (start, end) in the original text, in characters, `end` exclusive,
-            (0, 0) for [CLS] and [SEP]; None unless asked for.
+            (0, 0) for [CLS] and [SEP]; None unless asked for. In a pair, in the text it is of.
+        token_type_ids: For each id 1 if it is of the second text of a pair; None without pairs.
     """
 
     input_ids: list[list[int]]
     token_counts: list[int]
     offsets: list[list[tuple[int, int]]] | None = None
+    token_type_ids: list[list[int]] | None = None
 
     def __len__(self) -> int:
         return len(self.input_ids)
-
-    def warn_if_cut(self, stacklevel: int, first_row: int = 0) -> None:
-        """Issue one `TruncationWarning` that adds up all that was cut; none if nothing was.
-
-        Args:
-            stacklevel: As in `warnings.warn`, counted from the caller of this method.
-            first_row: The number of the first text in what the user passed.
-        """
-        kept = [len(row) for row in self.input_ids]
-        cut = [row for row, count in enumerate(self.token_counts) if count > kept[row]]
-        if cut:
-            unread = 1 - sum(kept[row] for row in cut) / sum(self.token_counts[row] for row in cut)
-            warnings.warn(
-                f"{len(cut):,} of {len(self):,} texts were cut at {kept[cut[0]]} tokens; "
-                f"{unread:.0%} of their tokens were not read; "
-                f"first: sentences[{first_row + cut[0]}]",
-                TruncationWarning,
-                stacklevel=stacklevel + 1,
-            )
 
 
 class WordPieceTokenizer:
@@ -122,7 +106,7 @@ class WordPieceTokenizer:
 
     def __call__(
         self,
-        texts: str | Iterable[str],
+        texts: str | Iterable[Row],
         max_length: int | None = None,
         *,
         return_offsets: bool = False,
@@ -133,8 +117,9 @@ class WordPieceTokenizer:
         Args:
             texts: A text, or any iterable of texts, of any Unicode: empty, blank, with control
                 characters, of any length. As in the reference, a literal "[MASK]" or "[SEP]"
-                becomes that special token.
+                becomes that special token. A pair of texts becomes [CLS] A [SEP] B [SEP].
             max_length: Ids to keep at most, [CLS] and [SEP] included, at least 3; None keeps all.
+                Of a pair, the longer text is cut first, then both to half.
             return_offsets: Also give character offsets, which takes twice the time.
             argument: What to call `texts` in an error.
 
@@ -143,33 +128,69 @@ class WordPieceTokenizer:
             InputError: A text has a lone surrogate, so that it isn't Unicode text; or `max_length`
                 is below 3.
         """
-        texts, _ = as_texts(texts, argument)
+        rows, _ = as_rows(texts, argument)
         if max_length is not None and check_positive_int(max_length, "max_length") < 3:
             raise InputError(f"max_length is {max_length}; pass 3 or more", "max_length")
+        pairs = [row for row, text in enumerate(rows) if not isinstance(text, str)]
+        firsts = [row if isinstance(row, str) else row[0] for row in rows]
+        try:
+            ids, offsets = self._encode(firsts, return_offsets)
+            other_ids, other_offsets = self._encode([rows[row][1] for row in pairs], return_offsets)
+        except (TypeError, UnicodeEncodeError):
+            check_unicode(rows, argument)
+            raise
+        counts = [len(row) for row in ids]
+        second = dict(zip(pairs, range(len(pairs)), strict=True))
+        token_type_ids = [[0] * count for count in counts] if pairs else None
+        for row, of_row in enumerate(ids):
+            if row in second:
+                other = other_ids[second[row]]
+                counts[row] += len(other) - 1
+                keep, keep_other = _share(len(of_row) - 2, len(other) - 2, max_length)
+                ids[row] = _pair(of_row, other, keep, keep_other)
+                if token_type_ids is not None:
+                    token_type_ids[row] = [0] * (keep + 2) + [1] * (keep_other + 1)
+                if return_offsets:
+                    others = other_offsets[second[row]]
+                    offsets[row] = _pair(offsets[row], others, keep, keep_other)
+            elif max_length is not None and counts[row] > max_length:
+                # The last one is kept: [SEP] closes a cut text too.
+                ids[row] = of_row[: max_length - 1] + of_row[-1:]
+                if token_type_ids is not None:
+                    token_type_ids[row] = [0] * max_length
+                if return_offsets:
+                    offsets[row] = offsets[row][: max_length - 1] + offsets[row][-1:]
+        return Tokens(ids, counts, offsets if return_offsets else None, token_type_ids)
+
+    def _encode(
+        self, texts: Sequence[str], return_offsets: bool
+    ) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
+        """Ids and offsets, uncut. In groups: Ctrl-C is heard between two calls of the library."""
         backend = self._backend
         encode_batch = backend.encode_batch if return_offsets else backend.encode_batch_fast
-        try:
-            encodings = encode_batch(texts)
-        except (TypeError, UnicodeEncodeError):
-            check_unicode(texts, argument)
-            raise
-        input_ids = [_cut(encoding.ids, max_length) for encoding in encodings]
-        offsets = None
-        if return_offsets:
-            offsets = [_cut(encoding.offsets, max_length) for encoding in encodings]
-        return Tokens(input_ids, [len(encoding) for encoding in encodings], offsets)
+        ids, offsets = [], []
+        for group in _groups(texts):
+            for encoding in encode_batch(group):
+                ids.append(encoding.ids)
+                if return_offsets:
+                    offsets.append(encoding.offsets)
+        return ids, offsets
 
     def pad(
-        self, input_ids: Sequence[Sequence[int]], device: torch.device | str = "cpu"
+        self,
+        input_ids: Sequence[Sequence[int]],
+        device: torch.device | str = "cpu",
+        token_type_ids: Sequence[Sequence[int]] | None = None,
     ) -> dict[str, Tensor]:
         """Make a batch: rows of unequal length -> rectangular tensors.
 
         Args:
             input_ids: At least one row.
             device: Where the tensors go.
+            token_type_ids: As many rows of as many; all 0 by default.
 
         Returns:
-            `input_ids`, `token_type_ids` (all 0) and `attention_mask` (1 at real tokens, 0 at
+            `input_ids`, `token_type_ids` and `attention_mask` (1 at real tokens, 0 at
             padding), int64 `[batch, tokens]`, as wide as the longest row.
         """
         if not input_ids:
@@ -178,9 +199,13 @@ class WordPieceTokenizer:
         padded = pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id)
         lengths = torch.tensor([len(row) for row in rows])
         attention_mask = (torch.arange(padded.shape[1]) < lengths[:, None]).to(torch.int64)
+        types = torch.zeros_like(padded)
+        if token_type_ids is not None:
+            type_rows = [torch.tensor(row, dtype=torch.int64) for row in token_type_ids]
+            types = pad_sequence(type_rows, batch_first=True)
         features = {
             "input_ids": padded,
-            "token_type_ids": torch.zeros_like(padded),
+            "token_type_ids": types,
             "attention_mask": attention_mask,
         }
         return {name: tensor.to(device) for name, tensor in features.items()}
@@ -202,11 +227,37 @@ class WordPieceTokenizer:
         return [piece for piece in pieces if piece is not None]
 
 
-def _cut(row: list[_Entry], max_length: int | None) -> list[_Entry]:
-    """The first `max_length` entries, but the last one kept: [SEP] closes a cut text too."""
-    if max_length is None or len(row) <= max_length:
-        return row
-    return row[: max_length - 1] + row[-1:]
+def _groups(texts: Sequence[str]) -> Iterator[list[str]]:
+    """The texts, so many at a time that a group takes some milliseconds."""
+    group: list[str] = []
+    size = 0
+    for text in texts:
+        group.append(text)
+        size += len(text) + 16
+        if size > _GROUP:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
+
+
+def _share(first: int, second: int, max_length: int | None) -> tuple[int, int]:
+    """How many tokens to keep of the two texts of a pair: as "longest_first" of the library."""
+    if max_length is None or first + second + 3 <= max_length:
+        return first, second
+    room = max(max_length - 3, 0)  # for three special tokens
+    shorter = min(first, second)
+    if shorter + shorter > room:  # both are cut; the odd token goes to the longer one
+        shorter = room // 2
+    return (shorter, room - shorter) if first <= second else (room - shorter, shorter)
+
+
+def _pair(
+    first: list[_Entry], second: list[_Entry], keep_first: int, keep_second: int
+) -> list[_Entry]:
+    """[CLS] A [SEP] B [SEP], of [CLS] A [SEP] and [CLS] B [SEP]."""
+    start, end = first[:1], first[-1:]
+    return start + first[1 : 1 + keep_first] + end + second[1 : 1 + keep_second] + end
 
 
 def _load(

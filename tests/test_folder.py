@@ -754,12 +754,24 @@ def test_settings_that_are_refused(
     refuse(file, ConfigError, f"{field} is {value!r}; supported: ")
 
 
-@pytest.mark.parametrize("prompts", [{"query": "query: "}, {}, None, ["query"], "query"])
-def test_a_default_prompt_is_refused(tiny_folder: Path, refuse: Refuse, prompts: Any) -> None:
+@pytest.mark.parametrize("prompts", [["query"], "query", {"query": 5}])
+def test_prompts_that_are_refused(tiny_folder: Path, refuse: Refuse, prompts: Any) -> None:
     complete(tiny_folder)
     file = "config_sentence_transformers.json"
-    edit_json(tiny_folder / file, prompts=prompts, default_prompt_name="query")
-    refuse(file, ConfigError, "default_prompt_name is 'query'; supported: null")
+    edit_json(tiny_folder / file, prompts=prompts)
+    refuse(file, ConfigError, f"prompts is {prompts!r}; expected an object")
+
+
+@pytest.mark.parametrize("prompts", [None, {}, {"query": "the ", "title": "a "}])
+def test_prompts_are_honoured(tiny_folder: Path, prompts: Any) -> None:
+    complete(tiny_folder)
+    file = tiny_folder / "config_sentence_transformers.json"
+    edit_json(file, prompts=prompts, default_prompt_name="query")
+    encoder = load(tiny_folder)
+    assert encoder.prompts == {"query": "", "document": ""} | (prompts or {})
+    assert encoder.default_prompt_name == "query"
+    expected = encoder.encode(encoder.prompts["query"] + "dog bites", prompt="")
+    assert np.array_equal(encoder.encode("dog bites"), expected)
 
 
 @pytest.mark.parametrize("name", ["cosine", "dot", "euclidean", "manhattan"])

@@ -326,14 +326,14 @@ def test_ids_go_to_the_device_packed_or_on_mps_padded(tiny_encoder: SentenceEnco
     asked = []
 
     class Recording:
-        def pad(self, input_ids: Any, device: Any) -> dict[str, Any]:
-            asked.append((input_ids, device))
+        def pad(self, input_ids: Any, device: Any, types: Any) -> dict[str, Any]:
+            asked.append((input_ids, device, types))
             return {"input_ids": "padded"}
 
     mps = torch.device("mps")
     features = make_features(rows, Recording(), mps)  # type: ignore[arg-type]
     assert features == {"input_ids": "padded"}
-    assert asked == [(rows, mps)]
+    assert asked == [(rows, mps, None)]
 
 
 # plan_batches

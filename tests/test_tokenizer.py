@@ -1,9 +1,7 @@
 import copy
-import inspect
 import json
 import pickle
 import random
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -269,51 +267,57 @@ def test_id_without_a_token(tokenizer: WordPieceTokenizer, token_id: int) -> Non
     assert str(caught.value) == f"input_ids[1] is {token_id}: no such token"
 
 
-# warn_if_cut
+# pairs
 
 
-def cut_warning(tokens: Tokens) -> str:
-    with pytest.warns(TruncationWarning) as caught:
-        tokens.warn_if_cut(stacklevel=1)
-    assert len(caught) == 1
-    return str(caught[0].message)
+def test_pair_by_hand(tokenizer: WordPieceTokenizer) -> None:
+    tokens = tokenizer([("the dog", "a cat"), "sun", ("", "sun")], return_offsets=True)
+    assert tokens.input_ids == [[2, 5, 7, 3, 6, 8, 3], [2, 12, 3], [2, 3, 12, 3]]
+    assert tokens.token_type_ids == [[0, 0, 0, 0, 1, 1, 1], [0, 0, 0], [0, 0, 1, 1]]
+    assert tokens.token_counts == [7, 3, 4]
+    assert tokens.offsets is not None
+    assert tokens.offsets[0] == [(0, 0), (0, 3), (4, 7), (0, 0), (0, 1), (2, 5), (0, 0)]
+    assert tokenizer(["sun"]).token_type_ids is None
 
 
-def test_warning_by_hand() -> None:
-    # 4 of 8 and 4 of 6 were kept: 6 of 14 were not read.
-    tokens = Tokens([[0] * 2, [0] * 4, [0] * 4], [2, 8, 6])
-    assert cut_warning(tokens) == (
-        "2 of 3 texts were cut at 4 tokens; 43% of their tokens were not read; first: sentences[1]"
-    )
+@pytest.mark.parametrize(
+    ("first", "second", "limit", "kept"),
+    [
+        (4, 4, 11, (4, 4)),  # nothing is cut
+        (4, 4, 10, (3, 4)),  # both: the odd one goes to the second
+        (5, 4, 10, (4, 3)),  # or to the longer
+        (6, 1, 8, (4, 1)),  # only the longer
+        (1, 6, 8, (1, 4)),
+        (9, 0, 5, (2, 0)),
+        (6, 6, 3, (0, 0)),
+    ],
+)
+def test_the_longer_of_a_pair_is_cut_first(
+    tokenizer: WordPieceTokenizer, first: int, second: int, limit: int, kept: tuple[int, int]
+) -> None:
+    tokens = tokenizer([("dog " * first, "cat " * second), "sun"], limit, return_offsets=True)
+    assert tokens.input_ids[0] == [2, *[7] * kept[0], 3, *[8] * kept[1], 3]
+    assert tokens.token_counts[0] == first + second + 3
+    assert tokens.token_type_ids is not None
+    assert tokens.token_type_ids[0] == [0] * (kept[0] + 2) + [1] * (kept[1] + 1)
+    assert tokens.offsets is not None
+    assert len(tokens.offsets[0]) == sum(kept) + 3
 
 
-def test_warning_groups_thousands() -> None:
-    tokens = Tokens([[0] * 3] * 2500, [3] * 1000 + [4] * 1500)
-    assert cut_warning(tokens) == (
-        "1,500 of 2,500 texts were cut at 3 tokens; 25% of their tokens were not read; "
-        "first: sentences[1000]"
-    )
+def test_padded_pairs(tokenizer: WordPieceTokenizer) -> None:
+    tokens = tokenizer([("dog", "cat"), "sun"])
+    batch = tokenizer.pad(tokens.input_ids, token_type_ids=tokens.token_type_ids)
+    assert batch["token_type_ids"].tolist() == [[0, 0, 0, 1, 1], [0] * 5]
+    assert batch["attention_mask"].tolist() == [[1] * 5, [1, 1, 1, 0, 0]]
 
 
-def test_no_warning_if_nothing_was_cut(tokenizer: WordPieceTokenizer) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        tokenizer([SENTENCE, ""], 7).warn_if_cut(stacklevel=1)
-        Tokens([], []).warn_if_cut(stacklevel=1)
-
-
-def test_warning_points_at_the_caller(tokenizer: WordPieceTokenizer) -> None:
-    def library(stacklevel: int) -> None:
-        tokenizer([SENTENCE], 5).warn_if_cut(stacklevel)
-
-    def user(stacklevel: int) -> None:
-        library(stacklevel)
-
-    for stacklevel, place in ((1, library), (2, user)):
-        with pytest.warns(TruncationWarning) as caught:
-            user(stacklevel)
-        assert caught[0].filename == __file__
-        assert caught[0].lineno == inspect.getsourcelines(place)[1] + 1
+def test_many_texts_are_given_to_the_library_in_groups(
+    tokenizer: WordPieceTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = ["dog", "", "a cat", "the sun . " * 20] * 50
+    whole = tokenizer(texts, return_offsets=True)
+    monkeypatch.setattr("minilm.tokenizer._GROUP", 100)
+    assert tokenizer(texts, return_offsets=True) == whole
 
 
 # settings
@@ -685,7 +689,7 @@ def test_public_calls_refuse_what_is_no_text(tiny_encoder: SentenceEncoder) -> N
     tokenizer = tiny_encoder.tokenizer
     assert tokenizer is not None
     assert tokenizer("dog").input_ids == [[2, 7, 3]]  # one text, not three letters
-    for wrong in ([("dog", "cat")], [None], 5):
+    for wrong in ([("dog", "cat", "sun")], [("dog", 5)], [None], 5):
         with pytest.raises(InputError, match="sentences"):
             tokenizer(wrong)  # type: ignore[arg-type]
     for limit in (2, 0, -1, 4.0, "5"):

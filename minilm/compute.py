@@ -1,0 +1,305 @@
+"""One call of `encode`, computed: rows of text in, vectors in the same order out.
+
+In: an encoder, texts or pairs of texts, and a `Plan`. Out: an `Outcome`. Next: `encode.py` gives
+the vectors the form that was asked for. It may run in another process (`process_pool.py`).
+"""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from minilm.errors import InputError, NotFiniteError
+from minilm.eval_mode import eval_mode
+from minilm.inputs import Row, with_progress
+from minilm.kernels import fast_products
+from minilm.packed import make_features, plan_batches
+from minilm.tokenizer import Tokens
+from minilm.truncation import Span, kept_span, raise_if_cut, split, warn_if_cut
+
+if TYPE_CHECKING:
+    from minilm.encoder import SentenceEncoder
+
+__all__ = ["Outcome", "Plan", "extras_of", "read", "run", "windows_of", "with_prompt"]
+
+_PADDED_BATCH = 32  # rows of `output_value=None`, which are as wide as the longest of their batch
+
+_LOOKED_AT_ALONE = 256  # rows with NaN at most, which cost a pass each, to say which are to blame
+
+# A forked child must not wait for threads that only its parent has: it computes in one.
+_in_use = False
+
+
+def _after_fork() -> None:
+    if _in_use:
+        torch.set_num_threads(1)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one call asks to be computed; it can be sent to another process."""
+
+    prompt: str
+    output_value: Literal["sentence_embedding", "token_embeddings"] | None
+    truncation: str
+    width: int  # numbers of each sentence vector to keep
+    batch_size: int | None
+    token_budget: int
+    spans: bool  # which characters were read is asked for
+    on_device: bool  # where sentence vectors go: to the model's device, or to the CPU
+    show_progress_bar: bool | None
+    argument: str  # what the user called the texts
+    first_row: int  # the number of the first one in what the user passed
+
+
+@dataclass
+class Outcome:
+    """What came of it, row by row.
+
+    Attributes:
+        values: Sentence vectors `[n, width]`; or a list of tensors, or of dicts.
+        token_counts, kept: How many tokens each text has, and how many were read.
+        spans: Which characters were; None unless asked for.
+        windows: In how many windows.
+    """
+
+    values: Any
+    token_counts: list[int]
+    kept: list[int]
+    spans: list[Span | tuple[Span, Span]] | None
+    windows: list[int]
+
+
+def read(
+    encoder: "SentenceEncoder",
+    rows: list[Row],
+    truncation: str,
+    argument: str,
+    first_row: int = 0,
+    spans: bool = False,
+) -> Tokens:
+    """Tokenize, and say what was cut."""
+    limit = encoder.max_seq_length
+    tokens = encoder._tokenizer(rows, limit, return_offsets=spans, argument=argument)
+    if tokens.token_type_ids is not None and encoder.bert.config.type_vocab_size < 2:
+        raise InputError(f"{argument} has pairs of texts, which this model can't tell", argument)
+    kept = list(map(len, tokens.input_ids))
+    if truncation == "warn":
+        warn_if_cut(tokens.token_counts, kept, first_row)
+    elif truncation == "error":
+        raise_if_cut(tokens.token_counts, kept, first_row)
+    return tokens
+
+
+def run(encoder: "SentenceEncoder", rows: list[Row], plan: Plan) -> Outcome:
+    """Compute what a plan asks for, in this process."""
+    global _in_use
+    _in_use = True
+    prefixed = with_prompt(rows, plan.prompt)
+    tokens = read(encoder, prefixed, plan.truncation, plan.argument, plan.first_row, plan.spans)
+    kept = list(map(len, tokens.input_ids))
+    spans = None
+    if tokens.offsets is not None:
+        types = tokens.token_type_ids or [[]] * len(rows)
+        spans = [
+            kept_span(row, offsets, kinds, len(plan.prompt), count > length)
+            for row, offsets, kinds, count, length in zip(
+                prefixed, tokens.offsets, types, tokens.token_counts, kept, strict=True
+            )
+        ]
+    outcome = Outcome(None, tokens.token_counts, kept, spans, [1] * len(rows))
+    if plan.output_value == "token_embeddings":
+        outcome.values = _token_vectors(encoder, tokens, plan)
+    elif plan.output_value is None:
+        outcome.values = _everything(encoder, prefixed, tokens, plan)
+    elif plan.truncation == "chunk" and kept != tokens.token_counts:
+        outcome.values = _chunked(encoder, rows, tokens, plan, outcome)
+    else:
+        outcome.values = _sentence_vectors(
+            encoder, tokens.input_ids, tokens.token_type_ids, plan, plan.width
+        )
+    if plan.output_value == "sentence_embedding":
+        _check_finite(encoder, outcome, tokens, plan)
+    return outcome
+
+
+def _sentence_vectors(
+    encoder: "SentenceEncoder",
+    ids: list[list[int]],
+    types: list[list[int]] | None,
+    plan: Plan,
+    width: int,
+) -> Tensor:
+    """Rows of ids -> `[n, width]`."""
+    lengths = list(map(len, ids))
+    batches = plan_batches(lengths, plan.token_budget, plan.batch_size)
+    with torch.inference_mode(False), torch.no_grad():  # ordinary, usable in training
+        dtype = encoder.bert.embeddings.word_embeddings.weight.dtype
+        device = encoder.device if plan.on_device else "cpu"
+        vectors = torch.empty((len(ids), width), dtype=dtype, device=device)
+    with torch.inference_mode(), eval_mode(encoder) as parts, fast_products(parts, sum(lengths)):
+        for rows in with_progress(batches, plan.show_progress_bar):
+            batch = encoder._embed(*_rows_of(rows, ids, types))
+            vectors[rows] = batch[:, :width].to(vectors)
+    return vectors
+
+
+def _token_vectors(encoder: "SentenceEncoder", tokens: Tokens, plan: Plan) -> list[Tensor]:
+    """For each text `[tokens, 384]`."""
+    lengths = list(map(len, tokens.input_ids))
+    batches = plan_batches(lengths, plan.token_budget, plan.batch_size)
+    found: dict[int, Tensor] = {}
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        eval_mode(encoder) as parts,
+        fast_products(parts, sum(lengths)),
+    ):
+        for rows in with_progress(batches, plan.show_progress_bar):
+            ids, types = _rows_of(rows, tokens.input_ids, tokens.token_type_ids)
+            features = make_features(ids, encoder._tokenizer, encoder.device, types)
+            vectors = encoder(features)["token_embeddings"]
+            ends = [lengths[row] for row in rows]
+            if vectors.dim() == 3:  # padded
+                each = [vectors[i, :end] for i, end in enumerate(ends)]
+            else:
+                each = list(vectors[: sum(ends)].split(ends))
+            found |= zip(rows, (vector.clone() for vector in each), strict=True)
+    return [found[row] for row in range(len(lengths))]
+
+
+def _everything(
+    encoder: "SentenceEncoder", rows: list[Row], tokens: Tokens, plan: Plan
+) -> list[dict[str, Any]]:
+    """For each text all that `forward` gives, padded: in the reference's batches."""
+    extras = extras_of(encoder, plan.prompt)
+    size = plan.batch_size or _PADDED_BATCH
+    order = sorted(range(len(rows)), key=lambda row: -sum(map(len, _parts(rows[row]))))
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    found: dict[int, dict[str, Any]] = {}
+    with torch.inference_mode(False), torch.no_grad(), eval_mode(encoder):
+        for batch in with_progress(batches, plan.show_progress_bar):
+            ids, types = _rows_of(batch, tokens.input_ids, tokens.token_type_ids)
+            features = encoder._tokenizer.pad(ids, encoder.device, types)
+            out = encoder(features | extras)
+            out["sentence_embedding"] = out["sentence_embedding"][:, : plan.width]
+            for place, row in enumerate(batch):
+                found[row] = {
+                    name: value[place] if isinstance(value, Tensor) else value
+                    for name, value in out.items()
+                }
+    return [found[row] for row in range(len(rows))]
+
+
+def _chunked(
+    encoder: "SentenceEncoder", rows: list[Row], tokens: Tokens, plan: Plan, outcome: Outcome
+) -> Tensor:
+    """`[n, width]`; of the texts that are too long, the mean of their windows."""
+    ids = list(tokens.input_ids)
+    types = None if tokens.token_type_ids is None else list(tokens.token_type_ids)
+    # The first window of a text stands in its place, the others behind all texts.
+    places: dict[int, list[int]] = {}
+    for row, count in enumerate(tokens.token_counts):
+        if count <= len(ids[row]):
+            continue
+        text, place = rows[row], f"{plan.argument}[{plan.first_row + row}]"
+        if not isinstance(text, str):
+            raise InputError(f"{place} is a pair, which can't be read in windows", place)
+        spans = windows_of(encoder, text, plan.prompt, place)
+        parts = [plan.prompt + text[start:end] for start, end in spans]
+        of_windows = encoder._tokenizer(parts, encoder.max_seq_length)
+        first, *others = of_windows.input_ids
+        ids[row] = first
+        places[row] = [row, *range(len(ids), len(ids) + len(others))]
+        ids += others
+        if types is not None:
+            types[row] = [0] * len(first)
+            types += [[0] * len(other) for other in others]
+        outcome.windows[row] = len(spans)
+        if of_windows.token_counts == list(map(len, of_windows.input_ids)):
+            outcome.kept[row] = count
+            if outcome.spans is not None:
+                outcome.spans[row] = (0, len(text))
+    vectors = _sentence_vectors(encoder, ids, types, plan, encoder.bert.config.hidden_size)
+    specials = encoder._tokenizer(plan.prompt).token_counts[0]
+    for row, where in places.items():
+        weights = torch.tensor([float(len(ids[place]) - specials) for place in where])
+        weights = (weights / weights.sum()).to(vectors)
+        vectors[row] = encoder.normalize((weights[:, None] * vectors[where]).sum(0))
+    return vectors[: len(rows), : plan.width].contiguous()
+
+
+def windows_of(encoder: "SentenceEncoder", text: str, prompt: str, place: str) -> list[Span]:
+    """The spans of a text's windows; `place` is what to call it in an error."""
+    specials = encoder._tokenizer(prompt).token_counts[0]
+    if specials >= encoder.max_seq_length:
+        raise InputError(
+            f"prompt has {specials} tokens, of {encoder.max_seq_length} that the model reads: "
+            f"there is no room for {place}",
+            "prompt",
+        )
+    return split(encoder._tokenizer, text, prompt, encoder.max_seq_length)
+
+
+def _check_finite(encoder: "SentenceEncoder", outcome: Outcome, tokens: Tokens, plan: Plan) -> None:
+    vectors = outcome.values
+    if math.isfinite(float(vectors.sum())):  # one number: cheap
+        return
+    bad = (~vectors.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
+    if not bad:
+        return
+    if len(bad) <= _LOOKED_AT_ALONE:
+        # A NaN spreads within its batch: a weight of 0 times NaN is NaN.
+        quiet = replace(plan, show_progress_bar=False)
+        bad = [
+            row for row in bad if not _is_finite_alone(encoder, outcome, tokens, quiet, row)
+        ] or bad
+    if all(bool(weight.isfinite().all()) for weight in encoder.parameters()):
+        reason = f"numbers are beyond what {encoder.dtype} holds; load it in float32"
+    else:
+        reason = "the weights have NaN or infinity in them; load the model again"
+    raise NotFiniteError([plan.first_row + row for row in bad], reason)
+
+
+def _is_finite_alone(
+    encoder: "SentenceEncoder", outcome: Outcome, tokens: Tokens, plan: Plan, row: int
+) -> bool:
+    if outcome.windows[row] > 1:
+        return False
+    types = None if tokens.token_type_ids is None else [tokens.token_type_ids[row]]
+    alone = _sentence_vectors(encoder, [tokens.input_ids[row]], types, plan, plan.width)
+    return bool(alone.isfinite().all())
+
+
+def extras_of(encoder: "SentenceEncoder", prompt: str) -> dict[str, Any]:
+    """What sentence-transformers 6 has beside the tensors of a batch."""
+    extras: dict[str, Any] = {"modality": "text"}
+    if prompt:
+        extras["prompt_length"] = encoder._tokenizer(prompt).token_counts[0] - 1
+    return extras
+
+
+def _parts(row: Row) -> Sequence[str]:
+    return (row,) if isinstance(row, str) else row
+
+
+def with_prompt(rows: list[Row], prompt: str) -> list[Row]:
+    """In front of every text; of a pair, of the first."""
+    if not prompt:
+        return rows
+    return [prompt + row if isinstance(row, str) else (prompt + row[0], row[1]) for row in rows]
+
+
+def _rows_of(
+    rows: Sequence[int], ids: list[list[int]], types: list[list[int]] | None
+) -> tuple[list[list[int]], list[list[int]] | None]:
+    chosen = None if types is None else [types[row] for row in rows]
+    return [ids[row] for row in rows], chosen

@@ -1,0 +1,388 @@
+"""Which model made these vectors? A record that travels with them, and a check by the vectors.
+
+In: an encoder. Out: a `Fingerprint`, the same wherever and whenever that model is loaded, to be
+kept beside its vectors. Later: `compare` tells two records apart, and `check.py` embeds some of the
+texts again and says whether the stored vectors can be searched with this encoder.
+
+A record must not lie. So the weights in memory are compared with those of the file, bit by bit,
+before the file's SHA-256 is given for them: after training, or any other change, there is a digest
+of the tensors in its place.
+"""
+
+import errno
+import hashlib
+import json
+import sys
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import safetensors
+import torch
+from torch import Tensor, nn
+
+from minilm import __version__, hub
+from minilm.checkpoint import read_checkpoint
+from minilm.errors import (
+    ConfigError,
+    InputError,
+    WeightsError,
+)
+from minilm.pooling import ClsPooling
+from minilm.save import Encoder, foreign_parts, read_source
+from minilm.tokenizer import WordPieceTokenizer
+
+__all__ = [
+    "FORMAT_VERSION",
+    "METADATA_KEY",
+    "NPZ_KEY",
+    "Comparison",
+    "Fingerprint",
+    "Verdict",
+    "compare",
+    "fingerprint",
+    "read_fingerprint",
+    "sidecar_path",
+]
+
+Verdict = Literal["same", "rounding", "limit", "model"]
+
+FORMAT_VERSION = 1
+NPZ_KEY = "fingerprint_json"  # an array of uint8: the bytes of the JSON
+METADATA_KEY = "minilm.fingerprint"  # in the header of safetensors files
+
+# What makes another model, and what only moves its numbers a little.
+_IDENTITY = (
+    "tokenizer_sha256", "architecture", "pooling", "normalize", "dimension", "prompt", "truncation",
+    "precision",
+)  # fmt: skip
+_ROUNDING = ("tensors_sha256", "dtype", "package_version", "format_version")
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Which model it was.
+
+    Attributes:
+        model: Its name: of the Hub, or of its folder, or "modules". Says nothing of sameness.
+        weights_sha256: SHA-256 of the weights file; "tensors:" and `tensors_sha256` if the weights
+            in memory are not, or not proven to be, those of a file.
+        tensors_sha256: SHA-256 over the tensors in memory: the same for a copy that was saved.
+        tokenizer_sha256: SHA-256 over all that the tokenizer does; "none" without one.
+        architecture: The sizes that the weights alone don't tell.
+        pooling: "mean" or "cls".
+        normalize: Whether vectors have length 1.
+        max_seq_length: The longest input in tokens.
+        dimension: Numbers in a vector; with `truncate_dim`, so many.
+        dtype: What the products are computed in.
+        prompt: What is put in front of every text.
+        truncation: "cut", or "chunk" where long texts were read in windows.
+        precision: What the numbers were rounded to: "float32" if they were not.
+        package_version: Of minilm.
+        format_version: Of this record.
+    """
+
+    model: str
+    weights_sha256: str
+    tensors_sha256: str
+    tokenizer_sha256: str
+    architecture: str
+    pooling: str
+    normalize: bool
+    max_seq_length: int
+    dimension: int
+    dtype: str
+    prompt: str = ""
+    truncation: str = "cut"
+    precision: str = "float32"
+    package_version: str = __version__
+    format_version: int = FORMAT_VERSION
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record as an object for JSON; the keys always in the same order."""
+        return asdict(self)
+
+    def to_json(self) -> str:
+        """The record as JSON, in one line."""
+        return json.dumps(self.to_dict(), ensure_ascii=False)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Fingerprint":
+        """Read what `to_dict` gave. Keys that a later version may add are ignored.
+
+        Raises:
+            InputError: A field is missing or of another type; all are listed.
+        """
+        problems: list[str] = (
+            [] if isinstance(values, Mapping) else [f"is a {type(values).__name__}"]
+        )
+        known = {field.name: field.type for field in fields(cls)}
+        for name, kind in known.items() if not problems else ():
+            if name not in values:
+                problems.append(f"{name} is missing")
+            elif type(values[name]) is not kind:
+                problems.append(f"{name} is {values[name]!r}, no {getattr(kind, '__name__', kind)}")
+        if problems:
+            raise InputError(f"not a fingerprint: {'; '.join(problems)}", "values")
+        return cls(**{name: values[name] for name in known})
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> "Fingerprint":
+        """Read what `to_json` gave.
+
+        Raises:
+            InputError: It is no JSON, or as in `from_dict`.
+        """
+        try:
+            values = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"not a fingerprint: is not JSON: {error}", "text") from error
+        return cls.from_dict(values)
+
+    def of_call(
+        self,
+        *,
+        prompt: str | None = None,
+        truncation: str = "warn",
+        truncate_dim: int | None = None,
+        normalize_embeddings: bool = False,
+        precision: str | None = "float32",
+    ) -> "Fingerprint":
+        """The record of vectors that `encode` gave with these arguments."""
+        dimension = self.dimension if truncate_dim is None else min(truncate_dim, self.dimension)
+        return replace(
+            self,
+            prompt=self.prompt if prompt is None else prompt,
+            truncation="chunk" if truncation == "chunk" else "cut",
+            dimension=dimension,
+            normalize=normalize_embeddings or (self.normalize and dimension == self.dimension),
+            precision=precision or "float32",
+        )
+
+    def __str__(self) -> str:
+        weights = self.weights_sha256.removeprefix("tensors:")
+        kind = "file" if weights == self.weights_sha256 else "tensors"
+        return (
+            f"{self.model} (weights {weights[:12]} of the {kind}, "
+            f"tokenizer {self.tokenizer_sha256[:12]}, {self.max_seq_length} tokens, "
+            f"{self.pooling}{', normalized' if self.normalize else ''}, {self.dimension} x "
+            f"{self.dtype}{f', prompt {self.prompt!r}' if self.prompt else ''}"
+            f"{', in windows' if self.truncation == 'chunk' else ''}"
+            f"{'' if self.precision == 'float32' else f', as {self.precision}'}, "
+            f"minilm {self.package_version})"
+        )
+
+
+def fingerprint(encoder: Encoder) -> Fingerprint:
+    """Record which model an encoder is, as it is now.
+
+    The same model gives the same record in every process and on every machine. What a call of
+    `encode` is given besides is added by `Fingerprint.of_call`. Hooks are not seen.
+
+    Raises:
+        InputError: It has modules that are not ours, of which nothing can be said.
+    """
+    problems = foreign_parts(encoder)
+    if problems:
+        raise InputError(
+            f"{'; '.join(problems)}: what it computes is unknown, so that it has no fingerprint",
+            "encoder",
+        )
+    config = encoder.bert.config
+    tensors = _digest_tensors(encoder.bert.state_dict())
+    from_file = _file_sha256(encoder)
+    default, width = encoder.default_prompt_name, config.hidden_size
+    dimension = width if encoder.truncate_dim is None else min(width, encoder.truncate_dim)
+    return Fingerprint(
+        model=_model_name(encoder),
+        weights_sha256=from_file or f"tensors:{tensors}",
+        tensors_sha256=tensors,
+        tokenizer_sha256=_digest_tokenizer(encoder.tokenizer),
+        architecture=(
+            f"bert, {config.num_hidden_layers} layers of {config.num_attention_heads} heads, "
+            f"eps {config.layer_norm_eps!r}"
+        ),
+        pooling="cls" if isinstance(encoder.pooling, ClsPooling) else "mean",
+        normalize=not isinstance(encoder.normalize, nn.Identity) and dimension == width,
+        max_seq_length=encoder.max_seq_length,
+        dimension=dimension,
+        dtype=str(encoder.dtype).removeprefix("torch."),
+        prompt="" if default is None else encoder.prompts[default],
+    )
+
+
+def _model_name(encoder: Encoder) -> str:
+    source = encoder.source
+    if source is None:
+        return "modules"
+    if source.pinned:
+        return hub.DEFAULT_MODEL
+    if source.revision is not None:
+        return source.name
+    return Path(source.location).absolute().name  # the rest of a path is another elsewhere
+
+
+def _file_sha256(encoder: Encoder) -> str | None:
+    """SHA-256 of the weights file, if its tensors are those in memory."""
+    data = read_source(encoder)
+    if data is None:
+        return None
+    try:
+        of_file = read_checkpoint(data, encoder.bert.config, encoder.dtype)
+    except WeightsError:  # it no longer fits
+        return None
+    ours = encoder.bert.state_dict()
+    is_same = ours.keys() == of_file.keys() and all(
+        _equal_bits(tensor, of_file[name].to(tensor.dtype)) for name, tensor in ours.items()
+    )
+    return hashlib.sha256(data).hexdigest() if is_same else None
+
+
+def _equal_bits(a: Tensor, b: Tensor) -> bool:
+    return a.shape == b.shape and bool(np.array_equal(_words(a), _words(b)))
+
+
+def _words(tensor: Tensor) -> np.ndarray[Any, Any]:
+    """The numbers as integers of their bits, little end first."""
+    sizes = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+    plain = tensor.detach().cpu().contiguous()
+    words: np.ndarray[Any, Any] = plain.view(sizes[plain.element_size()]).numpy()
+    return words.byteswap() if sys.byteorder == "big" else words
+
+
+def _digest_tensors(state: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(state):
+        tensor = state[name]
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(_words(tensor).data)
+    return digest.hexdigest()
+
+
+def _digest_tokenizer(tokenizer: WordPieceTokenizer | None) -> str:
+    """Not of the file: what `tokenizer_config.json` says of the normalizer is in here too."""
+    if tokenizer is None:
+        return "none"
+    values = json.loads(tokenizer.backend.to_str())
+    values.pop("version", None)
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+# --- two records
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How two fingerprints differ.
+
+    Attributes:
+        verdict: "same"; "rounding" if only the dtype or the version of the package differ; "limit"
+            if the vectors of long texts differ; "model" if all vectors do.
+        differing: The two values of each field that differs. The model's name is among them, and
+            has no part in the verdict.
+    """
+
+    verdict: Verdict
+    differing: dict[str, tuple[Any, Any]]
+
+    @property
+    def is_compatible(self) -> bool:
+        """Whether vectors of one can be searched with the other."""
+        return self.verdict in ("same", "rounding")
+
+    def __str__(self) -> str:
+        pairs = [f"{name}: {a!r}, {b!r}" for name, (a, b) in self.differing.items()]
+        return f"{self.verdict} ({'; '.join(pairs)})" if pairs else self.verdict
+
+
+def compare(a: Fingerprint, b: Fingerprint) -> Comparison:
+    """Tell two fingerprints apart.
+
+    The weights are the same if the file is, or the tensors are. Two dtypes of one model that were
+    not loaded from one file can't be recognised, and count as two models.
+    """
+    ours, theirs = a.to_dict(), b.to_dict()
+    differing = {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
+    is_model = any(name in differing for name in _IDENTITY)
+    is_model |= {"weights_sha256", "tensors_sha256"} <= differing.keys()
+    verdict: Verdict = "same"
+    if is_model:
+        verdict = "model"
+    elif "max_seq_length" in differing:
+        verdict = "limit"
+    elif any(name in differing for name in _ROUNDING):
+        verdict = "rounding"
+    return Comparison(verdict, differing)
+
+
+# --- where a record is kept
+
+
+def sidecar_path(path: str | Path) -> Path:
+    """The file that holds the record of one that has no place for it: `x.npy.fingerprint.json`."""
+    path = Path(path)
+    return path.with_name(f"{path.name}.fingerprint.json")
+
+
+def read_fingerprint(path: str | Path) -> Fingerprint | None:
+    """The record that was kept with a file of vectors.
+
+    Args:
+        path: A `.npz` or `.safetensors` file, which can hold the record itself, or any other.
+            Where there is none in it, the file beside it is looked at, see `sidecar_path`.
+
+    Returns:
+        The record; None if there is none.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ConfigError: The record, or the file that should hold it, is broken.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
+    read = _READERS.get(path.suffix.lower())
+    place, text = path, read(path) if read else None
+    if text is None and sidecar_path(path).is_file():
+        place = sidecar_path(path)
+        text = place.read_bytes()
+    if text is None:
+        return None
+    try:
+        return Fingerprint.from_json(text)
+    except InputError as error:
+        raise ConfigError(place, [str(error)]) from error
+
+
+def _from_npz(path: Path) -> bytes | None:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            if NPZ_KEY not in arrays.files:
+                return None
+            array = arrays[NPZ_KEY]
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise ConfigError(path, [f"is no .npz file, or broken: {error}"]) from error
+    if array.dtype != np.uint8:
+        raise ConfigError(path, [f"{NPZ_KEY} has dtype {array.dtype}; expected uint8"])
+    return bytes(array.tobytes())
+
+
+def _from_safetensors(path: Path) -> bytes | None:
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            metadata: Mapping[str, str] = file.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise ConfigError(path, [f"is no safetensors file, or broken: {error}"]) from error
+    text = metadata.get(METADATA_KEY)
+    return None if text is None else text.encode("utf-8")
+
+
+# The formats that can hold a record, each with what gives its bytes, or None without one. For
+# Parquet that will be the key b"minilm.fingerprint" of the schema's metadata.
+_READERS: dict[str, Callable[[Path], bytes | None]] = {
+    ".npz": _from_npz,
+    ".safetensors": _from_safetensors,
+}

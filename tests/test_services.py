@@ -1,0 +1,286 @@
+"""Where services put an encoder: in forks, threads, workers, and under Ctrl-C."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing
+
+from conftest import ROOT
+from minilm import SentenceEncoder
+
+needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+
+TEXTS = ["the dog bites the man", "", "a cat", "the sun is out . " * 3]
+
+
+def run_python(code: str, *arguments: str, timeout: float = 60) -> str:
+    """What a program prints that runs in a process of its own."""
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=timeout,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+# fork
+
+
+FORKED = """
+import os, sys, warnings
+import numpy as np, torch
+from minilm import SentenceEncoder
+warnings.simplefilter("ignore")
+torch.set_num_threads(2)
+encoder = SentenceEncoder.from_pretrained(sys.argv[1], device="cpu")
+texts = ["the dog bites the man", "", "a cat"] * 200  # enough for all threads
+before = encoder.encode(texts)
+children = []
+for _ in range(3):
+    child = os.fork()
+    if not child:
+        same = np.array_equal(encoder.encode(texts), before) or np.abs(
+            encoder.encode(texts) - before).max() < 1e-6
+        os._exit(0 if same and torch.get_num_threads() == 1 else 1)
+    children.append(child)
+print([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
+print(torch.get_num_threads(), np.array_equal(encoder.encode(texts), before))
+"""
+
+
+@needs_fork
+def test_fork_after_use_works_in_the_child(tiny_folder: Path) -> None:
+    assert run_python(FORKED, str(tiny_folder)).split("\n")[:2] == ["[0, 0, 0]", "2 True"]
+
+
+@needs_fork
+def test_fork_after_use_of_the_published_model(published: Path) -> None:
+    assert run_python(FORKED, str(published)).split("\n")[:2] == ["[0, 0, 0]", "2 True"]
+
+
+@needs_fork
+def test_fork_before_use_keeps_the_threads(tiny_folder: Path) -> None:
+    # A server that loads, forks its workers and only then serves: they may use their cores.
+    code = """
+import os, sys, torch
+from minilm import SentenceEncoder
+torch.set_num_threads(2)
+encoder = SentenceEncoder.from_pretrained(sys.argv[1], device="cpu")
+if not os.fork():
+    assert encoder.encode("the dog").shape == (32,)
+    os._exit(0 if torch.get_num_threads() == 2 else 1)
+print(os.waitstatus_to_exitcode(os.wait()[1]))
+"""
+    assert run_python(code, str(tiny_folder)) == "0\n"
+
+
+# spawn, DataLoader workers
+
+
+def _embed_in_worker(encoder: SentenceEncoder, texts: list[str], answers: Any) -> None:
+    answers.put(encoder.encode(texts))
+
+
+def test_spawned_process_gets_a_copy(tiny_encoder: SentenceEncoder) -> None:
+    context = torch.multiprocessing.get_context("spawn")
+    answers = context.SimpleQueue()
+    texts = TEXTS[:3]
+    process = context.Process(target=_embed_in_worker, args=(tiny_encoder, texts, answers))
+    process.start()
+    np.testing.assert_allclose(answers.get(), tiny_encoder.encode(texts), rtol=0, atol=1e-6)
+    process.join(30)
+    assert process.exitcode == 0
+
+
+class Embedded(torch.utils.data.Dataset[Any]):
+    """Embeds in the workers of a DataLoader."""
+
+    def __init__(self, encoder: SentenceEncoder) -> None:
+        self.encoder = encoder
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        return self.encoder.encode(TEXTS[index % 3], convert_to_tensor=True)
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_data_loader_workers(tiny_encoder: SentenceEncoder, method: str) -> None:
+    if method not in torch.multiprocessing.get_all_start_methods():
+        pytest.skip(f"this system has no {method}")
+    expected = tiny_encoder.encode([TEXTS[index % 3] for index in range(8)])
+    loader = torch.utils.data.DataLoader(
+        Embedded(tiny_encoder), batch_size=2, num_workers=2, multiprocessing_context=method
+    )
+    np.testing.assert_allclose(torch.cat(list(loader)), expected, rtol=0, atol=1e-6)
+
+
+# threads
+
+
+def test_eight_threads_get_the_bits_of_one(tiny_encoder: SentenceEncoder) -> None:
+    pick = random.Random(0)
+    words = ["the", "dog", "cat", "sees", "sun", "walking", ".", "café"]
+    calls = [
+        (
+            [
+                " ".join(pick.choices(words, k=pick.randint(0, 4)))
+                for _ in range(pick.randint(1, 5))
+            ],
+            pick.choice([None, "the ", "a cat "]),
+        )
+        for _ in range(500)
+    ]
+    expected = [tiny_encoder.encode(texts, prompt=prompt) for texts, prompt in calls]
+
+    def all_calls(start: int) -> bool:
+        order = [*range(start, len(calls)), *range(start)]
+        return all(
+            np.array_equal(tiny_encoder.encode(calls[i][0], prompt=calls[i][1]), expected[i])
+            for i in order
+        )
+
+    with ThreadPoolExecutor(8) as threads:
+        assert all(threads.map(all_calls, range(0, 480, 60)))
+
+
+# no global state
+
+
+@pytest.fixture
+def state() -> Callable[[], dict[str, Any]]:
+    def look() -> dict[str, Any]:
+        import logging
+
+        return {
+            "torch random": torch.random.get_rng_state().tolist(),
+            "random": random.getstate(),
+            "numpy random": np.random.get_state()[1].tolist(),  # type: ignore[index]  # noqa: NPY002
+            "default dtype": torch.get_default_dtype(),
+            "threads": (torch.get_num_threads(), torch.get_num_interop_threads()),
+            "gradients": (torch.is_grad_enabled(), torch.is_inference_mode_enabled()),
+            "deterministic": torch.are_deterministic_algorithms_enabled(),
+            "matmul": torch.get_float32_matmul_precision(),
+            "environment": dict(os.environ),
+            "filters": list(warnings.filters),
+            "handlers": list(logging.getLogger().handlers),
+            "our handlers": list(logging.getLogger("minilm").handlers),
+            "level": logging.getLogger("minilm").level,
+            "signal": signal.getsignal(signal.SIGINT),
+            "threads alive": threading.active_count(),
+        }
+
+    return look
+
+
+def test_encode_changes_no_global_state(
+    tiny_encoder: SentenceEncoder, tiny_folder: Path, state: Any
+) -> None:
+    before = state()
+    all_options: list[dict[str, Any]] = [
+        {},
+        {"precision": "binary"},
+        {"output_value": "token_embeddings"},
+        {"output_value": None},
+        {"truncation": "chunk"},
+        {"normalize_embeddings": True, "truncate_dim": 8},
+    ]
+    for options in all_options:
+        tiny_encoder.encode(TEXTS[:3], **options)
+    SentenceEncoder.from_pretrained(tiny_folder, device="cpu").encode(TEXTS[:3])
+    after = state()
+    assert after == before
+
+
+# Ctrl-C
+
+
+INTERRUPTED = """
+import os, signal, sys, threading, time, warnings
+import numpy as np
+from minilm import SentenceEncoder
+warnings.simplefilter("ignore")
+encoder = SentenceEncoder.from_pretrained(sys.argv[1], device="cpu")
+texts = [sys.argv[3]] * int(sys.argv[2])
+few = ["the dog bites the man", "", "a cat"]
+expected = encoder.encode(few)
+encoder.encode(texts[:200])
+sent = []
+
+def interrupt():
+    time.sleep(float(sys.argv[4]))
+    sent.append(time.perf_counter())
+    os.kill(os.getpid(), signal.SIGINT)
+
+threading.Thread(target=interrupt).start()
+try:
+    encoder.encode(texts)
+    print("was not interrupted")
+except KeyboardInterrupt:
+    print(time.perf_counter() - sent[0])
+print(np.array_equal(encoder.encode(few), expected), encoder.training)
+"""
+
+
+@pytest.mark.parametrize("after", [0.05, 0.6, 2.0])
+def test_interrupt_is_heard_soon_and_leaves_no_trace(published: Path, after: float) -> None:
+    # 0.05 s: while the texts are tokenized; later: between two products.
+    out = run_python(
+        INTERRUPTED, str(published), "50000", "the weather is lovely " * 20, str(after)
+    )
+    waited, rest = out.split("\n")[:2]
+    assert rest == "True False"
+    # A tenth of a second on a quiet machine; no timing is asserted, but that it is not the end.
+    assert float(waited) < 5
+
+
+def test_an_interrupt_ends_an_encode_in_a_pool(tiny_folder: Path) -> None:
+    code = """
+import os, signal, sys, threading, time
+import numpy as np
+from minilm import SentenceEncoder
+
+if __name__ == "__main__":
+    encoder = SentenceEncoder.from_pretrained(sys.argv[1], device="cpu")
+    texts = ["the dog", "a cat", ""] * 5000
+    with encoder.start_multi_process_pool(["cpu"] * 2) as pool:
+        encoder.encode(texts[:6], pool=pool)
+        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
+        try:
+            encoder.encode(texts, pool=pool, chunk_size=3)
+            print("was not interrupted")
+        except KeyboardInterrupt:
+            print("interrupted")
+        again = encoder.encode(texts[:6], pool=pool)
+        print(np.abs(again - encoder.encode(texts[:6])).max() < 1e-6)
+    print(len(pool["processes"]))
+"""
+    script = tiny_folder.parent / "script.py"
+    script.write_text(code, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(script), str(tiny_folder)],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.stdout == "interrupted\nTrue\n0\n", done.stderr
