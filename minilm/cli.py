@@ -6,7 +6,6 @@ usage, 130 interrupted.
 """
 
 import argparse
-import csv
 import html
 import io
 import json
@@ -16,47 +15,76 @@ import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from minilm import __version__, hub
 from minilm.errors import InputError, MinilmError
-from minilm.foreign import read_lines, read_texts, read_vectors, run_onnx
+from minilm.files import SUFFIXES, Table, is_utf8, read_table, write_jsonl, write_table
+from minilm.foreign import read_texts, read_vectors, run_onnx
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from minilm.encoder import SentenceEncoder
 
-__all__ = ["main", "read_lines"]
+__all__ = ["main"]
 
-_SUFFIXES = (".npy", ".npz", ".jsonl", ".csv")
-
-_EXAMPLES = """\
+# What `--help` shows of each command; a test runs all of them.
+_EXAMPLES = {
+    "": """\
 examples:
   minilm similarity "The weather is lovely today." "It's so sunny outside!"
   minilm encode sentences.txt -o embeddings.npy
-  minilm encode -t "a sentence" -t "another one" -o embeddings.jsonl
+  minilm info
+""",
+    "encode": """\
+examples:
+  minilm encode sentences.txt -o embeddings.npy            # one text a line
+  minilm encode articles.jsonl --column body -o out.jsonl  # the other keys stay
+  minilm encode articles.csv --column body --truncation chunk -o out.npz
+  minilm encode -t "a sentence" -t "another one" --precision int8 -o out.csv
   cat sentences.txt | minilm encode > embeddings.jsonl
-  minilm info --model sentence-transformers/all-MiniLM-L12-v2
-  minilm download
-"""
-
-_EXPLAIN_EXAMPLES = """\
+""",
+    "similarity": """\
+examples:
+  minilm similarity "The weather is lovely today." "It's so sunny outside!"
+  minilm similarity -f sentences.txt
+  minilm similarity "a query" -f sentences.txt --json
+""",
+    "explain": """\
 examples:
   minilm explain "The weather is lovely today." "It's so sunny outside!"
   minilm explain "good" "not good" --by group --json
-  minilm explain "a cat" "a dog" --png pairs.png --html pairs.html
-"""
-
-_PARITY_EXAMPLES = """\
+  minilm explain "a cat" "a dog" --html pairs.html         # --png with pip install "minilm[plot]"
+""",
+    "tour": """\
 examples:
-  minilm parity --against other.jsonl                       # objects with text and embedding
+  minilm tour "The weather is lovely today." "It's so sunny outside!" -o tour.html
+""",
+    "info": """\
+examples:
+  minilm info
+  minilm info --json
+""",
+    "check": """\
+examples:
+  minilm encode sentences.txt -o embeddings.npz
+  minilm check embeddings.npz
+  minilm check embeddings.npy --texts sentences.txt
+exit status: 0 if the vectors are this model's, but for rounding; else 1
+""",
+    "parity": """\
+examples:
+  minilm parity --against other.jsonl                      # objects with text and embedding
   minilm parity --against other.npy --texts sentences.txt
-  minilm parity --against model.onnx                        # pip install "minilm[onnx]"
-  minilm parity --golden golden                             # values for a port to compare with
+  minilm parity --golden golden                            # values for a port to compare with
   minilm parity --golden golden --against-stages port.safetensors
 exit status: 0 if equal to rounding, else 1
-"""
+""",
+    "download": """\
+examples:
+  minilm download
+  minilm download -o model
+""",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -105,11 +133,21 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="minilm",
         description="Sentence embeddings with all-MiniLM-L6-v2.",
-        epilog=_EXAMPLES,
+        epilog=_EXAMPLES[""],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"minilm {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(name: str, short: str, *parents: argparse.ArgumentParser, **more: Any) -> Any:
+        return commands.add_parser(
+            name,
+            parents=parents,
+            help=short,
+            epilog=_EXAMPLES[name],
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            **more,
+        )
 
     model = argparse.ArgumentParser(add_help=False)
     group = model.add_argument_group("model")
@@ -125,36 +163,70 @@ def _parser() -> argparse.ArgumentParser:
         "--threads", type=_positive, metavar="N", help="processor cores to use (default: all)"
     )
 
-    encode = commands.add_parser("encode", parents=[model], help="texts to vectors")
+    encode = command("encode", "texts to vectors", model)
     encode.add_argument(
-        "files", nargs="*", metavar="FILE", help="one text a line; - or none is standard input"
+        "files",
+        nargs="*",
+        metavar="FILE",
+        help="a text a line, or .jsonl or .csv; - or none is standard input",
     )
     encode.add_argument(
         "-t", "--text", action="append", default=[], metavar="TEXT", help="a text; repeatable"
+    )
+    encode.add_argument(
+        "--column", metavar="NAME", help="the name of the text in .jsonl and .csv (default: text)"
     )
     encode.add_argument(
         "-o",
         "--output",
         type=Path,
         metavar="OUT",
-        help=f"its suffix chooses the form: {', '.join(_SUFFIXES)} (default: jsonl on standard "
+        help=f"its suffix chooses the form: {', '.join(SUFFIXES)} (default: jsonl on standard "
         "output)",
     )
+    encode.add_argument(
+        "--embedding-column",
+        metavar="NAME",
+        default="embedding",
+        help="the name of the vector in .jsonl (default: %(default)s)",
+    )
+    encode.add_argument(
+        "--truncation",
+        choices=("warn", "error", "silent", "chunk"),
+        default="warn",
+        help="text beyond the limit: cut it and say so (default), stop, cut it, or read it in "
+        "windows",
+    )
+    encode.add_argument("--prompt", metavar="TEXT", help="put this in front of every text")
+    encode.add_argument(
+        "--precision",
+        choices=("float32", "int8", "uint8", "binary", "ubinary"),
+        default="float32",
+        help="of the numbers that are written (default: %(default)s)",
+    )
+    encode.add_argument(
+        "--truncate-dim", type=_positive, metavar="N", help="keep N numbers of each"
+    )
+    encode.add_argument("--normalize", action="store_true", help="behind --truncate-dim: length 1")
     encode.add_argument("--batch-size", type=_positive, metavar="N", help="sentences at a time")
     encode.set_defaults(run=_encode)
 
-    similarity = commands.add_parser(
-        "similarity", parents=[model], help="how alike texts are, as a matrix"
+    similarity = command("similarity", "how alike texts are, as a matrix", model)
+    similarity.add_argument("texts", nargs="*", metavar="TEXT", help="a text")
+    similarity.add_argument(
+        "-f",
+        "--file",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="texts from a file, as encode reads them; - is standard input",
     )
-    similarity.add_argument("texts", nargs="+", metavar="TEXT", help="two or more")
+    similarity.add_argument("--column", metavar="NAME", help="as for encode")
+    similarity.add_argument("--json", action="store_true", help="print the matrix as JSON")
     similarity.set_defaults(run=_similarity)
 
-    explain = commands.add_parser(
-        "explain",
-        parents=[model],
-        help="why two texts are alike: their similarity as a sum over pairs of words",
-        epilog=_EXPLAIN_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    explain = command(
+        "explain", "why two texts are alike: their similarity as a sum over pairs of words", model
     )
     explain.add_argument("a", metavar="A", help="a text")
     explain.add_argument("b", metavar="B", help="the text to compare it with")
@@ -170,9 +242,7 @@ def _parser() -> argparse.ArgumentParser:
     explain.add_argument("--html", type=Path, metavar="FILE", help="also write them as a page")
     explain.set_defaults(run=_explain)
 
-    tour = commands.add_parser(
-        "tour", parents=[model], help="a page that shows how two texts become their similarity"
-    )
+    tour = command("tour", "a page that shows how two texts become their similarity", model)
     tour.add_argument("a", metavar="A", help="a text, the one that is followed through the model")
     tour.add_argument("b", metavar="B", help="the text to compare it with")
     tour.add_argument(
@@ -185,19 +255,34 @@ def _parser() -> argparse.ArgumentParser:
     )
     tour.set_defaults(run=_tour)
 
-    info = commands.add_parser(
-        "info", parents=[model], help="the architecture, and where the weights came from"
-    )
+    info = command("info", "the architecture, and where the weights came from", model)
+    info.add_argument("--json", action="store_true", help="print it as JSON")
     info.set_defaults(run=_info)
 
-    parity = commands.add_parser(
+    check = command(
+        "check",
+        "whether vectors in a file are this model's",
+        model,
+        description="Embed some of the texts again, and say whether the vectors in a file are the "
+        "same, the same but for rounding, of another length limit, or of another model.",
+    )
+    check.add_argument("file", type=Path, metavar="FILE", help=f"vectors: {', '.join(SUFFIXES)}")
+    check.add_argument(
+        "--texts", type=Path, metavar="FILE", help="the texts of a FILE that has none"
+    )
+    check.add_argument("--column", metavar="NAME", help="the name of the text (default: text)")
+    check.add_argument(
+        "--sample", type=_positive, default=256, metavar="N", help="texts (default: %(default)s)"
+    )
+    check.add_argument("--json", action="store_true", help="print the finding as JSON")
+    check.set_defaults(run=_check)
+
+    parity = command(
         "parity",
-        parents=[model],
-        help="why another implementation gives other vectors",
+        "why another implementation gives other vectors",
+        model,
         description="Compare another implementation with this one, and name the probable cause of "
         "the difference; or write and compare golden values, stage by stage.",
-        epilog=_PARITY_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parity.add_argument(
         "--against",
@@ -228,9 +313,7 @@ def _parser() -> argparse.ArgumentParser:
     parity.add_argument("--json", action="store_true", help="print the finding as JSON")
     parity.set_defaults(run=_parity)
 
-    download = commands.add_parser(
-        "download", help="put the published files into a folder, verified"
-    )
+    download = command("download", "put the published files into a folder, verified")
     download.add_argument(
         "-o",
         "--output",
@@ -250,31 +333,71 @@ def _parser() -> argparse.ArgumentParser:
 
 def _encode(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     output: Path | None = options.output
-    if output is not None and output.suffix not in _SUFFIXES:
-        parser.error(f"argument -o: {output} has no suffix of {', '.join(_SUFFIXES)}")
+    if output is not None and output.suffix not in SUFFIXES:
+        parser.error(f"argument -o: {output} has no suffix of {', '.join(SUFFIXES)}")
     if output is not None:
         _check_writable(output, "-o")
-    files = options.files or ([] if options.text else ["-"])
-    texts = [*options.text, *(line for name in files for line in read_lines(name))]
+    table = _texts(options.text, options.files or ([] if options.text else ["-"]), options.column)
     encoder = _load(options)
     embeddings = encoder.encode(
-        texts,
+        table.texts,
+        prompt=options.prompt,
         batch_size=options.batch_size,
-        show_progress_bar=sys.stderr.isatty() and len(texts) > 1,
+        show_progress_bar=sys.stderr.isatty() and len(table.texts) > 1,
+        precision=options.precision,
+        truncation=options.truncation,
+        truncate_dim=options.truncate_dim,
+        normalize_embeddings=options.normalize,
     )
     if output is None:
-        _write_jsonl(sys.stdout, texts, embeddings)
-    else:
-        hub.write_atomically(output, lambda file: _write(file, output.suffix, texts, embeddings))
+        write_jsonl(sys.stdout, table, embeddings, options.embedding_column)
+        return
+    record = encoder.fingerprint().of_call(
+        prompt=options.prompt,
+        truncation=options.truncation,
+        truncate_dim=options.truncate_dim,
+        normalize_embeddings=options.normalize,
+        precision=options.precision,
+    )
+    write_table(output, table, embeddings, record.to_json(), options.embedding_column)
+
+
+def _texts(texts: Sequence[str], files: Sequence[str], column: str | None) -> Table:
+    """Those of the command line, then those of the files."""
+    table = Table()
+    for text in texts:
+        table.add(text, {"text": text})
+    of_files = read_table(files, column)
+    return Table(table.texts + of_files.texts, table.rows + of_files.rows)
 
 
 def _similarity(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    texts = options.texts
+    texts = _texts(options.texts, options.file, options.column).texts
     if len(texts) < 2:
-        parser.error("argument TEXT: pass two or more")
+        parser.error("argument TEXT: pass two or more texts, or -f FILE")
     encoder = _load(options)
     embeddings = encoder.encode(texts, convert_to_tensor=True)
-    print(_matrix(texts, encoder.similarity(embeddings, embeddings).tolist()))
+    matrix = encoder.similarity(embeddings, embeddings).tolist()
+    if options.json:
+        print(
+            json.dumps({"texts": texts, "similarity": matrix}, ensure_ascii=not is_utf8(sys.stdout))
+        )
+    else:
+        print(_matrix(texts, matrix))
+
+
+def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from minilm.check import check_vectors
+    from minilm.fingerprint import read_fingerprint
+
+    texts = None if options.texts is None else read_texts(options.texts)
+    foreign = read_vectors(options.file, texts, column=options.column, argument="FILE")
+    recorded = read_fingerprint(options.file)
+    result = check_vectors(
+        _load(options), foreign.texts, foreign.vectors, recorded, sample=options.sample
+    )
+    print(json.dumps(result.to_dict(), indent=2) if options.json else result.table())
+    return 0 if result.is_compatible else 1
 
 
 def _explain(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -295,7 +418,7 @@ def _explain(options: argparse.Namespace, parser: argparse.ArgumentParser) -> No
         contents = f"{head}{explanation.to_html()}\n".encode()
         hub.write_atomically(page, lambda file: file.write(contents))
     if options.json:
-        print(json.dumps(explanation.to_dict(), ensure_ascii=not _is_utf8(sys.stdout)))
+        print(json.dumps(explanation.to_dict(), ensure_ascii=not is_utf8(sys.stdout)))
         return
     table = explanation.table()
     if _in_colour():
@@ -346,6 +469,9 @@ def _info(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         "computes in": f"{encoder.dtype} on {encoder.device}".removeprefix("torch."),
         "versions": f"minilm {__version__}, torch {torch.__version__}",
     }
+    if options.json:
+        print(json.dumps(rows | {"fingerprint": encoder.fingerprint().to_dict()}, indent=2))
+        return
     print(encoder)
     print("\n".join(f"{name + ':':<13}{value}" for name, value in rows.items()))
 
@@ -413,44 +539,6 @@ def _load(options: argparse.Namespace) -> "SentenceEncoder":
     return SentenceEncoder.from_pretrained(
         options.model, dtype=options.dtype, device=options.device
     )
-
-
-def _write(
-    file: IO[bytes], suffix: str, texts: list[str], embeddings: "np.ndarray[Any, Any]"
-) -> None:
-    import numpy as np
-
-    if suffix == ".npy":
-        np.save(file, embeddings)
-        return
-    if suffix == ".npz":
-        # As JSON in bytes: NumPy's strings would all take the room of the longest.
-        as_json = np.frombuffer(json.dumps(texts).encode(), dtype=np.uint8)
-        np.savez(file, embeddings=embeddings, texts_json=as_json)
-        return
-    text_file = io.TextIOWrapper(file, encoding="utf-8", newline="")
-    if suffix == ".jsonl":
-        _write_jsonl(text_file, texts, embeddings)
-    else:
-        writer = csv.writer(text_file)
-        writer.writerow(["text", *range(embeddings.shape[1])])
-        writer.writerows([t, *_numbers(e)] for t, e in zip(texts, embeddings, strict=True))
-    text_file.detach()  # flushed, and left open
-
-
-def _write_jsonl(file: IO[str], texts: list[str], embeddings: "np.ndarray[Any, Any]") -> None:
-    for text, embedding in zip(texts, embeddings, strict=True):
-        row = {"text": text, "embedding": _numbers(embedding)}
-        file.write(json.dumps(row, ensure_ascii=not _is_utf8(file)) + "\n")
-
-
-def _is_utf8(file: IO[str]) -> bool:
-    return (getattr(file, "encoding", None) or "").lower().replace("-", "") == "utf8"
-
-
-def _numbers(embedding: "np.ndarray[Any, Any]") -> list[float]:
-    """The shortest decimals that read back as the same numbers of the array's dtype."""
-    return [float(str(number)) for number in embedding]
 
 
 def _matrix(texts: list[str], rows: list[list[float]]) -> str:

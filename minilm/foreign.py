@@ -2,28 +2,26 @@
 
 In: a path. Out: `Foreign`, texts and their vectors. Next: `causes.py` says why they are not ours.
 
-NumPy, torch and onnxruntime are imported only when they are used, so that the command line, which
-reads its texts with this file too, answers `--help` at once.
+NumPy, torch and onnxruntime are imported only when they are used, so that the command line answers
+`--help` at once.
 """
 
 import csv
 import json
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 from minilm.errors import InputError, MissingPackageError
+from minilm.files import SUFFIXES, read_lines
 
 if TYPE_CHECKING:
     import numpy as np
 
     from minilm.encoder import SentenceEncoder
 
-__all__ = ["SUFFIXES", "Foreign", "read_lines", "read_texts", "read_vectors", "run_onnx"]
-
-SUFFIXES = (".npy", ".npz", ".jsonl", ".csv")
+__all__ = ["Foreign", "read_texts", "read_vectors", "run_onnx"]
 
 _BATCH = 32  # texts that an ONNX model is given at a time, padded to the longest of them
 _VECTOR_FIELDS = ("embedding", "embeddings", "vector", "vectors")
@@ -44,34 +42,6 @@ class Foreign:
     texts: list[str]
     vectors: "np.ndarray[Any, Any]"
     origin: str
-
-
-def read_lines(name: str) -> Iterator[str]:
-    """The lines of a file, blank ones too, so that row n of the result is line n.
-
-    Args:
-        name: A file of UTF-8 text, or - for standard input.
-
-    Raises:
-        InputError: A line is not UTF-8; the message names the file and the line.
-        OSError: The file can't be read.
-    """
-    if name == "-":
-        yield from _decoded(sys.stdin.buffer, "standard input")
-    else:
-        with Path(name).open("rb") as file:
-            yield from _decoded(file, name)
-
-
-def _decoded(file: IO[bytes], name: str) -> Iterator[str]:
-    for number, line in enumerate(file, 1):
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"{name}: line {number} is not UTF-8 ({error.reason}); convert the file", name
-            ) from error
-        yield text.removesuffix("\n").removesuffix("\r")
 
 
 def read_texts(path: Path, argument: str = "--texts") -> list[str]:
@@ -105,6 +75,7 @@ def read_vectors(
     texts: Sequence[str] | None = None,
     *,
     default: Sequence[str] | None = None,
+    column: str | None = None,
     argument: str = "--against",
 ) -> Foreign:
     """Read the vectors that a program wrote, with their texts where the file has them.
@@ -112,10 +83,12 @@ def read_vectors(
     Args:
         path: Its suffix says what it is. `.npy`: an array `[n, d]`. `.npz`: the array
             `embeddings` (or the only one), and `texts_json`, as `minilm encode` writes it, or
-            `texts`. `.jsonl`: objects with `text` and `embedding`. `.csv`: a heading, then the
-            text and its numbers.
+            `texts`. `.jsonl`: objects with `text` and `embedding`. `.csv`: a heading, then rows in
+            which the columns 0, 1, 2, ... are the numbers.
         texts: The texts of a file that has none.
         default: Likewise, where `texts` is not given.
+        column: The name of the text in `.jsonl` and `.csv`, by default "text"; else, in `.csv`, the
+            first column.
         argument: What to call the file in an error.
 
     Raises:
@@ -132,7 +105,7 @@ def read_vectors(
             argument,
         )
     try:
-        own, rows = readers[path.suffix](path)
+        own, rows = readers[path.suffix](path, column)
         vectors = np.asarray(rows)
         if vectors.dtype.kind not in "fiu":
             raise ValueError(f"holds {vectors.dtype}, not numbers")
@@ -159,13 +132,13 @@ def read_vectors(
     return Foreign(list(known), vectors, str(path))
 
 
-def _read_npy(path: Path) -> tuple[list[str] | None, Any]:
+def _read_npy(path: Path, column: str | None) -> tuple[list[str] | None, Any]:
     import numpy as np
 
     return None, np.load(path, allow_pickle=False)
 
 
-def _read_npz(path: Path) -> tuple[list[str] | None, Any]:
+def _read_npz(path: Path, column: str | None) -> tuple[list[str] | None, Any]:
     import zipfile
 
     import numpy as np
@@ -183,7 +156,7 @@ def _from_archive(archive: Any) -> tuple[list[str] | None, Any]:
         texts = list(map(str, json.loads(archive["texts_json"].tobytes())))
     elif "texts" in archive:
         texts = list(map(str, archive["texts"].tolist()))
-    names = [name for name in archive if name not in ("texts", "texts_json")]
+    names = [name for name in archive if name != "texts" and not name.endswith("_json")]
     name = next((name for name in _VECTOR_FIELDS if name in names), None)
     if name is None and len(names) == 1:
         name = names[0]
@@ -192,22 +165,28 @@ def _from_archive(archive: Any) -> tuple[list[str] | None, Any]:
     return texts, archive[name]
 
 
-def _read_jsonl(path: Path) -> tuple[list[str] | None, Any]:
+def _read_jsonl(path: Path, column: str | None) -> tuple[list[str] | None, Any]:
     texts, rows = [], []
     for number, line in enumerate(read_lines(str(path)), 1):
         try:
             row = json.loads(line)
-            texts.append(str(row["text"]))
+            texts.append(str(row[column or "text"]))
             rows.append(row[next(name for name in _VECTOR_FIELDS if name in row)])
         except (ValueError, KeyError, TypeError, StopIteration) as error:
             raise ValueError(f"line {number} has no text and embedding") from error
     return texts, rows
 
 
-def _read_csv(path: Path) -> tuple[list[str] | None, Any]:
+def _read_csv(path: Path, column: str | None) -> tuple[list[str] | None, Any]:
     with path.open(encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.reader(file))[1:]
-    return [row[0] for row in rows], [[float(number) for number in row[1:]] for row in rows]
+        heading, *rows = csv.reader(file)
+    text = heading.index(column or "text") if (column or "text") in heading else 0
+    if column is not None and column not in heading:
+        raise KeyError(f"column {column!r}")
+    numbers = [place for place, name in enumerate(heading) if name.isdigit() and place != text]
+    if not numbers:  # another program's: all behind the text
+        numbers = [place for place in range(len(heading)) if place > text]
+    return [row[text] for row in rows], [[float(row[i]) for i in numbers] for row in rows]
 
 
 def run_onnx(

@@ -4,17 +4,22 @@ import csv
 import io
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, write_model_folder
 from minilm import SentenceEncoder, cli
+from minilm.files import read_table
+from minilm.fingerprint import read_fingerprint
 
 
 def minilm(
@@ -204,7 +209,7 @@ def test_truncation_is_a_line_on_standard_error(model: list[str]) -> None:
     done = minilm("encode", "-t", "dog " * 50, *model)
     assert done.returncode == 0
     assert done.stderr.decode().startswith(
-        "minilm: warning: 1 of 1 texts were cut at 12 tokens; 77% of their tokens were not read"
+        "minilm: warning: 1 of 1 texts were cut at 12 tokens; 77 % of their tokens were not read"
     )
 
 
@@ -273,14 +278,197 @@ def test_python_dash_m_and_version() -> None:
     assert done.returncode == 0
 
 
-def test_examples_of_the_help_parse() -> None:
-    import shlex
+EXAMPLES = [
+    (command, line.strip().removeprefix("minilm "))
+    for command, text in cli._EXAMPLES.items()
+    for line in re.sub(r"\s+# .*", "", text).splitlines()
+    if "minilm " in line
+]
 
-    parser = cli._parser()
-    commands = [line.split("minilm ", 1)[1] for line in cli._EXAMPLES.splitlines()[1:]]
-    assert len(commands) == 6
-    for command in commands:
-        parser.parse_args(shlex.split(command.split(" > ")[0]))
+
+@pytest.fixture
+def workplace(tmp_path: Path, model: list[str]) -> Path:
+    """A folder with the files that the examples speak of."""
+    folder = tmp_path / "work"
+    folder.mkdir()
+    texts = ["the dog bites", "a cat", "the man sees the sun"]
+    (folder / "sentences.txt").write_text("\n".join(texts) + "\n")
+    rows = [{"id": i, "body": text, "tags": ["x"]} for i, text in enumerate(texts)]
+    (folder / "articles.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "articles.csv").write_text(
+        "id,body\n" + "".join(f"{r['id']},{r['body']}\n" for r in rows)
+    )
+    vectors = SentenceEncoder.from_pretrained(model[1], device="cpu").encode(texts)
+    np.save(folder / "other.npy", vectors)
+    np.save(folder / "embeddings.npy", vectors)
+    lines = "".join(
+        json.dumps({"text": text, "embedding": vector.tolist()}) + "\n"
+        for text, vector in zip(texts, vectors, strict=True)
+    )
+    (folder / "other.jsonl").write_text(lines)
+    return folder
+
+
+@pytest.mark.parametrize("command", [name for name in cli._EXAMPLES if name != "download"])
+def test_examples_of_the_help_run(
+    command: str, workplace: Path, model: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(workplace)
+    examples = [line for name, line in EXAMPLES if name == command]
+    assert examples
+    for line in examples:
+        text = line
+        if "--against-stages" in text:  # what a port would write
+            (workplace / "port.safetensors").write_bytes(
+                (workplace / "golden" / "golden.float32.safetensors").read_bytes()
+            )
+        before, _, after = text.partition("| minilm ")
+        stdin = (workplace / "sentences.txt").read_bytes() if after else b""
+        words = shlex.split((after or before).split(" > ")[0])
+        done = minilm(*words, *model, stdin=stdin, cwd=workplace)
+        assert done.returncode == 0, (line, done.stdout, done.stderr)
+
+
+def test_every_command_has_examples_in_its_help() -> None:
+    for command in filter(None, cli._EXAMPLES):
+        done = minilm(command, "--help")
+        assert done.returncode == 0
+        assert cli._EXAMPLES[command].strip() in done.stdout.decode()
+    assert "minilm encode" in minilm("--help").stdout.decode()
+
+
+# encode: files, columns, forms
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_other_keys_stay(workplace: Path, model: list[str], loaded: SentenceEncoder) -> None:
+    out = workplace / "out.jsonl"
+    done = minilm("encode", workplace / "articles.jsonl", "--column", "body", "-o", out, *model)
+    assert done.returncode == 0, done.stderr
+    rows = read_jsonl(out)
+    assert [(row["id"], row["tags"]) for row in rows] == [(0, ["x"]), (1, ["x"]), (2, ["x"])]
+    expected = loaded.encode([row["body"] for row in rows])
+    np.testing.assert_array_equal(
+        np.array([row["embedding"] for row in rows], np.float32), expected
+    )
+
+    out = workplace / "out.csv"
+    done = minilm("encode", workplace / "articles.csv", "--column", "body", "-o", out, *model)
+    assert done.returncode == 0, done.stderr
+    heading, *lines = csv.reader(io.StringIO(out.read_text()))
+    assert heading == ["id", "body", *map(str, range(32))]
+    assert [line[0] for line in lines] == ["0", "1", "2"]
+    np.testing.assert_array_equal(np.array([line[2:] for line in lines], np.float32), expected)
+
+    out = workplace / "out.npz"
+    done = minilm("encode", workplace / "articles.jsonl", "--column", "body", "-o", out, *model)
+    with np.load(out) as archive:
+        assert json.loads(archive["rows_json"].tobytes())[1]["tags"] == ["x"]
+        assert json.loads(archive["texts_json"].tobytes())[1] == "a cat"
+
+
+def test_options_of_encode(workplace: Path, model: list[str], loaded: SentenceEncoder) -> None:
+    texts = ["the dog " * 9, "a cat"]
+    given = ["encode", *(word for text in texts for word in ("-t", text)), "-o"]
+    for options, arguments in (
+        (["--truncation", "chunk"], {"truncation": "chunk"}),
+        (["--prompt", "the "], {"prompt": "the ", "truncation": "silent"}),
+        (["--truncate-dim", "8", "--normalize"],
+         {"truncate_dim": 8, "normalize_embeddings": True, "truncation": "silent"}),
+        (["--precision", "binary"], {"precision": "binary", "truncation": "silent"}),
+    ):  # fmt: skip
+        done = minilm(*given, workplace / "out.npy", *options, *model)
+        assert done.returncode == 0, done.stderr
+        np.testing.assert_array_equal(
+            np.load(workplace / "out.npy"),
+            loaded.encode(texts, **arguments),
+        )
+    done = minilm(*given, workplace / "out.npy", "--truncation", "error", *model)
+    assert done.returncode == 1
+    assert b"would be cut at 12 tokens" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"text": "a"}\n{"text": 5}\n', "a.jsonl: line 2: text is 5, not a string"),
+        ("a.jsonl", '{"text": "a"\n', "a.jsonl: line 1 is not JSON"),
+        ("a.jsonl", '{"a": "x", "b": "y"}\n', "has no 'text'; choose with --column, of 'a', 'b'"),
+        ("a.jsonl", "5\n", "a.jsonl: line 1 is no object and no string"),
+        ("a.csv", "a,b\n1,2\n", "a.csv: has no 'text'; choose with --column, of 'a', 'b'"),
+        ("a.csv", "text,b\n1\n", "a.csv: line 2 has 1 fields, the first line 2"),
+        ("a.csv", "text,text\n1,2\n", "has more than one column 'text'"),
+        ("a.csv", 'text\n"a\n', "a.csv: line "),
+        ("a.csv", "", "a.csv: is empty"),
+        ("a.parquet", "PAR1", "parquet can't be read"),
+        ("a.jsonl", '{"text": "a", "embedding": 5}\n', "the rows have 'embedding' already"),
+    ],
+)
+def test_broken_input_fails_in_one_line(
+    tmp_path: Path, model: list[str], name: str, content: str, message: str
+) -> None:
+    (tmp_path / name).write_text(content)
+    done = minilm("encode", name, "-o", "out.jsonl", *model, cwd=tmp_path)
+    assert done.returncode == 1
+    error = done.stderr.decode()
+    assert message in error
+    assert error.count("\n") == 1
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_forms_of_jsonl_and_csv(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('"a cat"\n\n{"only": "the dog"}\n')
+    (tmp_path / "b.csv").write_text('\ufeffname\n"two\nlines"\n\n', encoding="utf-8")
+    table = read_table([str(tmp_path / "a.jsonl"), str(tmp_path / "b.csv")])
+    assert table.texts == ["a cat", "the dog", "two\nlines"]
+    assert table.rows == [{"text": "a cat"}, {"only": "the dog"}, {"name": "two\nlines"}]
+    assert table.has_more
+
+
+# check and the fingerprint
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".jsonl", ".csv"])
+def test_every_file_that_is_written_tells_its_model(
+    workplace: Path, model: list[str], loaded: SentenceEncoder, suffix: str
+) -> None:
+    out = workplace / f"out{suffix}"
+    assert minilm("encode", workplace / "sentences.txt", "-o", out, *model).returncode == 0
+    assert read_fingerprint(out) == loaded.fingerprint()
+    texts: list[str | Path] = ["--texts", workplace / "sentences.txt"] if suffix == ".npy" else []
+    done = minilm("check", out, *texts, *model)
+    assert done.returncode == 0, done.stderr
+    assert re.match(r"(same|rounding): .* \(3 of 3 rows checked\)\n", done.stdout.decode())
+
+
+def test_check_of_other_vectors(workplace: Path, model: list[str], tmp_path: Path) -> None:
+    other = write_model_folder(tmp_path / "other", seed=1)
+    out = workplace / "out.npz"
+    source = workplace / "sentences.txt"
+    assert minilm("encode", source, "-o", out, "--model", other).returncode == 0
+    done = minilm("check", out, "--json", *model)
+    assert done.returncode == 1
+    found = json.loads(done.stdout)
+    assert found["verdict"] == "model"
+    assert found["fingerprints_agree"] is False
+
+
+def test_similarity_of_a_file(workplace: Path, model: list[str], loaded: SentenceEncoder) -> None:
+    done = minilm("similarity", "a cat", "-f", workplace / "sentences.txt", "--json", *model)
+    found = json.loads(done.stdout)
+    assert found["texts"][:2] == ["a cat", "the dog bites"]
+    vectors = loaded.encode(found["texts"])
+    np.testing.assert_allclose(found["similarity"], vectors @ vectors.T, rtol=0, atol=1e-6)
+    assert minilm("similarity", "a cat", *model).returncode == 2
+
+
+def test_info_as_json(model: list[str], loaded: SentenceEncoder) -> None:
+    found = json.loads(minilm("info", "--json", *model).stdout)
+    assert found["limit"] == "12 tokens"
+    assert found["fingerprint"] == loaded.fingerprint().to_dict()
 
 
 def test_main_leaves_warnings_as_they_were(

@@ -1,0 +1,270 @@
+"""Files of texts, and of texts with their vectors: what the command line reads and writes.
+
+In: .txt, .jsonl or .csv files, or standard input. Out: `Table`, the texts and all that stood beside
+them, and files that hold those and the vectors. Next: `cli.py`.
+
+torch is not imported, and NumPy only when vectors are written, so that `--help` answers at once.
+"""
+
+import csv
+import io
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from minilm.errors import InputError
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = ["SUFFIXES", "Table", "is_utf8", "read_lines", "read_table", "write_jsonl", "write_table"]
+
+# The forms that vectors are written in.
+SUFFIXES = (".npy", ".npz", ".jsonl", ".csv")
+
+_DEFAULT_COLUMN = "text"
+
+
+@dataclass
+class Table:
+    """Rows with a text in each.
+
+    Attributes:
+        texts: n texts.
+        rows: All that each row holds, the text too, by name.
+    """
+
+    texts: list[str] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, text: str, row: dict[str, Any]) -> None:
+        self.texts.append(text)
+        self.rows.append(row)
+
+    @property
+    def has_more(self) -> bool:
+        """Whether the rows hold more than a text under its usual name."""
+        return any(row.keys() != {_DEFAULT_COLUMN} for row in self.rows)
+
+
+def read_lines(name: str) -> Iterator[str]:
+    """The lines of a file, blank ones too, so that row n of the result is line n.
+
+    Args:
+        name: A file of UTF-8 text, or - for standard input.
+
+    Raises:
+        InputError: A line is not UTF-8; the message names the file and the line.
+        OSError: The file can't be read.
+    """
+    if name == "-":
+        yield from _decoded(sys.stdin.buffer, "standard input")
+    else:
+        with Path(name).open("rb") as file:
+            yield from _decoded(file, name)
+
+
+def _decoded(file: IO[bytes], name: str) -> Iterator[str]:
+    for number, line in enumerate(file, 1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{name}: line {number} is not UTF-8 ({error.reason}); convert the file", name
+            ) from error
+        yield text.removesuffix("\n").removesuffix("\r")
+
+
+def read_table(names: Sequence[str], column: str | None = None) -> Table:
+    """Read texts from files, with all that stands beside them.
+
+    Args:
+        names: Paths, or - for standard input. The suffix says what a file is: .jsonl, an object or
+            a string a line; .csv, a heading and rows; anything else, a text a line.
+        column: The name of the text in .jsonl and .csv; by default "text", or the only one.
+
+    Raises:
+        InputError: A file is broken or has no such column; the message names the file and the line.
+        OSError: A file can't be read.
+    """
+    table = Table()
+    for name in names:
+        kind = Path(name).suffix.lower()
+        if kind == ".parquet":
+            raise InputError(f"{name}: parquet can't be read; convert it to .jsonl or .csv", name)
+        read = {".jsonl": _read_jsonl, ".csv": _read_csv}.get(kind, _read_plain)
+        read(name, column, table)
+    return table
+
+
+def _read_plain(name: str, column: str | None, table: Table) -> None:
+    for line in read_lines(name):
+        table.add(line, {_DEFAULT_COLUMN: line})
+
+
+def _read_jsonl(name: str, column: str | None, table: Table) -> None:
+    for number, line in enumerate(read_lines(name), 1):
+        if not line.strip():
+            continue
+        place = f"{name}: line {number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{place} is not JSON: {error}", name) from error
+        if isinstance(row, str):
+            row = {column or _DEFAULT_COLUMN: row}
+        if not isinstance(row, dict):
+            raise InputError(f"{place} is no object and no string", name)
+        key = _column_of(list(row), column, place, name)
+        if not isinstance(row[key], str):
+            raise InputError(f"{place}: {key} is {json.dumps(row[key])[:40]}, not a string", name)
+        table.add(row[key], row)
+
+
+def _read_csv(name: str, column: str | None, table: Table) -> None:
+    lines = (line + "\n" for line in read_lines(name))
+    reader = csv.reader(lines, strict=True)
+    try:
+        heading = next(reader, None)
+        if heading is None:
+            raise InputError(f"{name}: is empty; the first line names the columns", name)
+        doubled = sorted({each for each in heading if heading.count(each) > 1})
+        if doubled:
+            raise InputError(f"{name}: has more than one column {doubled[0]!r}", name)
+        key = _column_of(heading, column, name, name)
+        for row in reader:
+            if not row:
+                continue
+            if len(row) != len(heading):
+                raise InputError(
+                    f"{name}: line {reader.line_num} has {len(row)} fields, the first line "
+                    f"{len(heading)}",
+                    name,
+                )
+            of_row = dict(zip(heading, row, strict=True))
+            table.add(of_row[key], of_row)
+    except csv.Error as error:
+        raise InputError(f"{name}: line {reader.line_num}: {error}", name) from error
+
+
+def _column_of(columns: list[str], wanted: str | None, place: str, name: str) -> str:
+    if wanted is None and _DEFAULT_COLUMN not in columns and len(columns) == 1:
+        return columns[0]
+    key = wanted or _DEFAULT_COLUMN
+    if key not in columns:
+        known = ", ".join(map(repr, columns)) or "none"
+        raise InputError(f"{place}: has no {key!r}; choose with --column, of {known}", name)
+    return key
+
+
+def write_table(
+    output: Path,
+    table: Table,
+    embeddings: "np.ndarray[Any, Any]",
+    fingerprint: str | None = None,
+    column: str = "embedding",
+) -> None:
+    """Write rows and their vectors, in the form that the suffix says, all or nothing.
+
+    `.npy`: the vectors alone. `.npz`: `embeddings`, `texts_json`, and `rows_json` if the rows hold
+    more than texts. `.jsonl`: the rows as they were, with the vector under `column`. `.csv`: the
+    rows' columns, then the numbers.
+
+    Args:
+        output: The file.
+        table: n rows.
+        embeddings: `[n, d]`.
+        fingerprint: Which model made them, as JSON: in `.npz` under `fingerprint_json`, beside
+            other files in `NAME.fingerprint.json`.
+        column: The name of the vector.
+
+    Raises:
+        InputError: The rows have something else of that name.
+        OSError: The file can't be written; what was there before still is.
+    """
+    from minilm.hub import write_atomically
+
+    def write(file: IO[bytes]) -> None:
+        import numpy as np
+
+        suffix = output.suffix
+        if suffix == ".npy":
+            np.save(file, embeddings)
+        elif suffix == ".npz":
+            # As JSON in bytes: NumPy's strings would all take the room of the longest.
+            more: dict[str, Any] = {"texts_json": _json_bytes(table.texts)}
+            if table.has_more:
+                more["rows_json"] = _json_bytes(table.rows)
+            if fingerprint is not None:
+                more["fingerprint_json"] = np.frombuffer(fingerprint.encode(), dtype=np.uint8)
+            np.savez(file, embeddings=embeddings, **more)
+        else:
+            text_file = io.TextIOWrapper(file, encoding="utf-8", newline="")
+            write_text = write_jsonl if suffix == ".jsonl" else _write_csv
+            write_text(text_file, table, embeddings, column)
+            text_file.detach()  # flushed, and left open
+
+    if output.suffix in (".jsonl", ".csv"):
+        _check_free(table, column, embeddings.shape[1] if output.suffix == ".csv" else 0)
+    write_atomically(output, write)
+    if fingerprint is not None and output.suffix != ".npz":
+        sidecar = output.with_name(f"{output.name}.fingerprint.json")
+        write_atomically(sidecar, lambda file: file.write(fingerprint.encode() + b"\n"))
+
+
+def _check_free(table: Table, column: str, width: int) -> None:
+    taken = set(map(str, range(width))) if width else {column}
+    for row in table.rows:
+        found = taken & row.keys()
+        if found:
+            name = sorted(found)[0]
+            raise InputError(
+                f"the rows have {name!r} already; choose another name with --embedding-column, or "
+                "write .npz",
+                "--embedding-column",
+            )
+
+
+def _json_bytes(value: Any) -> Any:
+    import numpy as np
+
+    return np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
+
+
+def write_jsonl(
+    file: IO[str], table: Table, embeddings: "np.ndarray[Any, Any]", column: str = "embedding"
+) -> None:
+    """The rows as they were, each with its vector, an object a line."""
+    for row, embedding in zip(table.rows, embeddings, strict=True):
+        line = row | {column: _numbers(embedding)}
+        file.write(json.dumps(line, ensure_ascii=not is_utf8(file)) + "\n")
+
+
+def _write_csv(
+    file: IO[str], table: Table, embeddings: "np.ndarray[Any, Any]", column: str
+) -> None:
+    names = list(dict.fromkeys(name for row in table.rows for name in row)) or [_DEFAULT_COLUMN]
+    writer = csv.writer(file)
+    writer.writerow([*names, *range(embeddings.shape[1])])
+    for row, embedding in zip(table.rows, embeddings, strict=True):
+        writer.writerow([*(_field(row.get(name, "")) for name in names), *_numbers(embedding)])
+
+
+def _field(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def is_utf8(file: IO[str]) -> bool:
+    """Whether a text file can hold any character."""
+    return (getattr(file, "encoding", None) or "").lower().replace("-", "") == "utf8"
+
+
+def _numbers(embedding: "np.ndarray[Any, Any]") -> list[float] | list[int]:
+    """The shortest decimals that read back as the same numbers of the array's dtype."""
+    if embedding.dtype.kind in "iu":
+        whole: list[int] = embedding.tolist()
+        return whole
+    return [float(str(number)) for number in embedding]
