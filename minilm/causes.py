@@ -18,7 +18,6 @@ lengths, and is no obstacle to finding what else is different.
 """
 
 import math
-import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 
 from minilm import inputs
 from minilm.encoder import SentenceEncoder
-from minilm.errors import InputError, TruncationWarning
+from minilm.errors import InputError
 from minilm.mistakes import Cause, Laboratory, Recipe, causes_for
 from minilm.similarity import Embeddings
 from minilm.similarity import _matrix as as_matrix
@@ -251,10 +250,9 @@ def diagnose(
     inputs.check_positive_int(max_texts, "max_texts")
     if encoder.dtype not in (torch.float32, torch.float64):
         raise InputError(f"encoder computes in {encoder.dtype}; load it in float32", "encoder")
-    foreign = _matrix(vectors, len(texts), encoder.get_sentence_embedding_dimension())
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", TruncationWarning)
-        ours = encoder.encode(texts, convert_to_tensor=True).cpu().double()
+    foreign = _matrix(vectors, len(texts), encoder.bert.config.hidden_size)
+    whole = {"prompt": "", "truncate_dim": encoder.bert.config.hidden_size, "truncation": "silent"}
+    ours = encoder.encode(texts, convert_to_tensor=True, **whole).cpu().double()
     return _Case(encoder, texts, foreign, ours, max_texts).diagnosis()
 
 

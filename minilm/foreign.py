@@ -221,7 +221,7 @@ def run_onnx(
         size if isinstance(size, int) else None for size in [*inputs["input_ids"], None, None][:2]
     )
     ids = tokenizer(texts, min(encoder.max_seq_length, width or encoder.max_seq_length)).input_ids
-    name = _output(path, session, encoder.get_sentence_embedding_dimension())
+    name = _output(path, session, encoder.bert.config.hidden_size)
     vectors = []
     size = rows or _BATCH
     for start in range(0, len(ids), size):

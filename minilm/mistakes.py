@@ -293,7 +293,7 @@ class Laboratory:
         places = range(len(ids)) if places is None else places
         model = self._changed(recipe)
         out = torch.empty(
-            len(places), self.encoder.get_sentence_embedding_dimension(), dtype=torch.float64
+            len(places), self.encoder.bert.config.hidden_size, dtype=torch.float64
         )
         with _gelu(recipe.gelu):
             for batch in _batches([widths[place] for place in places], bool(recipe.width)):

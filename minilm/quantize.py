@@ -34,8 +34,8 @@ from minilm.similarity import Embeddings
 
 __all__ = [
     "PRECISIONS",
-    "check_precision",
     "Precision",
+    "check_precision",
     "dequantize",
     "has_model_ranges",
     "model_ranges",
