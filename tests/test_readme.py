@@ -13,7 +13,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=["model", "modules", "inside"])
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=["model", "modules", "inside", "drop-in", "long"])
 def test_snippet_prints_what_it_says(
     snippet: str, encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -29,8 +29,8 @@ def test_snippet_prints_what_it_says(
 def test_map_has_every_file_with_its_lines() -> None:
     listed = dict(re.findall(r"^\| \[`(\S+?)`\]\(\S+\) \| (\d+) \|", README, flags=re.MULTILINE))
     actual = {
-        f"minilm/{path.name}": len(path.read_text(encoding="utf-8").splitlines())
-        for path in (ROOT / "minilm").glob("*.py")
+        path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines())
+        for path in (ROOT / "minilm").rglob("*.py")
     }
     assert {name: int(lines) for name, lines in listed.items()} == actual
 
