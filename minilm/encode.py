@@ -177,6 +177,11 @@ class Encode:
         if output_value is not None:
             check_choice(output_value, ("sentence_embedding", "token_embeddings"), "output_value")
         check_choice(truncation, TRUNCATION, "truncation")
+        if truncation == "chunk" and output_value != "sentence_embedding":
+            raise InputError(
+                "truncation is 'chunk', which is for output_value='sentence_embedding'",
+                "truncation",
+            )
         budget, rows_at_once = batch_limits(encoder.dtype, batch_size, token_budget)
         plan = Plan(
             prompt=self._prompt(prompt, prompt_name),

@@ -234,7 +234,9 @@ def test_chunk_with_all_that_goes_with_it(tiny_encoder: SentenceEncoder) -> None
     np.testing.assert_array_equal(half, whole[:16])
     mixed = tiny_encoder.encode([("dog", "cat"), LONG], truncation="chunk", prompt="a ")
     np.testing.assert_allclose(mixed[1], whole, rtol=0, atol=2e-7)
-    assert "chunk" not in str(tiny_encoder.encode([LONG], truncation="chunk", output_value=None))
+    for output_value in ("token_embeddings", None):
+        with pytest.raises(InputError, match="truncation is 'chunk', which is for"):
+            tiny_encoder.encode([LONG], truncation="chunk", output_value=output_value)
 
 
 def test_what_has_no_windows_is_named(tiny_encoder: SentenceEncoder) -> None:
