@@ -13,10 +13,12 @@ import os
 import pickle
 import queue
 import signal
+import threading
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from multiprocessing import connection
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -33,7 +35,8 @@ if TYPE_CHECKING:
 
 __all__ = ["ProcessPool", "run_in"]
 
-_POLL = 0.2  # seconds between two looks at whether the workers live
+_POLL = 0.2  # seconds
+_LAST_BREATH = 5.0  # seconds for a process that closed its pipe to end
 _LARGEST_CHUNK = 5000  # texts
 _DEFAULT_WORKERS = 4  # on a processor
 
@@ -75,20 +78,28 @@ class ProcessPool(dict[str, Any]):
         threads = max(1, torch.get_num_threads() // max(on_cpu, 1))
         self.encoder = encoder
         context = torch.multiprocessing.get_context("spawn")
-        self["input"], self["output"] = context.Queue(), context.Queue()
+        self["input"] = context.Queue()
+        self["input"].cancel_join_thread()  # Python's end doesn't wait for jobs to be taken
+        self["output"] = queue.SimpleQueue()
         self["processes"] = []
+        pipes: list[Any] = []  # one from each process: that it ends says that the process died
         try:
             for device in devices:
-                process = context.Process(
-                    target=_work,
-                    args=(encoder, str(device), threads, self["input"], self["output"]),
-                    daemon=True,
-                )
-                process.start()
+                answers, sender = context.Pipe(duplex=False)
+                pipes.append(answers)
+                with sender:  # only the process keeps it
+                    process = context.Process(
+                        target=_work,
+                        args=(encoder, str(device), threads, self["input"], sender),
+                        daemon=True,
+                    )
+                    process.start()
                 self["processes"].append(process)
         except BaseException:
             self.stop()
             raise
+        # In a thread, so that Ctrl-C can't interrupt the reading of an answer halfway.
+        threading.Thread(target=_read, args=(pipes, self["output"]), daemon=True).start()
 
     def stop(self) -> None:
         """End the processes. A second time it does nothing."""
@@ -98,9 +109,7 @@ class ProcessPool(dict[str, Any]):
             process.join()
             process.close()
         self["processes"] = []
-        for name in ("input", "output"):
-            self[name].close()
-            self[name].cancel_join_thread()
+        self["input"].close()
 
     def __enter__(self) -> "ProcessPool":
         return self
@@ -182,17 +191,36 @@ def _next(pool: ProcessPool, call: int) -> tuple[int, Any]:
     """The next answer to this call; those to an earlier one, which was left, are thrown away."""
     while True:
         try:
-            of_call, number, answer = pool["output"].get(timeout=_POLL)
-        except queue.Empty:
-            for place, process in enumerate(pool["processes"]):
-                if not process.is_alive():
-                    raise WorkerError(
-                        f"process {place} of the pool, {process.pid}, died unexpectedly (exit code "
-                        f"{process.exitcode}); stop the pool and start another one"
-                    ) from None
+            place, answer = pool["output"].get(timeout=_POLL)
+        except queue.Empty:  # a look at Ctrl-C
             continue
+        if answer is None:
+            pool["output"].put((place, None))  # for the next call
+            process = pool["processes"][place]
+            process.join(_LAST_BREATH)
+            raise WorkerError(
+                f"process {place} of the pool, {process.pid}, died unexpectedly (exit code "
+                f"{process.exitcode}); stop the pool and start another one"
+            )
+        of_call, number, outcome = answer
         if of_call == call:
-            return number, answer
+            return number, outcome
+
+
+def _read(pipes: list[Any], found: "queue.SimpleQueue[tuple[int, Any]]") -> None:
+    """Put what comes out of the pipes into a queue, with the number of the process; its end, None.
+
+    A process that is killed while it writes ends its pipe, where in a queue shared by all its half
+    answer would be waited for endlessly.
+    """
+    places = {pipe: place for place, pipe in enumerate(pipes)}
+    while places:
+        for pipe in cast("list[Any]", connection.wait(list(places))):
+            try:
+                found.put((places[pipe], pipe.recv()))
+            except Exception:
+                found.put((places.pop(pipe), None))
+                pipe.close()
 
 
 def _joined(parts: list[Outcome], plan: Plan, encoder: "SentenceEncoder") -> Outcome:
@@ -234,7 +262,7 @@ def _work(encoder: "SentenceEncoder", device: str, threads: int, jobs: Any, answ
             answer.values = _as_arrays(answer.values)
         except Exception as error:
             answer = _sendable(error)
-        answers.put((call, number, answer))
+        answers.send((call, number, answer))
 
 
 def _sendable(error: Exception) -> Exception:

@@ -73,7 +73,7 @@ def main() -> int:
     print(f"nDCG@{TOP} of {len(queries)} queries, and of the {long.sum()} that look for a cut one")
 
     def show(name: str, scores: np.ndarray) -> None:
-        of_long = ndcg(scores[long], [grades for grades, is_long in zip(wanted, long) if is_long])
+        of_long = ndcg(scores[long], [wanted[row] for row in long.nonzero()[0]])
         print(f"  {ndcg(scores, wanted):.4f}  {of_long:.4f}  {name}")
 
     limit = encoder.max_seq_length
