@@ -292,9 +292,7 @@ class Laboratory:
         ids, widths = self.ids(recipe), self.widths(recipe)
         places = range(len(ids)) if places is None else places
         model = self._changed(recipe)
-        out = torch.empty(
-            len(places), self.encoder.bert.config.hidden_size, dtype=torch.float64
-        )
+        out = torch.empty(len(places), self.encoder.bert.config.hidden_size, dtype=torch.float64)
         with _gelu(recipe.gelu):
             for batch in _batches([widths[place] for place in places], bool(recipe.width)):
                 rows = [ids[places[i]] for i in batch]
