@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from minilm.errors import InputError, NotFiniteError
 from minilm.eval_mode import eval_mode
@@ -137,13 +138,15 @@ def _sentence_vectors(
     types: list[list[int]] | None,
     plan: Plan,
     width: int,
+    device: torch.device | str | None = None,
 ) -> Tensor:
-    """Rows of ids -> `[n, width]`."""
+    """Rows of ids -> `[n, width]`, by default where the plan wants them."""
     lengths = list(map(len, ids))
     batches = plan_batches(lengths, plan.token_budget, plan.batch_size)
     with torch.inference_mode(False), torch.no_grad():  # ordinary, usable in training
         dtype = encoder.bert.embeddings.word_embeddings.weight.dtype
-        device = encoder.device if plan.on_device else "cpu"
+        if device is None:
+            device = encoder.device if plan.on_device else "cpu"
         vectors = torch.empty((len(ids), width), dtype=dtype, device=device)
     with torch.inference_mode(), eval_mode(encoder) as parts, fast_products(parts, sum(lengths)):
         for rows in with_progress(batches, plan.show_progress_bar):
@@ -179,23 +182,30 @@ def _token_vectors(encoder: "SentenceEncoder", tokens: Tokens, plan: Plan) -> li
 def _everything(
     encoder: "SentenceEncoder", rows: list[Row], tokens: Tokens, plan: Plan
 ) -> list[dict[str, Any]]:
-    """For each text all that `forward` gives, padded: in the reference's batches."""
+    """For each text all that `forward` gives, padded as in the reference's batches.
+
+    Nothing is computed for the padding, whose token vectors are 0: so the others, and the sentence
+    vector, have the bits that `encode` gives.
+    """
     extras = extras_of(encoder, plan.prompt)
     size = plan.batch_size or _PADDED_BATCH
     order = sorted(range(len(rows)), key=lambda row: -sum(map(len, _parts(rows[row]))))
     batches = [order[start : start + size] for start in range(0, len(order), size)]
+    hidden = _token_vectors(encoder, tokens, plan)
+    vectors = _sentence_vectors(
+        encoder, tokens.input_ids, tokens.token_type_ids, plan, plan.width, encoder.device
+    )
     found: dict[int, dict[str, Any]] = {}
-    with torch.inference_mode(False), torch.no_grad(), eval_mode(encoder):
-        for batch in with_progress(batches, plan.show_progress_bar):
-            ids, types = _rows_of(batch, tokens.input_ids, tokens.token_type_ids)
-            features = encoder._tokenizer.pad(ids, encoder.device, types)
-            out = encoder(features | extras)
-            out["sentence_embedding"] = out["sentence_embedding"][:, : plan.width]
-            for place, row in enumerate(batch):
-                found[row] = {
-                    name: value[place] if isinstance(value, Tensor) else value
-                    for name, value in out.items()
-                }
+    for batch in batches:
+        ids, types = _rows_of(batch, tokens.input_ids, tokens.token_type_ids)
+        features = encoder._tokenizer.pad(ids, encoder.device, types)
+        token_embeddings = pad_sequence([hidden[row] for row in batch], batch_first=True)
+        for place, row in enumerate(batch):
+            found[row] = (
+                {name: tensor[place] for name, tensor in features.items()}
+                | extras
+                | {"token_embeddings": token_embeddings[place], "sentence_embedding": vectors[row]}
+            )
     return [found[row] for row in range(len(rows))]
 
 

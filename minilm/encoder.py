@@ -247,6 +247,15 @@ class SentenceEncoder(Encode, LookInside, nn.Module):
         with torch.inference_mode(False):  # parameters stay ordinary tensors wherever we are
             return super().to(*args, **kwargs)
 
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Refused, but for the three stages: a fourth would have no effect.
+
+        Raises:
+            InputError: It is none of them.
+        """
+        inputs.check_choice(name, ("bert", "pooling", "normalize"), "name")
+        super().add_module(name, module)
+
     def save_pretrained(
         self,
         path: str | os.PathLike[str] | None,

@@ -275,6 +275,8 @@ def _read_pooling(
             f"asks for the pooling {', '.join(map(str, asked or modes)) or 'none'}; "
             "supported: mean or cls"
         )
+    if values.get("include_prompt", True) is not True:
+        problems.append(f"include_prompt is {values['include_prompt']!r}; supported: true")
     size = values.get("embedding_dimension", values.get("word_embedding_dimension"))
     if config is not None and size not in (None, config.hidden_size):
         problems.append(

@@ -262,11 +262,13 @@ def check_choice(value: str, choices: Collection[str], argument: str) -> str:
     return value
 
 
-def as_device(device: str | torch.device | None, dtype: torch.dtype | None = None) -> torch.device:
+def as_device(
+    device: str | int | torch.device | None, dtype: torch.dtype | None = None
+) -> torch.device:
     """A device that can be used here: `device`, or by default cuda, else mps, else cpu.
 
     Args:
-        device: The device or its name.
+        device: The device or its name; a number is that of a cuda device.
         dtype: What it shall compute in. Not every device has every one: mps has no float64.
 
     Raises:
@@ -278,6 +280,8 @@ def as_device(device: str | torch.device | None, dtype: torch.dtype | None = Non
         if device == "cpu" and torch.backends.mps.is_available() and dtype != torch.float64:
             device = "mps"
         return torch.device(device)
+    if isinstance(device, int) and not isinstance(device, bool):
+        device = f"cuda:{device}"  # as torch reads it
     if not isinstance(device, str | torch.device):
         raise InputTypeError(
             f"device is {_short(device)}, of type {type(device).__name__}; "

@@ -5,9 +5,10 @@ Each function comes in two forms: all pairs `[n, d] x [m, d] -> [n, m]`, and `pa
 row, `[n, d] x [n, d] -> [n]`. One vector `[d]` counts as one row.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from enum import Enum
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
@@ -32,6 +33,8 @@ __all__ = [
 ]
 
 Embeddings = Tensor | np.ndarray[Any, Any] | Sequence[Any]
+
+_Pairwise = TypeVar("_Pairwise", bound=Callable[..., Tensor])
 
 
 def cos_sim(a: Embeddings, b: Embeddings) -> Tensor:
@@ -67,18 +70,38 @@ def manhattan_sim(a: Embeddings, b: Embeddings) -> Tensor:
     return -_distances(a, b, p=1.0)
 
 
+def _of_two_vectors_one_number(pairwise: _Pairwise) -> _Pairwise:
+    """Give a tensor without dimensions for two single vectors `[d]`, as the reference does."""
+
+    @functools.wraps(pairwise)
+    def wrapped(a: Embeddings, b: Embeddings) -> Tensor:
+        scores = pairwise(a, b)
+        return scores[0] if len(scores) == 1 and _is_vector(a) and _is_vector(b) else scores
+
+    return cast("_Pairwise", wrapped)
+
+
+def _is_vector(embeddings: Embeddings) -> bool:
+    if isinstance(embeddings, Tensor | np.ndarray):
+        return embeddings.ndim == 1 and embeddings.dtype != object
+    return len(embeddings) > 0 and isinstance(embeddings[0], int | float)
+
+
+@_of_two_vectors_one_number
 def pairwise_cos_sim(a: Embeddings, b: Embeddings) -> Tensor:
     """cos(a_i, b_i), `[n, d] x [n, d] -> [n]`. Errors as in `cos_sim`, or if n differs."""
     a, b = _rows(a, b)
     return pairwise_dot_score(_unit(a), _unit(b))
 
 
+@_of_two_vectors_one_number
 def pairwise_dot_score(a: Embeddings, b: Embeddings) -> Tensor:
     """a_i·b_i, `[n, d] x [n, d] -> [n]`. Errors as in `cos_sim`, or if n differs."""
     a, b = _rows(a, b)
     return (a * b).sum(dim=-1)
 
 
+@_of_two_vectors_one_number
 def pairwise_euclidean_sim(a: Embeddings, b: Embeddings) -> Tensor:
     """-‖a_i - b_i‖₂, `[n, d] x [n, d] -> [n]`. Errors as in `cos_sim`, or if n differs."""
     a, b = _rows(a, b)
@@ -86,6 +109,7 @@ def pairwise_euclidean_sim(a: Embeddings, b: Embeddings) -> Tensor:
     return -distances
 
 
+@_of_two_vectors_one_number
 def pairwise_manhattan_sim(a: Embeddings, b: Embeddings) -> Tensor:
     """-‖a_i - b_i‖₁, `[n, d] x [n, d] -> [n]`. Errors as in `cos_sim`, or if n differs."""
     a, b = _rows(a, b)
@@ -182,11 +206,15 @@ def _matrix(embeddings: Embeddings, argument: str) -> Tensor:
     try:
         if isinstance(embeddings, Tensor):
             tensor = embeddings
+            if tensor.layout != torch.strided:
+                raise TypeError("sparse")
         elif len(embeddings) and isinstance(embeddings[0], Tensor):
             tensor = torch.stack(list(embeddings))
         else:
             # torch takes no negative strides, foreign byte order or (silently) read-only memory.
             array = np.asarray(embeddings)
+            if array.dtype == np.float64 and _has_python_numbers(embeddings):
+                array = array.astype(np.float32)  # as torch.tensor reads them
             if array.dtype == object:  # an array or a column of vectors
                 array = np.stack(list(array))
             native = array.astype(array.dtype.newbyteorder("="), copy=False)
@@ -209,6 +237,12 @@ def _matrix(embeddings: Embeddings, argument: str) -> Tensor:
             argument,
         )
     return tensor
+
+
+def _has_python_numbers(embeddings: Any) -> bool:
+    while isinstance(embeddings, list | tuple) and len(embeddings):
+        embeddings = embeddings[0]
+    return type(embeddings) in (int, float)
 
 
 def _rows(a: Embeddings, b: Embeddings) -> tuple[Tensor, Tensor]:

@@ -106,6 +106,13 @@ def test_modules_without_normalize(tiny_encoder: SentenceEncoder) -> None:
     np.testing.assert_allclose(raw / lengths, tiny_encoder.encode(TEXTS), atol=1e-6)
 
 
+def test_a_stage_too_many_is_refused(tiny_encoder: SentenceEncoder) -> None:
+    with pytest.raises(InputError, match="name is 'Normalize'; pass one of bert, pooling"):
+        tiny_encoder.add_module("Normalize", Normalize())
+    tiny_encoder.add_module("normalize", nn.Identity())
+    assert len(tiny_encoder) == 2
+
+
 def test_modules_with_cls_pooling(tiny_encoder: SentenceEncoder) -> None:
     cls = SentenceEncoder(
         modules=[tiny_encoder.bert, ClsPooling()],

@@ -378,6 +378,14 @@ def test_pooling_that_loads(tiny_folder: Path, fields: dict[str, Any], kind: str
     assert type(load(tiny_folder).pooling).__name__ == kind
 
 
+@pytest.mark.parametrize("value", [False, None, "yes"])
+def test_pooling_without_the_prompt_is_refused(
+    tiny_folder: Path, refuse: Refuse, value: Any
+) -> None:
+    write_pooling(tiny_folder, pooling_mode="mean", include_prompt=value)
+    refuse("1_Pooling/config.json", ConfigError, f"include_prompt is {value!r}; supported: true")
+
+
 def test_cls_pooling_takes_the_first_token(tiny_folder: Path) -> None:
     write_pooling(tiny_folder, pooling_mode="cls")
     write_stages(tiny_folder, *STAGES[:2])

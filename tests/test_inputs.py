@@ -512,13 +512,19 @@ def test_device_that_computes_nothing(device: str | torch.device) -> None:
     assert message == "device is 'meta', which computes nothing; pass 'cpu'"
 
 
-@pytest.mark.parametrize("device", [0, True, 1.5, b"cpu", ["cpu"]])
+@pytest.mark.parametrize("device", [True, 1.5, b"cpu", ["cpu"]])
 def test_device_of_another_type(device: Any) -> None:
     message = refused(InputTypeError, lambda: as_device(device), "device")
     assert message == (
         f"device is {device!r}, of type {type(device).__name__}; "
         "pass a name such as 'cpu' or 'cuda:0'"
     )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a cuda device 0 here")
+def test_number_is_a_cuda_device() -> None:
+    message = refused(InputError, lambda: as_device(0), "device")
+    assert message.startswith("device is 'cuda:0', which torch ")
 
 
 # as_dtype

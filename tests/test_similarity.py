@@ -329,3 +329,25 @@ def test_an_object_array_of_vectors() -> None:
     column = np.empty(2, dtype=object)
     column[:] = [np.array([1.0, 0.0]), np.array([0.0, 2.0])]
     assert torch.equal(cos_sim(column, column), torch.eye(2, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("pairwise", [functions[1] for functions in SIMILARITY_FUNCTIONS.values()])
+def test_two_single_vectors_have_one_similarity(pairwise: Any) -> None:
+    a, b = [1.0, 2.0, 2.0], [2.0, 0.0, 1.0]
+    expected = pairwise([a], [b])[0]
+    for kind in (list, np.array, torch.tensor):
+        result = pairwise(kind(a), kind(b))
+        assert result.shape == ()
+        assert float(result) == pytest.approx(float(expected))
+    assert pairwise([a], b).shape == (1,)
+    assert pairwise([a], [b]).shape == (1,)
+
+
+def test_python_numbers_are_read_as_torch_reads_them() -> None:
+    assert cos_sim([[1.0, 2.0]], [[1, 2]]).dtype == torch.float32
+    assert cos_sim([np.array([1.0, 2.0])], np.array([[1.0, 2.0]])).dtype == torch.float64
+
+
+def test_sparse_tensors_are_refused() -> None:
+    with pytest.raises(InputTypeError, match="a is Tensor; pass a tensor, an array"):
+        cos_sim(torch.eye(2).to_sparse(), torch.eye(2))
