@@ -5,7 +5,6 @@ import inspect
 import json
 import linecache
 import os
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -929,14 +928,3 @@ def test_command_without_matplotlib(
     errors = capsys.readouterr().err
     assert errors == 'minilm: to_png needs matplotlib: pip install "minilm[plot]"\n'
     assert list(tmp_path.glob("*.p*")) == []
-
-
-def test_examples_of_the_help_parse(capsys: pytest.CaptureFixture[str]) -> None:
-    parser = cli._parser()
-    with pytest.raises(SystemExit):
-        parser.parse_args(["explain", "--help"])
-    lines = [line.strip() for line in capsys.readouterr().out.splitlines()]
-    commands = [line for line in lines if line.startswith("minilm explain ")]
-    assert len(commands) == 3
-    for command in commands:
-        parser.parse_args(shlex.split(command)[1:])
