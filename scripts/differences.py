@@ -8,8 +8,8 @@ Every row is one call, written once and made on both. Its policy says what has t
     B  better: the reference fails or is wrong there, so nobody can rely on what it does
     D  documented difference: there is a reason
 
-Exit status: 0 if every row is as its policy says, else 1. --markdown prints the B and D rows for
-the README. Needs the weights, and pip install "minilm[reference]".
+Exit status: 0 if every row is as its policy says, else 1. --markdown prints the reasons for
+the README, each with an example. Needs the weights, and pip install "minilm[reference]".
 """
 
 import argparse
@@ -814,6 +814,24 @@ def why_not(row: Row) -> str:
 # --- printing
 
 
+def _markdown(compared: "list[Compared]") -> str:
+    """For each reason its first call, and how many more there are."""
+    by_reason: dict[tuple[str, str], list[Compared]] = {}
+    for one in compared:
+        by_reason.setdefault((one.row.policy, one.row.reason), []).append(one)
+    lines = ["| | why | for example | sentence-transformers | minilm |", "|---|---|---|---|---|"]
+    for policy in "DB":
+        for (kind, reason), group in by_reason.items():
+            if kind == policy:
+                more = f" and {len(group) - 1} more" if len(group) > 1 else ""
+                first = group[0]
+                cells = (policy, reason, f"`{first.row.call}`{more}", first.reference, first.ours)
+                lines.append(
+                    f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+                )
+    return "\n".join(lines)
+
+
 def main() -> int:
     """Print the table; the exit status says whether every row is as its policy says."""
     parser = argparse.ArgumentParser(
@@ -821,7 +839,7 @@ def main() -> int:
     )
     parser.add_argument("--model", type=Path, default=ROOT / hub.WEIGHTS_FOLDER, metavar="FOLDER")
     parser.add_argument("--group", help="only this one, such as input, prompts, similarity")
-    parser.add_argument("--markdown", action="store_true", help="the B and D rows, for the README")
+    parser.add_argument("--markdown", action="store_true", help="the reasons, for the README")
     parser.add_argument("--no-processes", action="store_true", help="leave their rows out")
     options = parser.parse_args()
     chosen = [
@@ -838,14 +856,12 @@ def main() -> int:
     finally:
         comparison.close()
     if options.markdown:
-        print("| call | sentence-transformers | minilm | why |\n|---|---|---|---|")
+        print(_markdown(compared))
     group = ""
     for one in compared:
         row = one.row
         if options.markdown:
-            cells = (f"`{row.call}`", one.reference, one.ours, row.reason)
-            print("|", " | ".join(cell.replace("|", "\\|") for cell in cells), "|")
-            continue
+            break
         if row.group != group:
             group = row.group
             print(f"\n{group}")

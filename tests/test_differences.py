@@ -9,6 +9,8 @@ import pytest
 import torch
 from differences import Comparison, Row, describe, difference, rows, why_not
 
+from conftest import ROOT
+
 ROWS = rows()
 QUICK = [row for row in ROWS if row.group != "processes"]
 IN_PROCESSES = [row for row in ROWS if row.group == "processes"]
@@ -86,3 +88,12 @@ def test_description() -> None:
     assert describe(ValueError("a\nb")) == "ValueError: a"
     assert describe("a") == "'a'"
     assert not re.search("0x", describe(object()))
+
+
+def test_readme_has_every_reason() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    listed = re.findall(r"^\| ([DB]) \| (.*?) \| `", readme, flags=re.MULTILINE)
+    reasons = dict.fromkeys(
+        (row.policy, row.reason) for row in ROWS if row.policy != "M" and row.version != 5
+    )
+    assert sorted(listed) == sorted(reasons)
