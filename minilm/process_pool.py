@@ -9,6 +9,7 @@ noticed: either is an error of the call, never an endless wait.
 
 import itertools
 import math
+import multiprocessing
 import os
 import pickle
 import queue
@@ -176,11 +177,17 @@ def run_in(
         )
         pool["input"].put((call, number, rows[start : start + chunk_size], part, settings))
     outcomes: dict[int, Outcome] = {}
-    for _ in with_progress(range(len(starts)), plan.show_progress_bar):
-        number, outcome = _next(pool, call)
-        if isinstance(outcome, BaseException):
-            raise outcome
-        outcomes[number] = outcome
+    try:
+        for _ in with_progress(range(len(starts)), plan.show_progress_bar):
+            number, outcome = _next(pool, call)
+            if isinstance(outcome, BaseException):
+                raise outcome
+            outcomes[number] = outcome
+    except BaseException:  # Ctrl-C too: what nobody has begun shall not keep the next call waiting
+        while not pool["input"].empty():
+            with suppress(queue.Empty):  # a worker was faster
+                pool["input"].get(timeout=_POLL)
+        raise
     whole = _joined([outcomes[number] for number in range(len(starts))], plan, encoder)
     if plan.truncation == "warn":
         warn_if_cut(whole.token_counts, whole.kept, plan.first_row)
@@ -245,6 +252,7 @@ def _joined(parts: list[Outcome], plan: Plan, encoder: "SentenceEncoder") -> Out
 def _work(encoder: "SentenceEncoder", device: str, threads: int, jobs: Any, answers: Any) -> None:
     """A worker's life."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which stops us
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
     torch.set_num_threads(threads)
     trouble: Exception | None = None
     try:
@@ -263,6 +271,14 @@ def _work(encoder: "SentenceEncoder", device: str, threads: int, jobs: Any, answ
         except Exception as error:
             answer = _sendable(error)
         answers.send((call, number, answer))
+
+
+def _end_with_the_parent() -> None:
+    """A parent that is killed can't stop its workers, which would wait for jobs for ever."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _sendable(error: Exception) -> Exception:

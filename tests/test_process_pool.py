@@ -5,10 +5,13 @@ import multiprocessing
 import os
 import pickle
 import signal
+import subprocess
+import sys
 import threading
 import time
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -17,6 +20,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from conftest import ROOT
 from minilm import SentenceEncoder, TruncationWarning
 from minilm.errors import (
     InputError,
@@ -364,3 +368,59 @@ def test_bfloat16_and_a_list_of_devices(tiny_encoder: SentenceEncoder) -> None:
         expected = tiny_encoder.encode(TEXTS, **options)
         same(tiny_encoder.encode(TEXTS, device=["cpu"], **options), expected)
     assert {process.pid for process in multiprocessing.active_children()} == before
+
+
+ORPHANS = """
+import os, sys, time
+from minilm import SentenceEncoder
+if __name__ == "__main__":
+    encoder = SentenceEncoder.from_pretrained(sys.argv[1], device="cpu")
+    pool = encoder.start_multi_process_pool(["cpu", "cpu"])
+    encoder.encode(["the dog"], pool=pool)
+    print(*[process.pid for process in pool["processes"]], flush=True)
+    time.sleep(60)
+"""
+
+
+def is_running(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return Path(f"/proc/{pid}/stat").read_text().split()[2] != "Z"  # a zombie has ended
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for processes in /proc")
+def test_workers_end_with_a_parent_that_is_killed(tiny_folder: Path) -> None:
+    script = tiny_folder.parent / "orphans.py"
+    script.write_text(ORPHANS, encoding="utf-8")
+    parent = subprocess.Popen(
+        [sys.executable, str(script), str(tiny_folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert parent.stdout is not None
+    pids = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(pids) == 2
+    assert all(map(is_running, pids))
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    until = time.monotonic() + 20
+    while any(map(is_running, pids)) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert not any(map(is_running, pids))
+
+
+def test_jobs_that_were_left_are_not_done(model: SentenceEncoder, pool: ProcessPool) -> None:
+    texts = TEXTS * 300
+    with (
+        patch("minilm.process_pool._next", side_effect=KeyboardInterrupt),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        with pytest.raises(KeyboardInterrupt):
+            model.encode(texts, pool=pool, chunk_size=1)
+    assert pool["input"].empty()
+    np.testing.assert_array_equal(model.encode(TEXTS, pool=pool), model.encode(TEXTS))
