@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["SUFFIXES", "Table", "is_utf8", "read_lines", "read_table", "write_jsonl", "write_table"]
 
 # The forms that vectors are written in.
-SUFFIXES = (".npy", ".npz", ".jsonl", ".csv")
+SUFFIXES = (".npy", ".npz", ".safetensors", ".jsonl", ".csv")
 
 _DEFAULT_COLUMN = "text"
 
@@ -170,15 +170,17 @@ def write_table(
     """Write rows and their vectors, in the form that the suffix says, all or nothing.
 
     `.npy`: the vectors alone. `.npz`: `embeddings`, `texts_json`, and `rows_json` if the rows hold
-    more than texts. `.jsonl`: the rows as they were, with the vector under `column`. `.csv`: the
-    rows' columns, then the numbers.
+    more than texts. `.safetensors`: the tensor `embeddings`, and the same as metadata. `.jsonl`:
+    the rows as they were, with the vector under `column`. `.csv`: the rows' columns, then the
+    numbers.
 
     Args:
         output: The file.
         table: n rows.
         embeddings: `[n, d]`.
-        fingerprint: Which model made them, as JSON: in `.npz` under `fingerprint_json`, beside
-            other files in `NAME.fingerprint.json`.
+        fingerprint: Which model made them, as JSON: in `.npz` under `fingerprint_json`, in
+            `.safetensors` under `minilm.fingerprint`, beside other files in
+            `NAME.fingerprint.json`.
         column: The name of the vector.
 
     Raises:
@@ -201,6 +203,15 @@ def write_table(
             if fingerprint is not None:
                 more["fingerprint_json"] = np.frombuffer(fingerprint.encode(), dtype=np.uint8)
             np.savez(file, embeddings=embeddings, **more)
+        elif suffix == ".safetensors":
+            import safetensors.numpy
+
+            metadata = {"texts_json": json.dumps(table.texts)}
+            if table.has_more:
+                metadata["rows_json"] = json.dumps(table.rows)
+            if fingerprint is not None:
+                metadata["minilm.fingerprint"] = fingerprint
+            file.write(safetensors.numpy.save({"embeddings": embeddings}, metadata))
         else:
             text_file = io.TextIOWrapper(file, encoding="utf-8", newline="")
             write_text = write_jsonl if suffix == ".jsonl" else _write_csv
@@ -210,7 +221,7 @@ def write_table(
     if output.suffix in (".jsonl", ".csv"):
         _check_free(table, column, embeddings.shape[1] if output.suffix == ".csv" else 0)
     write_atomically(output, write)
-    if fingerprint is not None and output.suffix != ".npz":
+    if fingerprint is not None and output.suffix not in (".npz", ".safetensors"):
         sidecar = output.with_name(f"{output.name}.fingerprint.json")
         write_atomically(sidecar, lambda file: file.write(fingerprint.encode() + b"\n"))
 

@@ -83,8 +83,9 @@ def read_vectors(
     Args:
         path: Its suffix says what it is. `.npy`: an array `[n, d]`. `.npz`: the array
             `embeddings` (or the only one), and `texts_json`, as `minilm encode` writes it, or
-            `texts`. `.jsonl`: objects with `text` and `embedding`. `.csv`: a heading, then rows in
-            which the columns 0, 1, 2, ... are the numbers.
+            `texts`. `.safetensors`: likewise, the texts as metadata. `.jsonl`: objects with `text`
+            and `embedding`. `.csv`: a heading, then rows in which the columns 0, 1, 2, ... are the
+            numbers.
         texts: The texts of a file that has none.
         default: Likewise, where `texts` is not given.
         column: The name of the text in `.jsonl` and `.csv`, by default "text"; else, in `.csv`, the
@@ -98,7 +99,13 @@ def read_vectors(
     """
     import numpy as np
 
-    readers = {".npy": _read_npy, ".npz": _read_npz, ".jsonl": _read_jsonl, ".csv": _read_csv}
+    readers = {
+        ".npy": _read_npy,
+        ".npz": _read_npz,
+        ".safetensors": _read_safetensors,
+        ".jsonl": _read_jsonl,
+        ".csv": _read_csv,
+    }
     if path.suffix not in readers:
         raise InputError(
             f"{path}: has no suffix of {', '.join(SUFFIXES)}, .onnx; name it after its form",
@@ -163,6 +170,19 @@ def _from_archive(archive: Any) -> tuple[list[str] | None, Any]:
     if name is None:
         raise KeyError("embeddings")
     return texts, archive[name]
+
+
+def _read_safetensors(path: Path, column: str | None) -> tuple[list[str] | None, Any]:
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            names = list(file.keys())
+            name = next((name for name in _VECTOR_FIELDS if name in names), names[0])
+            texts = (file.metadata() or {}).get("texts_json")
+            return texts and list(map(str, json.loads(texts))), file.get_tensor(name)
+    except safetensors.SafetensorError as error:
+        raise ValueError(error) from error
 
 
 def _read_jsonl(path: Path, column: str | None) -> tuple[list[str] | None, Any]:

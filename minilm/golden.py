@@ -13,7 +13,7 @@ import hashlib
 import json
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from torch import Tensor
 from minilm import __version__
 from minilm.encoder import SentenceEncoder
 from minilm.errors import InputError, TruncationWarning
+from minilm.fingerprint import METADATA_KEY
 from minilm.hub import write_atomically
 from minilm.trace import Trace, traces
 
@@ -218,10 +219,13 @@ def write_golden(
     files: dict[str, dict[str, Any]] = {}
     found: dict[str, list[Trace]] = {}
     contents: dict[str, bytes] = {}
+    record = encoder.fingerprint()
     for dtype, name in _FILES.items():
         found[dtype] = _follow(encoder, texts, stages, dtype)
         tensors = _tensors(found[dtype], texts, stages)
-        contents[name] = safetensors.torch.save(tensors, {"made_by": f"minilm {__version__}"})
+        made_by = {"made_by": f"minilm {__version__}"}
+        made_by[METADATA_KEY] = replace(record, dtype=dtype).to_json()
+        contents[name] = safetensors.torch.save(tensors, made_by)
         files[name] = {
             "dtype": dtype,
             "tensors": len(tensors),

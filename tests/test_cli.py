@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors
 
 from conftest import ROOT, write_model_folder
 from minilm import SentenceEncoder, cli
-from minilm.files import read_table
+from minilm.files import SUFFIXES, read_table
 from minilm.fingerprint import read_fingerprint
 
 
@@ -57,7 +58,7 @@ def test_encode_standard_input_to_standard_output(
     np.testing.assert_array_equal(got, loaded.encode(["the dog", "", "a cat"]))
 
 
-@pytest.mark.parametrize("suffix", [".npy", ".npz", ".jsonl", ".csv"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_output_forms_hold_the_same_numbers(
     model: list[str], loaded: SentenceEncoder, tmp_path: Path, suffix: str
 ) -> None:
@@ -75,6 +76,10 @@ def test_output_forms_hold_the_same_numbers(
         archive = np.load(output)
         got = archive["embeddings"]
         assert json.loads(archive["texts_json"].tobytes()) == texts
+    elif suffix == ".safetensors":
+        with safetensors.safe_open(output, "np") as file:
+            got = file.get_tensor("embeddings")
+            assert json.loads(file.metadata()["texts_json"]) == texts
     elif suffix == ".jsonl":
         lines = output.read_text(encoding="utf-8").removesuffix("\n").split("\n")
         rows = [json.loads(line) for line in lines]
@@ -147,7 +152,10 @@ def test_output_in_another_encoding(model: list[str], command: str) -> None:
     [
         ([], "COMMAND"),
         (["nonsense"], "nonsense"),
-        (["encode", "-o", "folder"], "folder has no suffix of .npy, .npz, .jsonl, .csv"),
+        (
+            ["encode", "-o", "folder"],
+            "folder has no suffix of .npy, .npz, .safetensors, .jsonl, .csv",
+        ),
         (["encode", "--threads", "0"], "0 is not a positive integer"),
         (["encode", "--batch-size", "x"], "invalid positive integer value: 'x'"),
         (["similarity", "only one"], "pass two or more"),
@@ -431,7 +439,7 @@ def test_forms_of_jsonl_and_csv(tmp_path: Path) -> None:
 # check and the fingerprint
 
 
-@pytest.mark.parametrize("suffix", [".npy", ".npz", ".jsonl", ".csv"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
 def test_every_file_that_is_written_tells_its_model(
     workplace: Path, model: list[str], loaded: SentenceEncoder, suffix: str
 ) -> None:
