@@ -26,6 +26,7 @@ from minilm.inputs import (
     check_choice,
     check_positive_int,
     check_text,
+    check_unicode,
     windows,
 )
 from minilm.packed import batch_limits
@@ -250,6 +251,8 @@ class Encode:
             prompt_name = next((name for name in names if name in self.prompts), None)
         if sentences is not _MISSING:
             options["sentences"] = sentences
+        if len(positional) > len(_POSITIONAL):
+            raise InputTypeError(f"encode_{task} was given too many arguments", "chunk_size")
         options |= dict(zip(_POSITIONAL, positional, strict=False))
         return self.encode(prompt_name=prompt_name, prompt=prompt, task=task, **options)
 
@@ -299,7 +302,7 @@ class Encode:
         Raises:
             InputTypeError, InputError: As in `encode`; also if the prompt leaves no room.
         """
-        check_text(text, "text")
+        check_unicode([check_text(text, "text")], "text")
         prefix = self._prompt(prompt, prompt_name)
         spans = windows_of(_encoder(self), text, prefix, "text")
         parts = [text[start:end] for start, end in spans]

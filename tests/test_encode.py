@@ -673,3 +673,8 @@ def test_stream_takes_pairs_prompts_and_forms(prompted: SentenceEncoder) -> None
     same(list(rows), prompted.encode(texts, prompt="cat ", truncate_dim=8))
     with pytest.raises(InputError, match=r"^precision: this model has no fixed ranges"):
         next(iter(prompted.encode_stream(TEXTS, precision="int8")))
+
+
+def test_arguments_too_many_are_refused(tiny_encoder: SentenceEncoder) -> None:
+    with pytest.raises(InputTypeError, match="encode_query was given too many arguments"):
+        tiny_encoder.encode_query("dog", None, None, *[None] * 12)

@@ -246,6 +246,8 @@ def test_what_has_no_windows_is_named(tiny_encoder: SentenceEncoder) -> None:
     with pytest.raises(InputError, match="prompt has 22 tokens, of 12") as error:
         tiny_encoder.encode([LONG], truncation="chunk", prompt="sun " * 20)
     assert error.value.argument == "prompt"
+    with pytest.raises(InputError, match="has a lone surrogate"):
+        tiny_encoder.encode_windows("dog \ud800")
     with pytest.raises(InputTypeError, match="text is None"):
         tiny_encoder.encode_windows(None)  # type: ignore[arg-type]
 
