@@ -15,6 +15,7 @@ import pickle
 import queue
 import signal
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import replace
@@ -183,15 +184,23 @@ def run_in(
             if isinstance(outcome, BaseException):
                 raise outcome
             outcomes[number] = outcome
-    except BaseException:  # Ctrl-C too: what nobody has begun shall not keep the next call waiting
-        while not pool["input"].empty():
-            with suppress(queue.Empty):  # a worker was faster
-                pool["input"].get(timeout=_POLL)
+    except BaseException:  # Ctrl-C too
+        _throw_away(pool["input"])
         raise
     whole = _joined([outcomes[number] for number in range(len(starts))], plan, encoder)
     if plan.truncation == "warn":
         warn_if_cut(whole.token_counts, whole.kept, plan.first_row)
     return whole
+
+
+def _throw_away(jobs: Any) -> None:
+    """What nobody has begun shall not keep the next call waiting."""
+    until = time.monotonic() + _POLL
+    # Not endlessly: a process that died may have kept the queue locked.
+    while not jobs.empty() and time.monotonic() < until:
+        with suppress(queue.Empty):
+            while True:
+                jobs.get(timeout=_POLL / 10)
 
 
 def _next(pool: ProcessPool, call: int) -> tuple[int, Any]:
