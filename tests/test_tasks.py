@@ -66,8 +66,8 @@ def by_float64(scores: Tensor, top_k: int) -> list[list[dict[str, int | float]]]
 
 
 def test_search_by_hand() -> None:
-    corpus = [[0.0, 1.0], [3.0, 4.0], [-2.0, 0.0], [4.0, 3.0]]
-    assert semantic_search([[1.0, 0.0], [0.0, 5.0]], corpus, top_k=3) == [
+    corpus = np.array([[0.0, 1.0], [3.0, 4.0], [-2.0, 0.0], [4.0, 3.0]])
+    assert semantic_search(np.array([[1.0, 0.0], [0.0, 5.0]]), corpus, top_k=3) == [
         [
             {"corpus_id": 3, "score": 0.8},
             {"corpus_id": 1, "score": 0.6},
