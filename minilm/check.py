@@ -346,6 +346,8 @@ def _stored_in(ours: Tensor, stored: Tensor) -> str | None:
     """
     if torch.equal(ours.double(), stored.double()):
         return ""
+    if stored.dtype == torch.float64 and torch.equal(ours, stored.to(ours.dtype)):
+        return f" in {str(ours.dtype).removeprefix('torch.')}"  # decimals, read with more bits
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         if torch.finfo(dtype).eps > torch.finfo(ours.dtype).eps and torch.equal(
             ours.to(dtype).double(), stored.double()

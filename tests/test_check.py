@@ -97,3 +97,11 @@ def test_a_code_at_the_edge_of_its_bucket_is_rounding(encoder: SentenceEncoder) 
 def test_codes_without_a_record_are_refused(tiny_encoder: SentenceEncoder) -> None:
     with pytest.raises(InputError, match=r"vectors has dtype int8; .* the fingerprint"):
         check_vectors(tiny_encoder, TEXTS, encode(tiny_encoder, precision="binary"))
+
+
+def test_shortest_decimals_are_the_same(tiny_encoder: SentenceEncoder) -> None:
+    vectors = encode(tiny_encoder)
+    decimals = np.array([[float(str(number)) for number in row] for row in vectors])
+    assert not np.array_equal(decimals, vectors.astype(np.float64))
+    result = check_vectors(tiny_encoder, TEXTS, decimals)
+    assert result.summary.startswith("same: equal, bit by bit in float32 (5 of 5")

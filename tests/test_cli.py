@@ -449,7 +449,7 @@ def test_every_file_that_is_written_tells_its_model(
     texts: list[str | Path] = ["--texts", workplace / "sentences.txt"] if suffix == ".npy" else []
     done = minilm("check", out, *texts, *model)
     assert done.returncode == 0, done.stderr
-    assert re.match(r"(same|rounding): .* \(3 of 3 rows checked\)\n", done.stdout.decode())
+    assert re.match(r"same: equal, bit by bit.* \(3 of 3 rows checked\)\n", done.stdout.decode())
 
 
 def test_check_of_other_vectors(workplace: Path, model: list[str], tmp_path: Path) -> None:
