@@ -22,6 +22,7 @@ from minilm.inside import LookInside
 from minilm.kernels import accelerate, fast_products
 from minilm.options import DEFAULT_PROMPTS, LoadOptions, load_options
 from minilm.packed import keeps_bits, make_features
+from minilm.pooling import Normalize
 from minilm.save import save_pretrained
 from minilm.similarity import SIMILARITY_FUNCTIONS, Embeddings, SimilarityFunction
 from minilm.tokenizer import WordPieceTokenizer
@@ -248,11 +249,13 @@ class SentenceEncoder(Encode, LookInside, nn.Module):
             return super().to(*args, **kwargs)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        """Refused, but for the three stages: a fourth would have no effect.
+        """Add the stage that scales to length 1, where there is none; no other has a place here.
 
         Raises:
-            InputError: It is none of them.
+            InputError: It is something else.
         """
+        if isinstance(module, Normalize) and isinstance(self.normalize, nn.Identity):
+            name = "normalize"
         inputs.check_choice(name, ("bert", "pooling", "normalize"), "name")
         super().add_module(name, module)
 

@@ -107,10 +107,20 @@ def test_modules_without_normalize(tiny_encoder: SentenceEncoder) -> None:
 
 
 def test_a_stage_too_many_is_refused(tiny_encoder: SentenceEncoder) -> None:
-    with pytest.raises(InputError, match="name is 'Normalize'; pass one of bert, pooling"):
-        tiny_encoder.add_module("Normalize", Normalize())
-    tiny_encoder.add_module("normalize", nn.Identity())
-    assert len(tiny_encoder) == 2
+    for module in (Normalize(), nn.Linear(32, 32)):
+        with pytest.raises(InputError, match="name is '2'; pass one of bert, pooling, normalize"):
+            tiny_encoder.add_module("2", module)
+
+
+def test_normalize_is_added_where_there_is_none(tiny_encoder: SentenceEncoder) -> None:
+    bert, pooling, _ = tiny_encoder
+    bare = SentenceEncoder(
+        modules=[bert, pooling], tokenizer=tiny_encoder.tokenizer, max_seq_length=12
+    )
+    assert np.linalg.norm(bare.encode("dog")) != pytest.approx(1)
+    bare.add_module("Normalize", Normalize())
+    assert len(bare) == 3
+    np.testing.assert_array_equal(bare.encode("dog"), tiny_encoder.encode("dog"))
 
 
 def test_modules_with_cls_pooling(tiny_encoder: SentenceEncoder) -> None:
