@@ -4,7 +4,8 @@ In: any iterable of texts, and how they are wanted. Out: NumPy, tensors, small i
 vectors. `encoder.py` is the pipeline itself; here texts are read, cut, put into batches and back
 into order.
 
-One call is read (`_plan`), computed (`_run`, here or in other processes) and finished (`_finish`).
+One call is read here into a `Plan`, computed by `compute.py`, in this process or in others, and its
+vectors get the form that was asked for (`_finish`).
 """
 
 import logging
@@ -27,6 +28,7 @@ from minilm.inputs import (
     check_positive_int,
     check_text,
     check_unicode,
+    is_singular_input,
     windows,
 )
 from minilm.packed import batch_limits
@@ -433,10 +435,7 @@ class Encode:
         """The same under the name that sentence-transformers 6 has for it."""
         return self.get_sentence_embedding_dimension()
 
-    @staticmethod
-    def is_singular_input(inputs: Any) -> bool:
-        """Whether `encode` takes this for one text, and gives one vector."""
-        return isinstance(inputs, str) or (isinstance(inputs, np.ndarray) and inputs.ndim == 0)
+    is_singular_input = staticmethod(is_singular_input)
 
     @property
     def _full_width(self) -> int:

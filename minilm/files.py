@@ -20,10 +20,25 @@ from minilm.errors import InputError
 if TYPE_CHECKING:
     import numpy as np
 
-__all__ = ["SUFFIXES", "Table", "is_utf8", "read_lines", "read_table", "write_jsonl", "write_table"]
+__all__ = [
+    "METADATA_KEY",
+    "NPZ_KEY",
+    "SUFFIXES",
+    "Table",
+    "is_utf8",
+    "read_lines",
+    "read_table",
+    "sidecar_path",
+    "write_jsonl",
+    "write_table",
+]
 
 # The forms that vectors are written in.
 SUFFIXES = (".npy", ".npz", ".safetensors", ".jsonl", ".csv")
+
+# Where the fingerprint of the model stands in a file that has a place for it.
+NPZ_KEY = "fingerprint_json"  # an array of uint8: the bytes of the JSON
+METADATA_KEY = "minilm.fingerprint"  # in the header of safetensors files
 
 _DEFAULT_COLUMN = "text"
 
@@ -201,7 +216,7 @@ def write_table(
             if table.has_more:
                 more["rows_json"] = _json_bytes(table.rows)
             if fingerprint is not None:
-                more["fingerprint_json"] = np.frombuffer(fingerprint.encode(), dtype=np.uint8)
+                more[NPZ_KEY] = np.frombuffer(fingerprint.encode(), dtype=np.uint8)
             np.savez(file, embeddings=embeddings, **more)
         elif suffix == ".safetensors":
             import safetensors.numpy
@@ -210,7 +225,7 @@ def write_table(
             if table.has_more:
                 metadata["rows_json"] = json.dumps(table.rows)
             if fingerprint is not None:
-                metadata["minilm.fingerprint"] = fingerprint
+                metadata[METADATA_KEY] = fingerprint
             file.write(safetensors.numpy.save({"embeddings": embeddings}, metadata))
         else:
             text_file = io.TextIOWrapper(file, encoding="utf-8", newline="")
@@ -222,8 +237,15 @@ def write_table(
         _check_free(table, column, embeddings.shape[1] if output.suffix == ".csv" else 0)
     write_atomically(output, write)
     if fingerprint is not None and output.suffix not in (".npz", ".safetensors"):
-        sidecar = output.with_name(f"{output.name}.fingerprint.json")
-        write_atomically(sidecar, lambda file: file.write(fingerprint.encode() + b"\n"))
+        write_atomically(
+            sidecar_path(output), lambda file: file.write(fingerprint.encode() + b"\n")
+        )
+
+
+def sidecar_path(path: str | Path) -> Path:
+    """The file that holds the record of one that has no place for it: `x.npy.fingerprint.json`."""
+    path = Path(path)
+    return path.with_name(f"{path.name}.fingerprint.json")
 
 
 def _check_free(table: Table, column: str, width: int) -> None:

@@ -31,6 +31,7 @@ from minilm.errors import (
     InputError,
     WeightsError,
 )
+from minilm.files import METADATA_KEY, NPZ_KEY, sidecar_path
 from minilm.pooling import ClsPooling
 from minilm.save import Encoder, foreign_parts, read_source
 from minilm.tokenizer import WordPieceTokenizer
@@ -51,8 +52,6 @@ __all__ = [
 Verdict = Literal["same", "rounding", "limit", "model"]
 
 FORMAT_VERSION = 1
-NPZ_KEY = "fingerprint_json"  # an array of uint8: the bytes of the JSON
-METADATA_KEY = "minilm.fingerprint"  # in the header of safetensors files
 
 # What makes another model, and what only moves its numbers a little.
 _IDENTITY = (
@@ -319,12 +318,6 @@ def compare(a: Fingerprint, b: Fingerprint) -> Comparison:
 
 
 # --- where a record is kept
-
-
-def sidecar_path(path: str | Path) -> Path:
-    """The file that holds the record of one that has no place for it: `x.npy.fingerprint.json`."""
-    path = Path(path)
-    return path.with_name(f"{path.name}.fingerprint.json")
 
 
 def read_fingerprint(path: str | Path) -> Fingerprint | None:

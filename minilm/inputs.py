@@ -29,6 +29,7 @@ __all__ = [
     "check_positive_int",
     "check_text",
     "check_unicode",
+    "is_singular_input",
     "windows",
     "with_progress",
 ]
@@ -93,6 +94,13 @@ class EncodeOptions(TypedDict, total=False):
     truncation: str
     token_budget: int | None
     task: str | None
+
+
+def is_singular_input(inputs: Any) -> bool:
+    """Whether `encode` takes this for one text, and not for many: a str is one."""
+    return isinstance(inputs, str) or (
+        isinstance(inputs, np.ndarray) and inputs.ndim == 0 and isinstance(inputs.item(), str)
+    )
 
 
 def as_rows(sentences: Any, argument: str = "sentences") -> tuple[list[Row], bool]:

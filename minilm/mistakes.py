@@ -16,16 +16,17 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from tokenizers.normalizers import BertNormalizer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from minilm.checkpoint import read_unused
 from minilm.encoder import SentenceEncoder
 from minilm.packed import PackedBatch
 from minilm.pooling import ClsPooling, MeanPooling
+from minilm.save import read_source
 
 __all__ = ["Cause", "Laboratory", "Recipe", "causes_for"]
 
@@ -422,15 +423,9 @@ _POOLINGS: dict[str, Callable[[Tensor, Tensor, Any], Tensor]] = {
 
 def _published_pooler(encoder: SentenceEncoder) -> tuple[Tensor, Tensor] | None:
     """BERT's own pooler, which is in the file of the weights though this model doesn't use it."""
-    files = [] if encoder.source is None else list(encoder.source.sha256)
-    name = next((name for name in files if name.endswith("model.safetensors")), None)
-    if encoder.source is None or name is None:
-        return None
-    tensors = safetensors.torch.load(encoder.source.read(name) or b"")
-    found = {name.rpartition("pooler.")[2]: tensors[name] for name in tensors if "pooler." in name}
-    if found.keys() != {"dense.weight", "dense.bias"}:
-        return None
-    return found["dense.weight"], found["dense.bias"]
+    data, size = read_source(encoder), encoder.bert.config.hidden_size
+    found = {} if data is None else read_unused(data, (size, size), (size,))
+    return (found["pooler.dense.weight"], found["pooler.dense.bias"]) if found else None
 
 
 class _Gelu(TorchFunctionMode):

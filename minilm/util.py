@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from minilm.errors import InputTypeError
-from minilm.inputs import as_device, check_positive_int
+from minilm.inputs import as_device, check_positive_int, is_singular_input
 from minilm.pooling import Normalize
 from minilm.quantize import dequantize, model_ranges, quantize_embeddings
 from minilm.similarity import (
@@ -149,13 +149,6 @@ def truncate_embeddings(embeddings: Tensor | _Array, truncate_dim: int | None) -
     if truncate_dim is None:
         return embeddings
     return embeddings[..., : check_positive_int(truncate_dim, "truncate_dim")]
-
-
-def is_singular_input(inputs: Any) -> bool:
-    """Whether `encode` takes this for one text, and not for many: a str is one."""
-    return isinstance(inputs, str) or (
-        isinstance(inputs, np.ndarray) and inputs.ndim == 0 and isinstance(inputs.item(), str)
-    )
 
 
 def batch_to_device(
