@@ -18,7 +18,7 @@ from minilm.errors import InputError, NotFiniteError
 from minilm.eval_mode import eval_mode
 from minilm.inputs import Row, with_progress
 from minilm.kernels import fast_products
-from minilm.packed import make_features, plan_batches
+from minilm.packed import batch_limits, make_features, plan_batches
 from minilm.tokenizer import Tokens
 from minilm.truncation import Span, kept_span, raise_if_cut, split, warn_if_cut
 
@@ -53,7 +53,7 @@ class Plan:
     truncation: str
     width: int  # numbers of each sentence vector to keep
     batch_size: int | None
-    token_budget: int
+    token_budget: int | None  # tokens of a pass; None for what suits the device
     spans: bool  # which characters were read is asked for
     on_device: bool  # where sentence vectors go: to the model's device, or to the CPU
     show_progress_bar: bool | None
@@ -142,7 +142,7 @@ def _sentence_vectors(
 ) -> Tensor:
     """Rows of ids -> `[n, width]`, by default where the plan wants them."""
     lengths = list(map(len, ids))
-    batches = plan_batches(lengths, plan.token_budget, plan.batch_size)
+    batches = _batches(encoder, lengths, plan)
     with torch.inference_mode(False), torch.no_grad():  # ordinary, usable in training
         dtype = encoder.bert.embeddings.word_embeddings.weight.dtype
         if device is None:
@@ -155,10 +155,15 @@ def _sentence_vectors(
     return vectors
 
 
+def _batches(encoder: "SentenceEncoder", lengths: list[int], plan: Plan) -> list[list[int]]:
+    limits = batch_limits(encoder.device, encoder.dtype, plan.batch_size, plan.token_budget)
+    return plan_batches(lengths, *limits)
+
+
 def _token_vectors(encoder: "SentenceEncoder", tokens: Tokens, plan: Plan) -> list[Tensor]:
     """For each text `[tokens, 384]`."""
     lengths = list(map(len, tokens.input_ids))
-    batches = plan_batches(lengths, plan.token_budget, plan.batch_size)
+    batches = _batches(encoder, lengths, plan)
     found: dict[int, Tensor] = {}
     with (
         torch.inference_mode(False),

@@ -142,7 +142,7 @@ class Encode:
                 the mean of their vectors, weighted by their tokens, normalized.
             return_report: Give `(embeddings, EncodeReport)`: how much of each text was read.
             token_budget: Tokens computed at a time, at most, if no sentence is longer; by default
-                as many as were fastest for this dtype. Neither limit changes a vector.
+                as many as were fastest for this device and dtype. Neither limit changes a vector.
             task: Has no effect; other models of the reference choose a part of themselves by it.
 
         Returns:
@@ -185,14 +185,14 @@ class Encode:
                 "truncation is 'chunk', which is for output_value='sentence_embedding'",
                 "truncation",
             )
-        budget, rows_at_once = batch_limits(encoder.dtype, batch_size, token_budget)
+        batch_limits(encoder.device, encoder.dtype, batch_size, token_budget)  # refuses bad ones
         plan = Plan(
             prompt=self._prompt(prompt, prompt_name),
             output_value=output_value,
             truncation=truncation,
             width=full if truncate_dim is None else min(truncate_dim, full),
-            batch_size=rows_at_once,
-            token_budget=budget,
+            batch_size=batch_size,
+            token_budget=token_budget,
             spans=return_report,
             on_device=not to_numpy,
             show_progress_bar=show_progress_bar,

@@ -22,9 +22,10 @@ alone and in any company, as long as each operation treats its rows alike.
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import accumulate, chain, groupby, repeat
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -96,15 +97,18 @@ class PackedBatch:
             self._runs.append(_Run(start, start + count * length, count, length))
             start += count * length
         self._filler = -start % multiple_of
-        ids = [i for row in input_ids for i in row] + [0] * self._filler
         places = [torch.arange(run.length).repeat(run.count) for run in self._runs]
         places.append(torch.zeros(self._filler, dtype=torch.int64))
-        self.input_ids = _send(torch.tensor(ids), device)
+        self.input_ids = _send(self._flat(input_ids), device)
         self.token_type_ids = None
         if token_type_ids is not None:
-            types = [i for row in token_type_ids for i in row] + [0] * self._filler
-            self.token_type_ids = _send(torch.tensor(types), device)
+            self.token_type_ids = _send(self._flat(token_type_ids), device)
         self.position_ids = _send(torch.cat(places), device)
+
+    def _flat(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """int64 `[total_tokens]`; through NumPy, which reads a list five times as fast."""
+        filler = repeat(0, self._filler)
+        return torch.from_numpy(np.fromiter(chain(chain.from_iterable(rows), filler), np.int64))
 
     @functools.cached_property
     def _bounds(self) -> Tensor:
@@ -271,16 +275,19 @@ def make_features(
 
 
 def batch_limits(
-    dtype: torch.dtype, batch_size: int | None, token_budget: int | None
+    device: torch.device, dtype: torch.dtype, batch_size: int | None, token_budget: int | None
 ) -> tuple[int, int | None]:
     """The `token_budget` and `batch_size` for `plan_batches`, checked, with the default budget.
 
     A pass that is too small leaves the processor waiting, one that is too large falls out of its
     cache. On two cores 2,048 tokens were best in float32 and 4,096 in bfloat16; half or twice as
-    many are some per cent slower.
+    many are some per cent slower. A GPU wants more at once: on an H100 32,768 were up to 1.8 times
+    as fast as 2,048 in float32, up to 4 times in 16 bits, and about as fast as 131,072.
     """
     if batch_size is not None:
         batch_size = check_positive_int(batch_size, "batch_size")
+    if token_budget is None and device.type == "cuda":
+        return 32768, batch_size
     if token_budget is None:
         return 4096 if dtype == torch.bfloat16 else 2048, batch_size
     return check_positive_int(token_budget, "token_budget"), batch_size

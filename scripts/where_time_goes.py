@@ -259,7 +259,7 @@ def print_tricks(
     names = ["W1", "W2", "W3"]
     print(f"| {str(encoder.dtype)[6:]} without | {' | '.join(names)} |")
     print("| --- |" + " ---: |" * len(names))
-    usual, _ = packed.batch_limits(encoder.dtype, None, None)
+    usual, _ = packed.batch_limits(encoder.device, encoder.dtype, None, None)
     for trick in TRICKS:
         ratios = defaultdict(list)
         for number in range(options.rounds):

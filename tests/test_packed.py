@@ -385,16 +385,17 @@ def test_batches_are_within_their_limits(lengths: list[int], budget: int, size: 
 
 
 def test_limits_that_are_given() -> None:
-    assert batch_limits(torch.float32, 8, 100) == (100, 8)
-    assert batch_limits(torch.float32, None, 100) == (100, None)
+    assert batch_limits(CPU, torch.float32, 8, 100) == (100, 8)
+    assert batch_limits(CPU, torch.float32, None, 100) == (100, None)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda", "mps"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
-def test_default_limits_have_room_for_the_longest_text(dtype: torch.dtype) -> None:
-    budget, size = batch_limits(dtype, None, None)
+def test_default_limits_have_room_for_the_longest_text(device: str, dtype: torch.dtype) -> None:
+    budget, size = batch_limits(torch.device(device), dtype, None, None)
     assert budget >= 512
     assert size is None
-    assert batch_limits(dtype, 3, None) == (budget, 3)
+    assert batch_limits(torch.device(device), dtype, 3, None) == (budget, 3)
 
 
 @pytest.mark.parametrize("argument", ["batch_size", "token_budget"])
@@ -408,7 +409,7 @@ def test_bad_limit_is_named(
 ) -> None:
     limits: dict[str, Any] = {"batch_size": None, "token_budget": None, argument: value}
     with pytest.raises(error, match=f"{argument} is {value!r}; pass a positive") as caught:
-        batch_limits(torch.float32, **limits)
+        batch_limits(CPU, torch.float32, **limits)
     assert type(caught.value) is error
     assert caught.value.argument == argument
     with pytest.raises(error, match=f"{argument} is"):
