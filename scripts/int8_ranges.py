@@ -30,13 +30,13 @@ sys.path.insert(0, str(ROOT))  # a bare checkout is enough
 
 from minilm import SentenceEncoder, hub  # noqa: E402
 from minilm.quantize import dequantize, model_ranges, quantize_embeddings  # noqa: E402
+from retrieval import FILES, SCIFACT, ndcg, read_jsonl, read_retrieval  # noqa: E402
 
 Array = np.ndarray[Any, Any]
 TARGET = ROOT / "minilm" / "int8_ranges.json"
 STEPS = {"normalized": (512, 448, 384, 320, 256), "pooled": (80, 64, 56, 48, 40, 32)}
 CALIBRATION = ["sts/STS17.en-en.tsv", "text/udhr_article1.jsonl", "text/naughty_strings.jsonl"]
-SCIFACT = ["corpus.jsonl", "queries.jsonl", "qrels.tsv"]
-SCIFACT = [f"retrieval/scifact-small/{name}" for name in SCIFACT]
+MEASUREMENT = [(SCIFACT / name).as_posix() for name in FILES]
 
 
 def main() -> int:
@@ -47,7 +47,8 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
     parser.add_argument("--write", action="store_true", help="into minilm/int8_ranges.json")
     options = parser.parse_args()
-    if missing := [name for name in CALIBRATION + SCIFACT if not (options.data / name).is_file()]:
+    needed = CALIBRATION + MEASUREMENT
+    if missing := [name for name in needed if not (options.data / name).is_file()]:
         print(f"error: {options.data} lacks {missing[0]}; see --data", file=sys.stderr)
         return 2
 
@@ -61,7 +62,8 @@ def main() -> int:
     pooled = {name: pooling.encode(texts) for name, texts in kinds.items()}
     lengthened = {name: unit(vectors) for name, vectors in pooled.items()}
     seen = np.concatenate(list(lengthened.values()))
-    whole, relevant = scifact(options.data, pooling)
+    data = read_retrieval(options.data / SCIFACT)
+    whole = pooling.encode(data.queries), pooling.encode(data.documents)
     queries, documents = map(unit, whole)
 
     print("root mean square error of the similarities by step, on the texts to calibrate with")
@@ -89,7 +91,8 @@ def main() -> int:
 
     print("\nSciFact-small                             nDCG@10  overlap@10  saturated")
     for name, scores, share in forms(whole):
-        print(f"{name:<40}  {ndcg(scores, relevant):.4f}  {overlap(scores, truth):10.3f}  {share}")
+        found = ndcg(best_ten(scores), data.grades)
+        print(f"{name:<40}  {found:.4f}  {overlap(scores, truth):10.3f}  {share}")
     return 0
 
 
@@ -97,27 +100,11 @@ def calibration_texts(data: Path) -> dict[str, list[str]]:
     with (data / CALIBRATION[0]).open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
     sentences = [row[name] for row in rows for name in ("sentence1", "sentence2")]
-    declaration, naughty = ([row["text"] for row in lines(data / name)] for name in CALIBRATION[1:])
+    declaration, naughty = (
+        [row["text"] for row in read_jsonl(data / name)] for name in CALIBRATION[1:]
+    )
     words = sorted({word for text in sentences for word in text.split()})
     return {"STS17": sentences, "words": words, "UDHR": declaration, "naughty": naughty}
-
-
-def lines(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8") as file:  # splitlines() would split within naughty strings
-        return [json.loads(line) for line in file]
-
-
-def scifact(data: Path, pooling: SentenceEncoder) -> tuple[tuple[Array, Array], Array]:
-    """Queries and documents before normalizing, and the grades `[queries, documents]`."""
-    corpus, queries = lines(data / SCIFACT[0]), lines(data / SCIFACT[1])
-    row_of = {row["id"]: i for i, row in enumerate(queries)}
-    column_of = {row["id"]: i for i, row in enumerate(corpus)}
-    relevant = np.zeros((len(queries), len(corpus)))
-    for line in (data / SCIFACT[2]).read_text(encoding="utf-8").splitlines()[1:]:
-        query, document, grade = line.split("\t")
-        relevant[row_of[query], column_of[document]] = int(grade)
-    documents = pooling.encode([row["title"] + " " + row["text"] for row in corpus])
-    return (pooling.encode([row["text"] for row in queries]), documents), relevant
 
 
 def best_step(candidates: tuple[int, ...], kinds: dict[str, Array]) -> float:
@@ -204,13 +191,6 @@ def best_ten(scores: Array) -> Array:
 def overlap(scores: Array, truth: Array) -> float:
     pairs = zip(best_ten(scores), best_ten(truth), strict=True)
     return float(np.mean([len(np.intersect1d(a, b)) / 10 for a, b in pairs]))
-
-
-def ndcg(scores: Array, relevant: Array) -> float:
-    discount = 1 / np.log2(np.arange(10) + 2)
-    found = np.take_along_axis(relevant, best_ten(scores), axis=1) @ discount
-    best = -np.sort(-relevant, axis=1)[:, :10] @ discount
-    return float(np.mean(found / best))
 
 
 def report(steps: dict[str, float], texts: int, weights: Path) -> dict[str, Any]:

@@ -9,37 +9,16 @@ tokens. The folder holds `corpus.jsonl` (id, title, text), `queries.jsonl` (id, 
 """
 
 import argparse
-import csv
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
 
 from minilm import SentenceEncoder
+from retrieval import SCIFACT, TOP, ndcg, read_retrieval
 
 ROOT = Path(__file__).resolve().parents[1]
-DATA = ROOT.parent / "shared" / "data" / "retrieval" / "scifact-small"
-TOP = 10
-
-
-def read_jsonl(path: Path) -> list[dict[str, str]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def ndcg(scores: np.ndarray, wanted: list[dict[int, float]]) -> float:
-    """The mean over queries of DCG / the best DCG possible, of the first ten documents.
-
-    `scores` [queries, documents]; equal ones in the order of the documents.
-    """
-    discounts = 1 / np.log2(np.arange(2, TOP + 2))
-    found = []
-    for row, grades in zip(scores, wanted, strict=True):
-        order = np.argsort(-row, kind="stable")[:TOP]
-        gains = np.array([grades.get(int(document), 0.0) for document in order])
-        best = np.array(sorted(grades.values(), reverse=True)[:TOP])
-        found.append(gains @ discounts[: len(gains)] / (best @ discounts[: len(best)]))
-    return float(np.mean(found))
+DATA = ROOT.parent / "shared" / "data" / SCIFACT
 
 
 def main() -> int:
@@ -50,18 +29,10 @@ def main() -> int:
     if not (options.data / "corpus.jsonl").is_file():
         print(f"{options.data}: has no corpus.jsonl; pass --data FOLDER", file=sys.stderr)
         return 1
-    corpus = read_jsonl(options.data / "corpus.jsonl")
-    queries = read_jsonl(options.data / "queries.jsonl")
-    documents = [f"{row['title']} {row['text']}" for row in corpus]
-    place = {row["id"]: number for number, row in enumerate(corpus)}
-    wanted: list[dict[int, float]] = [{} for _ in queries]
-    number_of = {row["id"]: number for number, row in enumerate(queries)}
-    with (options.data / "qrels.tsv").open(encoding="utf-8") as file:
-        for row in csv.DictReader(file, delimiter="\t"):
-            wanted[number_of[row["query"]]][place[row["doc"]]] = float(row["grade"])
-
+    data = read_retrieval(options.data)
     encoder = SentenceEncoder.from_pretrained(options.model)
-    asked = encoder.encode([row["text"] for row in queries])
+    documents, wanted = data.documents, data.grades
+    asked = encoder.encode(data.queries)
     whole, report = encoder.encode(documents, truncation="silent", return_report=True)
     tokens, kept = np.array(report.token_counts), np.array(report.kept_token_counts)
     long = np.array([bool(set(report.cut_rows) & set(grades)) for grades in wanted])
@@ -70,11 +41,12 @@ def main() -> int:
         f"{np.mean(tokens > kept):.0%} have more than {encoder.max_seq_length}, and of those "
         f"{1 - kept[tokens > kept].sum() / tokens[tokens > kept].sum():.0%} of the tokens are cut"
     )
-    print(f"nDCG@{TOP} of {len(queries)} queries, and of the {long.sum()} that look for a cut one")
+    print(f"nDCG@{TOP} of {len(wanted)} queries, and of the {long.sum()} that look for a cut one")
 
     def show(name: str, scores: np.ndarray) -> None:
-        of_long = ndcg(scores[long], [wanted[row] for row in long.nonzero()[0]])
-        print(f"  {ndcg(scores, wanted):.4f}  {of_long:.4f}  {name}")
+        found = np.argsort(-scores, axis=1, kind="stable")  # equal ones in the documents' order
+        of_long = ndcg(found[long], [wanted[row] for row in long.nonzero()[0]])
+        print(f"  {ndcg(found, wanted):.4f}  {of_long:.4f}  {name}")
 
     limit = encoder.max_seq_length
     encoder.max_seq_length = 128
@@ -82,7 +54,7 @@ def main() -> int:
     encoder.max_seq_length = limit
     show(f"cut at {limit} tokens", asked @ whole.T)
     show('truncation="chunk"', asked @ encoder.encode(documents, truncation="chunk").T)
-    best = np.empty((len(queries), len(documents)), dtype=np.float32)
+    best = np.empty((len(data.queries), len(documents)), dtype=np.float32)
     for number, document in enumerate(documents):
         windows = encoder.encode_windows(document)
         best[:, number] = (asked @ np.stack([window.embedding for window in windows]).T).max(1)

@@ -477,11 +477,17 @@ def test_communities_hold_no_square(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(sizes) <= 3000
 
 
-def test_progress_is_shown_if_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
-    community_detection(random(0, 20, 4))
+@pytest.mark.parametrize(
+    ("function", "step"),
+    [(community_detection, "batch_size"), (paraphrase_mining_embeddings, "query_chunk_size")],
+)
+def test_progress_is_shown_if_asked_for(
+    function: Callable[..., Any], step: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    function(random(0, 20, 4))
     assert capsys.readouterr().err == ""
-    community_detection(random(0, 20, 4), show_progress_bar=True)
-    assert "100%" in capsys.readouterr().err
+    function(random(0, 20, 4), show_progress_bar=True, **{step: 6})
+    assert "4/4" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

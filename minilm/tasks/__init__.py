@@ -3,8 +3,11 @@
 Tasks take embeddings, never a model: vectors made elsewhere or long ago will do.
 
 - `search.py`       `semantic_search`: the nearest of a corpus for each query
+- `rescoring.py`    `quantized_search`: the same from codes of a byte or a bit, then by the vectors
+- `index.py`        `Index`: a corpus in a folder, to which more can be added
 - `paraphrase.py`   `paraphrase_mining_embeddings`: the most similar pairs within one set
 - `communities.py`  `community_detection`: groups around a centre
+- `duplicates.py`   `near_duplicates` and `deduplicate`: rows that an earlier one makes superfluous
 
 All are exact and deterministic: every score is computed twice, quickly to find the candidates, then
 pair by pair in double precision to decide. So no result depends on the sizes of blocks, equal
@@ -13,7 +16,20 @@ matrix.
 """
 
 from minilm.tasks.communities import community_detection
+from minilm.tasks.duplicates import Duplicate, deduplicate, near_duplicates
+from minilm.tasks.index import Hit, Index
 from minilm.tasks.paraphrase import paraphrase_mining_embeddings
+from minilm.tasks.rescoring import quantized_search
 from minilm.tasks.search import semantic_search
 
-__all__ = ["community_detection", "paraphrase_mining_embeddings", "semantic_search"]
+__all__ = [
+    "Duplicate",
+    "Hit",
+    "Index",
+    "community_detection",
+    "deduplicate",
+    "near_duplicates",
+    "paraphrase_mining_embeddings",
+    "quantized_search",
+    "semantic_search",
+]

@@ -5,8 +5,10 @@ first. The scores are those of `search.py`.
 
 Two passes over the similarities, block by block: the first counts each vector's neighbours, the
 second, from the most neighbours to the fewest, collects those of a centre that are still free.
+Next: `duplicates.py`, which asks the same question, who is near enough to whom.
 """
 
+import hashlib
 import math
 from typing import Any
 
@@ -19,11 +21,11 @@ from minilm.inputs import check_positive_int, with_progress
 from minilm.similarity import Embeddings, _matrix, cos_sim
 from minilm.tasks.search import Scores
 
-__all__ = ["community_detection"]
+__all__ = ["Neighbours", "check_threshold", "community_detection", "equal_rows", "first_of_each"]
 
 _Array = np.ndarray[Any, Any]
 
-_BLOCK = 2**24  # similarities held at a time: 64 MB in float32
+_BLOCK = 2**22  # similarities held at a time, and neighbours: 16 MB in float32, 64 MB of pairs
 
 
 def community_detection(
@@ -58,72 +60,120 @@ def community_detection(
         >>> community_detection([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]], min_community_size=2)
         [[0, 1]]
     """
-    if isinstance(threshold, bool) or not isinstance(threshold, int | float | np.number):
-        raise InputTypeError(f"threshold is {threshold!r}; pass a number", "threshold")
-    if not math.isfinite(threshold):
-        raise InputError(f"threshold is {threshold}; pass one from -1 to 1", "threshold")
+    threshold = check_threshold(threshold)
     smallest = check_positive_int(min_community_size, "min_community_size")
     batch_size = check_positive_int(batch_size, "batch_size")
     vectors = _matrix(embeddings, "embeddings")
     if not vectors.numel() or len(vectors) < smallest:
         return []
 
-    groups = _equal_rows(vectors)
-    distinct = vectors[torch.tensor([rows[0] for rows in groups], device=vectors.device)]
-    neighbours = _Neighbours(Scores(distinct, distinct, cos_sim, ("embeddings",) * 2), threshold)
+    groups = equal_rows(vectors)
+    neighbours = Neighbours(first_of_each(groups, vectors), threshold)
     weights = np.array([len(rows) for rows in groups])
-    step = min(batch_size, max(1, _BLOCK // len(groups)))
-
-    starts = range(0, len(groups), step)
-    sizes = np.concatenate(
-        [
-            neighbours.count(torch.arange(len(groups))[start : start + step], weights)
-            for start in with_progress(starts, show_progress_bar)
-        ]
-    )
+    sizes = _sizes(neighbours, weights, min(batch_size, _BLOCK), show_progress_bar)
     centres = np.lexsort((np.arange(len(groups)), -sizes))
     centres = centres[sizes[centres] >= smallest]
 
     taken = np.zeros(len(groups), bool)
     communities: list[list[int]] = []
     while len(centres := centres[~taken[centres]]):
-        batch, centres = centres[:step], centres[step:]
-        for centre, near in zip(batch.tolist(), neighbours.of(torch.as_tensor(batch)), strict=True):
-            free = near & ~taken
+        # So many that their neighbours can be held: the first pass has counted them.
+        step = int(np.searchsorted(np.cumsum(sizes[centres[:batch_size]]), _BLOCK))
+        batch, centres = centres[: max(1, step)], centres[max(1, step) :]
+        for centre, near in zip(batch.tolist(), neighbours.of(batch), strict=True):
+            free = near[~taken[near]]
             if taken[centre] or weights[free].sum() < smallest:
                 continue
-            taken |= free
-            communities.append(_community(centre, np.flatnonzero(free), groups, neighbours.scores))
+            taken[free] = True
+            communities.append(_community(centre, free, groups, neighbours.scores))
     return sorted(communities, key=len, reverse=True)
 
 
-class _Neighbours:
-    """Which vectors are near enough to others."""
+def check_threshold(threshold: Any) -> float:
+    """Return a threshold for a cosine as it is compared: in float32.
 
-    def __init__(self, scores: Scores, threshold: float) -> None:
-        self.scores, self.threshold = scores, np.float32(threshold).item()
+    Raises:
+        InputTypeError: It is no number.
+        InputError: It is not finite.
+    """
+    if isinstance(threshold, bool) or not isinstance(threshold, int | float | np.number):
+        raise InputTypeError(f"threshold is {threshold!r}; pass a number", "threshold")
+    if not math.isfinite(threshold):
+        raise InputError(f"threshold is {threshold}; pass one from -1 to 1", "threshold")
+    return np.float32(threshold).item()
 
-    def count(self, rows: Tensor, weights: _Array) -> _Array:
-        """How many each has, itself included, `[rows]`."""
-        near = self._mask(rows)
-        weight = torch.as_tensor(weights, device=near.device)
-        counts: _Array = torch.where(near, weight, 0).sum(dim=1).cpu().numpy()
-        return counts
 
-    def of(self, rows: Tensor) -> _Array:
-        """`[rows, n]`, true where near."""
-        mask: _Array = self._mask(rows).cpu().numpy()
-        return mask
+class Neighbours:
+    """Which vectors of a set are near enough to others.
 
-    def _mask(self, rows: Tensor) -> Tensor:
-        rows = rows.to(self.scores.queries.device)
-        block = self.scores.block(rows, 0, len(self.scores.corpus))
-        near = block >= self.threshold
+    Attributes:
+        scores: Their cosines.
+    """
+
+    def __init__(self, vectors: Tensor, threshold: float) -> None:
+        """Check the vectors.
+
+        Args:
+            vectors: `[n, d]`, floating point.
+            threshold: The smallest cosine, as `check_threshold` returns it.
+
+        Raises:
+            InputError: A vector has a number that is not finite.
+        """
+        self.scores = Scores(vectors, vectors, cos_sim, ("embeddings", "embeddings"))
+        self.threshold = threshold
+
+    def pairs(self, rows: _Array, start: int, stop: int) -> tuple[_Array, _Array]:
+        """Who of vectors[start:stop] is near enough to which of the rows.
+
+        Args:
+            rows: `[rows]`, row numbers.
+            start, stop: The others, at least one. `rows` times as many similarities are held.
+
+        Returns:
+            Places in `rows`, and row numbers from `start` to `stop`, both `[found]`: by the first,
+            then by the second.
+        """
+        ids = torch.as_tensor(rows).to(self.scores.queries.device)
+        block = self.scores.block(ids, start, stop)
         # Where rounding could decide, the exact score does, in float32 like the threshold.
-        error = self.scores.error(rows, block[:, 0]) + torch.finfo(torch.float32).eps
-        i, j = ((block - self.threshold).abs_() <= error.unsqueeze(1)).nonzero(as_tuple=True)
-        near[i, j] = self.scores.exact(rows[i], j).to(torch.float32) >= self.threshold
-        return near
+        error = self.scores.error(ids, block[:, 0]) + torch.finfo(torch.float32).eps
+        i, j = (block >= (self.threshold - error).unsqueeze(1)).nonzero(as_tuple=True)
+        near = block[i, j] > self.threshold + error[i]
+        open_ = (~near).nonzero().squeeze(1)
+        exact = self.scores.exact(ids[i[open_]], j[open_] + start)
+        near[open_] = exact.to(torch.float32) >= self.threshold
+        return i[near].cpu().numpy(), j[near].cpu().numpy() + start
+
+    def of(self, rows: _Array) -> list[_Array]:
+        """The neighbours of each of the rows, itself included, in order: row numbers."""
+        step = max(1, _BLOCK // len(rows))
+        count = len(self.scores.corpus)
+        found = [self.pairs(rows, k, min(k + step, count)) for k in range(0, count, step)]
+        places, near = (np.concatenate(part) for part in zip(*found, strict=True))
+        order = np.argsort(places, kind="stable")
+        ends = np.cumsum(np.bincount(places, minlength=len(rows)))[:-1]
+        return np.split(near[order], ends)
+
+
+def _sizes(neighbours: Neighbours, weights: _Array, step: int, show_progress_bar: bool) -> _Array:
+    """How many neighbours each vector has, itself included, `[n]`; a neighbour counts its weight.
+
+    Of the square of similarities, half is computed: who is near is so from either side.
+    """
+    count = len(weights)
+    sizes = np.zeros(count, np.int64)
+    width = max(1, _BLOCK // step)
+    for start in with_progress(range(0, count, step), show_progress_bar):
+        stop = min(start + step, count)
+        rows = np.arange(start, stop)
+        for first in range(start, count, width):
+            i, j = neighbours.pairs(rows, first, min(first + width, count))
+            i += start
+            np.add.at(sizes, i, weights[j])
+            later = j >= stop
+            np.add.at(sizes, j[later], weights[i[later]])
+    return sizes
 
 
 def _community(centre: int, members: _Array, groups: list[list[int]], scores: Scores) -> list[int]:
@@ -140,7 +190,7 @@ def _community(centre: int, members: _Array, groups: list[list[int]], scores: Sc
     return [first, *(row for _, row in sorted(others))]
 
 
-def _equal_rows(vectors: Tensor) -> list[list[int]]:
+def equal_rows(vectors: Tensor) -> list[list[int]]:
     """Rows that are the same, together, in order of the first. The same sentence many times over
     would otherwise be compared with itself as often, and exactly where the threshold is 1.
     """
@@ -149,5 +199,14 @@ def _equal_rows(vectors: Tensor) -> list[list[int]]:
     for start in range(0, len(vectors), 1024):
         part = vectors[start : start + 1024].detach().to(wide).cpu().numpy()
         for row, vector in enumerate(part, start):
-            groups.setdefault(vector.tobytes(), []).append(row)
+            # 128 bits tell vectors apart as their own bytes do, and a million take 16 MB.
+            digest = hashlib.blake2b(vector.tobytes(), digest_size=16).digest()
+            groups.setdefault(digest, []).append(row)
     return list(groups.values())
+
+
+def first_of_each(groups: list[list[int]], vectors: Tensor) -> Tensor:
+    """One of each group of equal rows, `[groups, d]`."""
+    if len(groups) == len(vectors):
+        return vectors
+    return vectors[torch.tensor([rows[0] for rows in groups], device=vectors.device)]

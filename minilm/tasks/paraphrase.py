@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from minilm.inputs import check_positive_int
+from minilm.inputs import check_positive_int, with_progress
 from minilm.similarity import Embeddings, _matrix, cos_sim
 from minilm.tasks.search import ScoreFunction, Scores
 
@@ -26,6 +26,7 @@ def paraphrase_mining_embeddings(
     max_pairs: int = 500000,
     top_k: int = 100,
     score_function: ScoreFunction = cos_sim,
+    show_progress_bar: bool = False,
 ) -> list[list[float | int]]:
     """Find the pairs of vectors that are most similar. Exact.
 
@@ -40,6 +41,7 @@ def paraphrase_mining_embeddings(
         top_k: The most neighbours of one vector to consider.
         score_function: As in `semantic_search`, and symmetric: of the scores of (i, j) and (j, i)
             the larger counts.
+        show_progress_bar: Show one.
 
     Returns:
         `[score, i, j]` with i < j, the most similar first; pairs of equal score ordered by (i, j).
@@ -61,18 +63,16 @@ def paraphrase_mining_embeddings(
     count = len(vectors)
     keys, values = np.empty(0, np.int64), np.empty(0, np.float32)  # i * n + j: orders by (i, j)
     pending: list[_Pairs] = []
-    for rows, ids, found in scores.nearest(
-        top_k, query_chunk_size, corpus_chunk_size, others_only=True
-    ):
+    chunks = with_progress(scores.chunks(query_chunk_size), show_progress_bar)
+    nearest = scores.nearest(top_k, query_chunk_size, corpus_chunk_size, others_only=True)
+    for _, (rows, ids, found) in zip(chunks, nearest, strict=True):
         pending.append((np.minimum(rows, ids) * count + np.maximum(rows, ids), found))
         if sum(len(part) for part, _ in pending) >= max(_PENDING, max_pairs):
             keys, values = _best([(keys, values), *pending], max_pairs)
             pending.clear()
     keys, values = _best([(keys, values), *pending], max_pairs)
-    return [
-        [value, key // count, key % count]
-        for key, value in zip(keys.tolist(), values.tolist(), strict=True)
-    ]
+    columns = values.tolist(), (keys // count).tolist(), (keys % count).tolist()
+    return [list(pair) for pair in zip(*columns, strict=True)]
 
 
 def _best(parts: list[_Pairs], max_pairs: int) -> _Pairs:

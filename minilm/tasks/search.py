@@ -5,7 +5,10 @@ In: embeddings as tensors, NumPy arrays or lists. Out: row numbers and scores, t
 A matrix product gives a score that depends in its last bits on the block it was computed in. So the
 product only finds the candidates, all whose score may be among the best given its rounding error;
 `Scores.exact` then computes theirs one pair at a time in float64. Next: `paraphrase.py` and
-`communities.py`, which use the same two steps.
+`communities.py`, which use the same two steps, and `index.py`, which keeps a corpus in files.
+
+A corpus that is a memory-mapped array stays where it is: it is read block by block, in one pass for
+each 256 queries, so it may be larger than the memory.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,6 +23,7 @@ from minilm.inputs import check_positive_int
 from minilm.similarity import (
     Embeddings,
     _matrices,
+    _matrix,
     cos_sim,
     dot_score,
     euclidean_sim,
@@ -29,7 +33,7 @@ from minilm.similarity import (
     pairwise_manhattan_sim,
 )
 
-__all__ = ["Found", "ScoreFunction", "Scores", "semantic_search"]
+__all__ = ["Best", "Found", "ScoreFunction", "Scores", "in_place", "not_finite", "semantic_search"]
 
 ScoreFunction = Callable[[Any, Any], Tensor]
 Found = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]
@@ -42,7 +46,12 @@ _PAIRWISE: dict[ScoreFunction, ScoreFunction] = {
 }
 _TILE = 2**22  # scores looked at together: 16 MB in float32, about what a cache holds
 _QUERIES = 256  # of which so many queries: enough for the matrix product to be at its best
+_ROWS = 2**14  # and so many vectors of the corpus: 25 MB in float32 at 384 wide
+_GROUP = 64  # scores whose largest is looked at first: most groups have none of the best
 _PAIRS = 4096  # vectors copied for exact scores at a time: 12 MB of float64 at 384 wide
+_UNIT = 1e-6  # lengths that are nearer to 1 are 1, where a score is only a first guess
+_SHORTEST = 1e-30  # a zero vector is as similar as 0 to everything, not 0 / 0
+_KEPT = ("float16", "float32", "float64", "int8", "uint8", "int16")  # exact in float32, or wider
 # What float32 products lose where the user allows TF32 or bfloat16 in them.
 _ALLOWED_LOSS = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}
 
@@ -59,7 +68,8 @@ def semantic_search(
 
     Args:
         query_embeddings: `[n, d]`, or one vector `[d]`.
-        corpus_embeddings: `[m, d]`. Searched on its device.
+        corpus_embeddings: `[m, d]`. Searched on its device. A memory-mapped array, such as
+            `np.load(path, mmap_mode="r")`, is not copied to memory.
         query_chunk_size: Queries compared at a time, at most. No result depends on it.
         corpus_chunk_size: Vectors of the corpus compared at a time, at most; likewise.
         top_k: Results for each query, fewer if the corpus has fewer.
@@ -82,9 +92,12 @@ def semantic_search(
         [[{'corpus_id': 1, 'score': 1.0}]]
     """
     top_k = check_positive_int(top_k, "top_k")
-    corpus, queries = _matrices(
-        corpus_embeddings, query_embeddings, names=("corpus_embeddings", "query_embeddings")
+    corpus = in_place(corpus_embeddings, "corpus_embeddings")
+    head, queries = _matrices(
+        corpus[:1], query_embeddings, names=("corpus_embeddings", "query_embeddings")
     )
+    if not corpus.numel():
+        corpus = head  # of the queries' width
     scores = Scores(queries, corpus, score_function, ("query_embeddings", "corpus_embeddings"))
     results: list[list[dict[str, int | float]]] = [[] for _ in range(len(queries))]
     for found in scores.nearest(top_k, query_chunk_size, corpus_chunk_size):
@@ -107,17 +120,22 @@ class Scores:
         corpus: Tensor,
         score_function: ScoreFunction,
         names: tuple[str, str],
+        corpus_lengths: Tensor | None = None,
     ) -> None:
-        """Check the vectors and take their lengths.
+        """Check the queries. The corpus is checked when a block of it is first used.
 
         Args:
             queries: `[n, d]`, floating point.
-            corpus: `[m, d]` on the same device, or the same tensor.
+            corpus: `[m, d]` on the same device, or the same tensor. Its blocks are brought to the
+                dtype of the queries, or float32, one at a time.
             score_function: As in `semantic_search`.
             names: What to call the two in errors.
+            corpus_lengths: `[m]`, if they are known: float32, off by a rounding error at most. The
+                corpus is then known to be finite.
 
         Raises:
-            InputError: A vector has a number that is not finite.
+            InputError: A query, or any vector if the two are the same tensor, has a number that is
+                not finite. A vector of the corpus that has one is an error of `block`.
             InputTypeError: `score_function` can't be called.
         """
         if not callable(score_function):
@@ -128,41 +146,82 @@ class Scores:
             )
         self.score_function = score_function
         self.exact_is_known = score_function in _PAIRWISE
+        self._names = names
         wide = torch.promote_types(queries.dtype, torch.float32)  # half precision makes false ties
         self.queries = _finite(queries.detach().to(wide), names[0])
-        self.corpus = (
-            self.queries if corpus is queries else _finite(corpus.detach().to(wide), names[1])
-        )
+        self.corpus = self.queries if corpus is queries else corpus.detach()
         # mps has no float64.
         self.exact_device = torch.device("cpu") if corpus.device.type == "mps" else corpus.device
-        if self.exact_is_known:
-            self._query_lengths = self._lengths(self.queries)
-            self._corpus_lengths = (
-                self._query_lengths if corpus is queries else self._lengths(self.corpus)
-            )
-            self._query_scale = self._on_device(1 / self._query_lengths)
-            self._corpus_scale = self._on_device(1 / self._corpus_lengths)
-            self._longest = float(self._corpus_lengths.max()) if len(self.corpus) else 0.0
+        self._query_lengths = self._lengths(self.queries)
+        self._query_scale = self._on_device(1 / self._query_lengths)
+        self._room = self.queries.new_empty(0)  # for the scores of one block after the other
+        self._longest = 0.0  # of the vectors of the corpus that were used so far
+        self._lengths_are_known = corpus is queries or corpus_lengths is not None
+        # 1 / length of each, NaN before it is first used.
+        if corpus is queries:
+            self._corpus_scale = self._query_scale
+            self._longest = float(self._query_lengths.max()) if len(self.corpus) else 0.0
+        elif corpus_lengths is not None:
+            self._corpus_scale = 1 / corpus_lengths.to(self.queries).clamp(min=_SHORTEST)
+            self._longest = float(corpus_lengths.max()) if len(self.corpus) else 0.0
+        else:
+            self._corpus_scale = self.queries.new_full((len(self.corpus),), torch.nan)
 
     def _on_device(self, exact: Tensor) -> Tensor:
         return exact.to(self.queries.dtype).to(self.queries.device)  # in this order, for mps
 
     def _lengths(self, vectors: Tensor) -> Tensor:
+        """In float64, `[vectors]`."""
         parts = [
             torch.linalg.vector_norm(part.to(self.exact_device, torch.float64), dim=-1)
             for part in torch.split(vectors, _PAIRS)
         ]
-        # A zero vector is as similar as 0 to everything, not 0 / 0.
-        return torch.cat(parts).clamp(min=1e-30) if parts else torch.ones(0, dtype=torch.float64)
+        return (
+            torch.cat(parts).clamp(min=_SHORTEST) if parts else torch.ones(0, dtype=torch.float64)
+        )
+
+    def vectors(self, rows: Tensor | slice) -> Tensor:
+        """Those of the corpus, in the dtype of the queries."""
+        return self.corpus[rows].to(self.queries.dtype)
+
+    def _part(self, start: int, stop: int) -> Tensor:
+        """corpus[start:stop] in the dtype of the queries, finite, its lengths known."""
+        part = self.vectors(slice(start, stop))
+        if self._lengths_are_known or not self._corpus_scale[start:stop].isnan().any():
+            return part
+        lengths = torch.linalg.vector_norm(part, dim=-1)
+        # Beyond these the squares are too large or too small for the dtype. NaN is in no range.
+        least = torch.finfo(part.dtype).tiny ** 0.375
+        odd = ~((lengths > least) & (lengths < 1 / least))
+        scale = 1 / lengths
+        if odd.any():
+            rows = odd.nonzero()[:, 0]
+            finite = part[rows].isfinite().all(dim=1)
+            if not finite.all():
+                raise not_finite(self._names[1], start + int(rows[~finite][0]))
+            exact = self._lengths(part[rows])
+            scale[rows], lengths[rows] = self._on_device(1 / exact), self._on_device(exact)
+        self._corpus_scale[start:stop] = scale
+        self._longest = max(self._longest, float(lengths.max()))
+        return part
 
     def block(self, rows: Tensor | slice, start: int, stop: int) -> Tensor:
         """Queries against corpus[start:stop], `[rows, stop - start]`, with a rounding error of up
         to `error`.
+
+        Raises:
+            InputError: A vector has a number that is not finite, or the function's result is none.
         """
-        queries, corpus = self.queries[rows], self.corpus[start:stop]
+        queries, corpus = self.queries[rows], self._part(start, stop)
         if self.score_function is cos_sim:
             unit = queries * self._query_scale[rows].unsqueeze(1)
-            return (unit @ corpus.T).mul_(self._corpus_scale[start:stop])
+            size = len(unit) * len(corpus)
+            room = self._room[:size] if len(self._room) >= size else self._room.new_empty(size)
+            scores = torch.mm(unit, corpus.T, out=room.view(len(unit), len(corpus)))
+            scale = self._corpus_scale[start:stop]
+            return scores if ((scale - 1).abs() < _UNIT).all() else scores.mul_(scale)
+        if not self.exact_is_known:
+            corpus = corpus.clone()  # a stranger might write to it, and the memory be read-only
         scores = torch.as_tensor(self.score_function(queries, corpus)).detach()
         if scores.shape != (len(queries), len(corpus)):
             raise InputError(
@@ -175,16 +234,18 @@ class Scores:
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
     def error(self, rows: Tensor | slice, near: Tensor) -> Tensor:
-        """How far the scores of `block` near `near`, `[rows]`, may be from the exact ones."""
+        """How far the scores near `near`, `[rows]`, of the blocks so far may be from the exact."""
         if not self.exact_is_known:
             return torch.zeros_like(near)
         dtype, width = self.queries.dtype, self.queries.shape[1]
-        # Each of `width` additions rounds once (Higham 2002, section 3.1); 8 for the lengths.
+        # Each of `width` additions rounds once (Higham 2002, section 3.1); 8 for the rest.
         relative = (width + 8) * torch.finfo(dtype).eps / 2
+        if self.score_function is cos_sim:  # the root of a sum is off by half as much
+            relative *= 1.5
         if dtype == torch.float32:
             relative += _ALLOWED_LOSS[torch.get_float32_matmul_precision()]
         if self.score_function is cos_sim:
-            return torch.full_like(near, relative)
+            return torch.full_like(near, relative + _UNIT)
         if self.score_function is dot_score:
             return self._longest * relative / self._query_scale[rows]
         return near.abs() * relative  # a sum of positive numbers: relative to itself
@@ -203,13 +264,12 @@ class Scores:
         pairwise, values = _PAIRWISE[self.score_function], []
         for i, j in zip(torch.split(rows, _PAIRS), torch.split(ids, _PAIRS), strict=True):
             a = self.queries[i].to(self.exact_device, torch.float64)
-            b = self.corpus[j].to(self.exact_device, torch.float64)
+            b = self.vectors(j).to(self.exact_device, torch.float64)
             value = pairwise(a, b)
             if self.score_function is cos_sim:
-                value = value / (
-                    self._query_lengths[i.to(self.exact_device)]
-                    * self._corpus_lengths[j.to(self.exact_device)]
-                )
+                i, j = i.to(self.exact_device), j.to(self.exact_device)
+                of_b = self._query_lengths[j] if self.corpus is self.queries else self._lengths(b)
+                value = value / (self._query_lengths[i] * of_b)
             values.append(value)
         return self._on_device(torch.cat(values))
 
@@ -231,45 +291,92 @@ class Scores:
         Raises:
             InputError, InputTypeError: A size is no positive integer.
         """
-        query_step = check_positive_int(query_chunk_size, "query_chunk_size")
         step = check_positive_int(corpus_chunk_size, "corpus_chunk_size")
-        if self.exact_is_known:
-            query_step = min(query_step, _QUERIES)
-            step = min(step, max(1, _TILE // query_step))
-        for first in range(0, len(self.queries), query_step):
-            rows = slice(first, min(first + query_step, len(self.queries)))
-            best = _Best(rows.stop - first, k)
-            for start in range(0, len(self.corpus), step):
-                scores = self.block(rows, start, min(start + step, len(self.corpus)))
-                if others_only:
-                    scores = _without_diagonal(scores, first - start)
-                tiles = torch.split(scores, max(1, _TILE // len(scores)), dim=1)
-                for tile in tiles:
-                    self._merge(best, tile, first, start, rows)
-                    start += tile.shape[1]
-            yield best.rows + first, best.ids, best.values
+        for rows in self.chunks(query_chunk_size):
+            best = Best(rows.stop - rows.start, k)
+            self.improve(best, rows, step, others_only=others_only)
+            yield best.rows + rows.start, best.ids, best.values
 
-    def _merge(self, best: "_Best", tile: Tensor, first: int, start: int, rows: slice) -> None:
+    def chunks(self, query_chunk_size: int = _QUERIES) -> list[slice]:
+        """The queries in groups that are compared at a time."""
+        step = check_positive_int(query_chunk_size, "query_chunk_size")
+        if self.exact_is_known:
+            step = min(step, _QUERIES)
+        count = len(self.queries)
+        return [slice(first, min(first + step, count)) for first in range(0, count, step)]
+
+    def improve(
+        self,
+        best: "Best",
+        rows: slice,
+        corpus_chunk_size: int,
+        first_id: int = 0,
+        others_only: bool = False,
+    ) -> None:
+        """Put those of the corpus that belong there among the best of some queries.
+
+        Args:
+            best: The best so far, of the queries `rows`.
+            rows: One of `chunks`.
+            corpus_chunk_size: As in `semantic_search`.
+            first_id: What the first vector of the corpus is called among the best.
+            others_only: As in `nearest`.
+        """
+        count, step = rows.stop - rows.start, corpus_chunk_size
+        if self.exact_is_known:
+            step = min(step, max(1, _TILE // count))
+            if self.corpus.dtype != self.queries.dtype or not self._lengths_are_known:
+                step = min(step, _ROWS)  # more than the product is done with each
+        if self.score_function is cos_sim:
+            # The same memory for all blocks: new memory takes a third of the product's time.
+            self._room = self.queries.new_empty(count * min(step, len(self.corpus)))
+        for start in range(0, len(self.corpus), step):
+            scores = self.block(rows, start, min(start + step, len(self.corpus)))
+            if others_only:
+                scores = _without_diagonal(scores, rows.start - start)
+            tiles = torch.split(scores, max(1, _TILE // count), dim=1)
+            for tile in tiles:
+                self._merge(best, tile, start, rows, first_id)
+                start += tile.shape[1]
+        self._room = self._room[:0].clone()
+
+    def _merge(self, best: "Best", tile: Tensor, start: int, rows: slice, first_id: int) -> None:
         """Add to the best those of corpus[start : start + width] that belong there."""
+        count, width = tile.shape
+        size = _GROUP if width % _GROUP == 0 and width >= best.k * _GROUP else 1
+        groups = tile.view(count, width // size, size)
+        tops = groups.amax(dim=2) if size > 1 else tile
         lowest = torch.as_tensor(best.lowest).to(tile)
-        if tile.shape[1] >= best.k:
-            lowest = torch.maximum(lowest, tile.topk(best.k, dim=1).values[:, -1])
+        if tops.shape[1] >= best.k:  # the k-th best of the tile is no worse
+            lowest = torch.maximum(lowest, tops.topk(best.k, dim=1).values[:, -1])
         # `lowest` and the score may both be off, in opposite directions.
         lowest = lowest - 2 * self.error(rows, lowest)
         # Its own score, masked, is -inf. So may be a real one of another function: not found.
-        found = (tile >= lowest.unsqueeze(1)) & (tile > -torch.inf)
-        i, j = found.nonzero(as_tuple=True)
-        values = self.exact(i + first, j + start) if self.exact_is_known else tile[i, j]
-        best.add(i.cpu().numpy(), j.cpu().numpy() + start, values.cpu().numpy())
+        i, group = ((tops >= lowest.unsqueeze(1)) & (tops > -torch.inf)).nonzero(as_tuple=True)
+        members = groups[i, group]
+        found = (members >= lowest[i].unsqueeze(1)) & (members > -torch.inf)
+        pick, place = found.nonzero(as_tuple=True)
+        i, j = i[pick], group[pick] * size + place + start
+        values = self.exact(i + rows.start, j) if self.exact_is_known else members[pick, place]
+        best.add(i.cpu().numpy(), j.cpu().numpy() + first_id, values.cpu().numpy())
 
 
-class _Best:
+class Best:
     """The k best seen so far for each query."""
 
     def __init__(self, queries: int, k: int) -> None:
         self.queries, self.k = queries, k
         self.rows = self.ids = np.empty(0, np.int64)
         self.values = np.empty(0, np.float32)
+
+    def results(self) -> list[list[tuple[int, float]]]:
+        """The row and the score of each, for each query."""
+        found: list[list[tuple[int, float]]] = [[] for _ in range(self.queries)]
+        for row, i, value in zip(
+            self.rows.tolist(), self.ids.tolist(), self.values.tolist(), strict=True
+        ):
+            found[row].append((i, value))
+        return found
 
     @property
     def lowest(self) -> np.ndarray[Any, Any]:
@@ -312,9 +419,38 @@ def _finite(vectors: Tensor, argument: str) -> Tensor:
         return vectors
     low, high = torch.aminmax(vectors)  # one pass and no copy; NaN and infinity come through
     if not (low.isfinite() and high.isfinite()):
-        row = int((~vectors.isfinite()).any(dim=1).nonzero()[0])
-        raise InputError(
-            f"{argument}[{row}] has a number that is not finite; leave that vector out",
-            f"{argument}[{row}]",
-        )
+        raise not_finite(argument, int((~vectors.isfinite()).any(dim=1).nonzero()[0]))
     return vectors
+
+
+def not_finite(argument: str, row: int) -> InputError:
+    return InputError(
+        f"{argument}[{row}] has a number that is not finite; leave that vector out",
+        f"{argument}[{row}]",
+    )
+
+
+def in_place(embeddings: Embeddings, argument: str) -> Tensor:
+    """`[rows, d]`, as `_matrix` gives it, but large arrays are neither copied nor converted.
+
+    Raises:
+        InputError, InputTypeError: As in `cos_sim`.
+    """
+    if (
+        isinstance(embeddings, np.ndarray)
+        and embeddings.ndim == 2
+        and embeddings.dtype.name in _KEPT
+        and embeddings.dtype.isnative
+        and embeddings.flags.c_contiguous
+    ):
+        return torch.from_numpy(np.asarray(_Writable(embeddings)))
+    return _matrix(embeddings, argument)
+
+
+class _Writable:
+    """The memory of an array that is perhaps read-only, as torch wants it. Never written to."""
+
+    def __init__(self, array: np.ndarray[Any, Any]) -> None:
+        self.array = array  # kept alive by what is made of this
+        address, _ = array.__array_interface__["data"]
+        self.__array_interface__ = array.__array_interface__ | {"data": (address, False)}
