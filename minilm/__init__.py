@@ -51,6 +51,7 @@ _HOMES = {
     "Explanation": "explain",
     "Fingerprint": "fingerprint",
     "MeanPooling": "pooling",
+    "MiniLMVectorizer": "adapters.sklearn",
     "MinilmError": "errors",
     "Normalize": "pooling",
     "SentenceEncoder": "encoder",
@@ -66,6 +67,7 @@ _HOMES = {
 }
 
 if TYPE_CHECKING:
+    from minilm.adapters.sklearn import MiniLMVectorizer as MiniLMVectorizer
     from minilm.bert import BertEmbeddings as BertEmbeddings
     from minilm.bert import BertFeedForward as BertFeedForward
     from minilm.bert import BertLayer as BertLayer
@@ -102,6 +104,7 @@ __all__ = [
     "Explanation",
     "Fingerprint",
     "MeanPooling",
+    "MiniLMVectorizer",
     "MinilmError",
     "Normalize",
     "SentenceEncoder",

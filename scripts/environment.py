@@ -1,4 +1,4 @@
-"""Make the virtual environment that `scripts/demo` and `scripts/test` run in.
+"""Make the virtual environments that `scripts/demo`, `test` and `test_adapter` run in.
 
 Standard library only, so that it works before anything is installed. Safe to repeat: what was
 installed is remembered, and a second call with the same requirements does nothing.
@@ -16,35 +16,37 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / ".venv"
 CONSTRAINTS = ROOT / "scripts" / "constraints.txt"
-_STAMPS = FOLDER / "minilm-stamps"
 
 
-def prepare(extra: str = "") -> Path:
-    """Install this checkout, editable, into `.venv`.
+def prepare(extra: str = "", folder: Path = FOLDER) -> Path:
+    """Install this checkout, editable, into a virtual environment of its own.
 
     Args:
-        extra: An extra of pyproject.toml, or "" for the runtime packages alone.
+        extra: An extra of pyproject.toml, or several with commas between them; "" for the runtime
+            packages alone.
+        folder: Where the environment is.
 
     Returns:
         The environment's Python.
     """
     if sys.version_info < (3, 11):  # noqa: UP036  # whatever Python the user started
         sys.exit(f"minilm needs Python 3.11 or newer; this is {sys.version.split()[0]}")
-    python = FOLDER / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-    complete = _STAMPS / "complete"
+    python = folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+    stamps = folder / "minilm-stamps"
+    complete = stamps / "complete"
     if not complete.is_file():  # also where an earlier run was interrupted
-        print(f"making the environment {FOLDER}", flush=True)
+        print(f"making the environment {folder}", flush=True)
         try:
-            venv.create(FOLDER, with_pip=True, clear=True)
+            venv.create(folder, with_pip=True, clear=True)
         except subprocess.CalledProcessError as error:
             sys.exit(f"making it failed: {error}\nOn Debian and Ubuntu: apt install python3-venv")
-        _STAMPS.mkdir()
+        stamps.mkdir()
         complete.touch()
     # What is in test is a superset of what is in "".
     wanted = [extra] if extra else ["", "test"]
-    if not any(_stamp(name).is_file() for name in wanted):
+    if not any((stamps / _stamp(name)).is_file() for name in wanted):
         _install(python, extra)
-        _stamp(extra).touch()
+        (stamps / _stamp(extra)).touch()
     return python
 
 
@@ -55,10 +57,10 @@ def run(*command: str | Path) -> None:
         sys.exit(status)
 
 
-def _stamp(extra: str) -> Path:
+def _stamp(extra: str) -> str:
     requirements = (ROOT / "pyproject.toml").read_bytes() + CONSTRAINTS.read_bytes()
     checked = requirements + sys.version.encode() + str(ROOT).encode()
-    return _STAMPS / f"{extra or 'runtime'}-{hashlib.sha256(checked).hexdigest()[:16]}"
+    return f"{extra or 'runtime'}-{hashlib.sha256(checked).hexdigest()[:16]}"
 
 
 def _install(python: Path, extra: str) -> None:

@@ -41,6 +41,14 @@ TINY_WORDS = [
 ]  # fmt: skip
 
 
+def needs(module: str, adapter: str) -> Any:
+    """A framework, imported; where it is not installed, the test file or test that asks is skipped.
+
+    Its own warnings at import are not ours, and are ignored.
+    """
+    return pytest.importorskip(module, reason=f"needs {module}; run scripts/test_adapter {adapter}")
+
+
 def tiny_tokenizer_json() -> dict[str, Any]:
     """A WordPiece tokenizer of 23 words, in the form of the published file."""
     special = [

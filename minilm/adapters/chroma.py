@@ -1,0 +1,219 @@
+"""Texts -> vectors, as Chroma's `EmbeddingFunction`: kept by name with a collection, and rebuilt.
+
+    client = chromadb.PersistentClient("database")
+    function = MiniLMEmbeddingFunction()
+    collection = client.create_collection("notes", embedding_function=function)
+    collection.add(ids=ids, documents=texts)
+
+A later process imports this module, so that Chroma knows the name, and gets the same function with
+`client.get_collection("notes")`. Without the import, Chroma refuses to embed for the collection.
+"""
+
+import json
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Unpack
+
+import numpy as np
+import torch
+
+from minilm import hub
+from minilm.adapters.lazy import SECRETS, AdapterOptions, LazyEncoder, as_many
+from minilm.encoder import SentenceEncoder
+from minilm.errors import InputError, InputTypeError, MissingPackageError
+from minilm.fingerprint import Fingerprint, compare
+
+try:
+    from chromadb.api.types import Documents, EmbeddingFunction
+    from chromadb.utils.embedding_functions import register_embedding_function
+except ModuleNotFoundError as error:
+    raise MissingPackageError("minilm.adapters.chroma", "chromadb", "chroma") from error
+
+__all__ = ["MiniLMEmbeddingFunction"]
+
+
+class MiniLMEmbeddingFunction(EmbeddingFunction[Documents]):  # type: ignore[misc]
+    """Embeds the documents of a collection, and what it is queried for.
+
+    What is kept with the collection are the model's name or folder, the options, and the model's
+    fingerprint. So a collection that is opened again refuses to be searched with another model,
+    also if it is one of the same name. Open it without passing a function: else Chroma takes that
+    one, whatever the collection was made with, as long as it is of this class.
+
+    Attributes:
+        lazy: The model.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] = hub.DEFAULT_MODEL,
+        *,
+        fingerprint: Mapping[str, Any] | None = None,
+        **options: Unpack[AdapterOptions],
+    ) -> None:
+        """Load a model.
+
+        It is loaded here and now, unless it has a fingerprint: Chroma asks for what is to be kept
+        while it makes a collection, and takes an error then for "nothing can be kept".
+
+        Args:
+            model: A folder, or a name on the Hub; an encoder could not be kept with a collection.
+            fingerprint: What the model has to be, as `Fingerprint.to_dict` gives it; it is loaded,
+                and compared, when first used.
+            options: See `LazyEncoder`. An access token is not kept with the collection.
+
+        Raises:
+            InputTypeError: `model` is no name; or as in `LazyEncoder`.
+            MinilmError: As in `SentenceEncoder.from_pretrained`.
+        """
+        if isinstance(model, SentenceEncoder):
+            raise InputTypeError(
+                "model is a SentenceEncoder, which can't be kept with a collection; pass its "
+                "folder (see save_pretrained) or its name",
+                "model",
+            )
+        self.lazy = LazyEncoder(model, **options)
+        self._fingerprint = None if fingerprint is None else Fingerprint.from_dict(fingerprint)
+        self._is_checked = fingerprint is None
+        made = self._fingerprint or self._fingerprint_now()
+        kept = {name: value for name, value in options.items() if name not in SECRETS}
+        place = _absolute(model)
+        self._config = _as_json({"model": place, "fingerprint": made.to_dict(), **kept})
+
+    def __call__(self, input: Documents) -> list[np.ndarray[Any, Any]]:  # noqa: A002
+        """Embed documents.
+
+        Args:
+            input: n texts; Chroma compares the name of this argument.
+
+        Returns:
+            n arrays `[384]` of float32: the numbers of `SentenceEncoder.encode_document`.
+
+        Raises:
+            InputError: The model has not the fingerprint that it should have.
+            InputTypeError: A single text was passed, or something is no text.
+            MinilmError: As in `SentenceEncoder.from_pretrained` and `encode`.
+        """
+        texts = as_many(input, "input")
+        return list(self._checked().encode_document(texts).astype(np.float32, copy=False))
+
+    def embed_query(self, input: Documents) -> list[np.ndarray[Any, Any]]:  # noqa: A002
+        """The same with `SentenceEncoder.encode_query`, for what a collection is queried for."""
+        texts = as_many(input, "input")
+        return list(self._checked().encode_query(texts).astype(np.float32, copy=False))
+
+    def _checked(self) -> LazyEncoder:
+        if not self._is_checked and self._fingerprint is not None:
+            now = self._fingerprint_now()
+            _check_same(self._fingerprint, now)
+            self._is_checked = True
+        return self.lazy
+
+    def _fingerprint_now(self) -> Fingerprint:
+        """Of the vectors of documents: the model's, with the options of each call."""
+        encoder, options = self.lazy.encoder, self.lazy.options
+        prompt = options.get("prompt")
+        if prompt is None:  # as encode_document chooses it
+            prompt = encoder.prompts[options.get("prompt_name") or "document"]
+        names = ("truncation", "truncate_dim", "normalize_embeddings")
+        given = {name: options[name] for name in names if name in options}
+        return encoder.fingerprint().of_call(prompt=prompt, **given)
+
+    # --- what Chroma keeps, and makes of it
+
+    @staticmethod
+    def name() -> str:
+        """What Chroma finds this class by."""
+        return "minilm"
+
+    def default_space(self) -> str:
+        """The distance of a collection that names none."""
+        return "cosine"
+
+    def supported_spaces(self) -> list[str]:
+        """The distances that these vectors can be compared by."""
+        return ["cosine", "l2", "ip"]
+
+    def get_config(self) -> dict[str, Any]:
+        """What is kept with a collection: the model, its fingerprint, the options."""
+        return dict(self._config)
+
+    @staticmethod
+    def build_from_config(config: dict[str, Any]) -> "MiniLMEmbeddingFunction":
+        """The function that `get_config` was asked of; the model is loaded when first used.
+
+        Raises:
+            InputError, InputTypeError: The config is not one that `get_config` gives.
+        """
+        return _build(json.dumps(config, sort_keys=True))
+
+    @staticmethod
+    def validate_config(config: dict[str, Any]) -> None:
+        """Check what `build_from_config` would be given.
+
+        Raises:
+            InputError, InputTypeError: As there.
+        """
+        MiniLMEmbeddingFunction.build_from_config(config)
+
+    def validate_config_update(
+        self, old_config: dict[str, Any], new_config: dict[str, Any]
+    ) -> None:
+        """Allow another folder, device or batch size, and refuse another model.
+
+        Raises:
+            InputError: Vectors by the new one can't be compared with those that there are.
+        """
+        old, new = (Fingerprint.from_dict(c["fingerprint"]) for c in (old_config, new_config))
+        _check_same(old, new)
+
+
+register_embedding_function(MiniLMEmbeddingFunction)  # as a decorator early versions give None
+
+
+@lru_cache(maxsize=8)
+def _build(config: str) -> MiniLMEmbeddingFunction:
+    """Chroma builds the function of a collection anew for each query; the model is to stay."""
+    values = json.loads(config)
+    if not isinstance(values, dict) or not {"model", "fingerprint"} <= values.keys():
+        raise InputError(
+            f"config is {config}; it needs the model and its fingerprint, as get_config gives them",
+            "config",
+        )
+    return MiniLMEmbeddingFunction(**values)
+
+
+def _check_same(wanted: Fingerprint, found: Fingerprint) -> None:
+    comparison = compare(wanted, found)
+    if not comparison.is_compatible:
+        raise InputError(
+            f"this is not the model that the collection was made with: {comparison}; bring that "
+            "one back, or make a new collection and add the documents again",
+            "model",
+        )
+
+
+def _absolute(model: str | os.PathLike[str]) -> str:
+    """A name as it is; a folder from the root, since a later process may start elsewhere."""
+    path = Path(model).expanduser()
+    is_folder = model != hub.DEFAULT_MODEL and path.is_dir()
+    return str(path.absolute()) if is_folder else os.fspath(model)
+
+
+def _as_json(values: dict[str, Any]) -> dict[str, Any]:
+    """Paths, devices and dtypes by their names."""
+
+    def by_name(value: Any) -> str:
+        if isinstance(value, os.PathLike):
+            return str(os.fspath(value))
+        if isinstance(value, torch.dtype | torch.device):
+            return str(value).removeprefix("torch.")
+        raise InputTypeError(
+            f"an option has {value!r} in it, which can't be kept with a collection as JSON",
+            "options",
+        )
+
+    kept: dict[str, Any] = json.loads(json.dumps(values, default=by_name))
+    return kept

@@ -1,0 +1,163 @@
+"""A model that is named now and read when it is first used: what every adapter holds.
+
+In: a name, a folder or a `SentenceEncoder`, and options. Out: vectors, the same bits that
+`SentenceEncoder.encode` gives.
+
+Frameworks copy, pickle and send their parts to other processes, long before they embed anything.
+What is sent is the name; the weights are read again where they are used.
+"""
+
+import os
+import threading
+from typing import Any, TypedDict, Unpack
+
+import numpy as np
+
+from minilm import hub
+from minilm.encoder import SentenceEncoder
+from minilm.errors import InputTypeError
+from minilm.inputs import as_texts, check_choice, check_positive_int, check_unicode
+from minilm.options import LoadOptions, load_options
+from minilm.truncation import TRUNCATION
+
+__all__ = ["SECRETS", "AdapterOptions", "LazyEncoder", "as_many"]
+
+# Options that are shown and kept nowhere.
+SECRETS = ("token", "use_auth_token")
+
+
+class _EncodeOptions(TypedDict, total=False):
+    """Arguments of `SentenceEncoder.encode` that an adapter keeps for every call."""
+
+    prompt_name: str | None
+    prompt: str | None
+    batch_size: int | None
+    token_budget: int | None
+    show_progress_bar: bool | None
+    truncation: str
+    normalize_embeddings: bool
+
+
+class AdapterOptions(LoadOptions, _EncodeOptions, total=False):
+    """What an adapter takes by name: the options of `from_pretrained`, and these of `encode`.
+
+    `truncate_dim` is in both and means the same.
+    """
+
+
+class LazyEncoder:
+    """A `SentenceEncoder` that is loaded when first used, with the arguments of its calls.
+
+    Threads may share it: it is loaded once. A pickle, or a copy, of one that was given by name or
+    folder has the name and the options, and loads for itself; a `SentenceEncoder` that was given
+    is pickled as it is.
+
+    Attributes:
+        model: What was given.
+        options: The options that were given.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | SentenceEncoder = hub.DEFAULT_MODEL,
+        **options: Unpack[AdapterOptions],
+    ) -> None:
+        """Name a model. Nothing is read yet.
+
+        Args:
+            model: A folder, a name on the Hub, or an encoder.
+            options: Those of `SentenceEncoder.from_pretrained`, and of `encode` those in
+                `AdapterOptions`.
+
+        Raises:
+            InputTypeError: An option is unknown or of a wrong type; or it is one for loading, and
+                `model` is loaded already.
+            InputError: An option has a value that can't be used.
+        """
+        # Chosen for a call in any case, so that it also works with an encoder that is given.
+        encode_names = {*_EncodeOptions.__annotations__, "truncate_dim"}
+        self.model = model
+        self.options: dict[str, Any] = dict(options)
+        given = self.options.items()
+        self._encode = {name: value for name, value in given if name in encode_names}
+        self._load = {name: value for name, value in given if name not in encode_names}
+        load_options(self._load)  # an unknown name, or a value of the wrong type
+        if "truncation" in options:
+            check_choice(options["truncation"], TRUNCATION, "truncation")
+        for name in ("truncate_dim", "batch_size", "token_budget"):
+            if self._encode.get(name) is not None:
+                check_positive_int(self._encode[name], name)
+        self._encoder: SentenceEncoder | None = None
+        self._lock = threading.Lock()
+        if isinstance(model, SentenceEncoder):
+            for name, value in self._load.items():
+                if value is not None and value is not False:
+                    raise InputTypeError(
+                        f"{name} is for a model that is loaded by its name; pass it to "
+                        "SentenceEncoder, or the model's name here",
+                        name,
+                    )
+            self._encoder = model
+        elif not isinstance(model, str | os.PathLike):
+            raise InputTypeError(
+                f"model is {type(model).__name__}; pass a model's folder, its name on the Hub, "
+                "or a SentenceEncoder",
+                "model",
+            )
+
+    @property
+    def encoder(self) -> SentenceEncoder:
+        """The model, loaded if it wasn't yet.
+
+        Raises:
+            MinilmError: As in `SentenceEncoder.from_pretrained`.
+        """
+        with self._lock:
+            if self._encoder is None:
+                name: Any = self.model
+                self._encoder = SentenceEncoder(name, **self._load)
+            return self._encoder
+
+    def encode(self, sentences: Any, **options: Any) -> np.ndarray[Any, Any]:
+        """`SentenceEncoder.encode`, with the options kept here unless they are given here."""
+        vectors: np.ndarray[Any, Any] = self.encoder.encode(sentences, **(self._encode | options))
+        return vectors
+
+    def encode_query(self, sentences: Any, **options: Any) -> np.ndarray[Any, Any]:
+        """The same with `SentenceEncoder.encode_query`: with the prompt for queries, if any."""
+        vectors: np.ndarray[Any, Any] = self.encoder.encode_query(
+            sentences, **(self._encode | options)
+        )
+        return vectors
+
+    def encode_document(self, sentences: Any, **options: Any) -> np.ndarray[Any, Any]:
+        """The same with `SentenceEncoder.encode_document`."""
+        vectors: np.ndarray[Any, Any] = self.encoder.encode_document(
+            sentences, **(self._encode | options)
+        )
+        return vectors
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model, "options": self.options}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["model"], **state["options"])  # type: ignore[misc]
+
+    def __repr__(self) -> str:
+        shown = {name: value for name, value in self.options.items() if name not in SECRETS}
+        options = "".join(f", {name}={value!r}" for name, value in shown.items())
+        return f"{type(self).__name__}({self.model!r}{options})"
+
+
+def as_many(texts: Any, argument: str) -> list[str]:
+    """Read texts where a framework passes several, under the name that it has for them.
+
+    Raises:
+        InputTypeError: Something is no text; or it is a single one, no list of them.
+        InputError: A text has a lone surrogate.
+    """
+    rows, is_single = as_texts(texts, argument)
+    if is_single:
+        raise InputTypeError(f"{argument} is a single text; pass a list of texts", argument)
+    check_unicode(rows, argument)
+    return rows

@@ -1,0 +1,271 @@
+"""The encoder in Ray Data: texts of any number, embedded on as many machines as a cluster has.
+
+    import ray
+    from minilm.adapters.ray import encode_dataset
+
+    rows = ray.data.read_parquet("s3://bucket/texts")
+    encode_dataset(rows, actors=16, cpus_per_actor=4).write_parquet("s3://bucket/vectors")
+
+In: the batches of a `ray.data.Dataset`. Out: the same with a column of vectors. Reading, sending,
+writing, and doing again what was lost with a process or a machine, is Ray's part.
+`scripts/encode_on_ray.py` is this as a command, with all that goes around it.
+
+Each actor reads the model for itself, once, and verifies it as `from_pretrained` does. So this
+package, and the model, must be on every machine of the cluster: a name on the Hub is fetched there,
+a folder must be there under the same path.
+"""
+
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+
+from minilm import hub
+from minilm.adapters.lazy import LazyEncoder
+from minilm.arrow import embedding_array, import_pyarrow, with_fingerprint
+from minilm.encoder import SentenceEncoder
+from minilm.errors import InputError, InputTypeError, MissingPackageError
+from minilm.inputs import check_choice, check_positive_int, check_text, check_unicode
+from minilm.quantize import PRECISIONS
+from minilm.sources import ON_BAD_ROW
+from minilm.truncation import EncodeReport
+
+try:
+    import ray
+    import ray.data
+except ModuleNotFoundError as error:
+    raise MissingPackageError("minilm.adapters.ray", "ray[data]", "ray") from error
+
+__all__ = ["MiniLMActor", "encode_dataset"]
+
+_BATCH_ROWS = 1024  # rows that an actor is given at a time
+
+
+class MiniLMActor:
+    """What `map_batches` calls: each actor makes one of these, and gives it batch after batch.
+
+    Attributes:
+        encoder: The model.
+        fingerprint: Which it is, and how it is called: a `minilm.fingerprint.Fingerprint`.
+
+    Example:
+        >>> rows.map_batches(
+        ...     MiniLMActor,
+        ...     fn_constructor_kwargs={"text_column": "body"},
+        ...     batch_format="pyarrow",
+        ...     batch_size=1024,
+        ...     compute=ray.data.ActorPoolStrategy(size=2),
+        ...     num_cpus=4,
+        ... )
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | SentenceEncoder = hub.DEFAULT_MODEL,
+        *,
+        text_column: str = "text",
+        embedding_column: str = "embedding",
+        precision: str = "float32",
+        on_bad_row: str = "error",
+        device: str | torch.device | None = None,
+        threads: int | None = None,
+        **options: Any,
+    ) -> None:
+        """Load the model.
+
+        Args:
+            model: A name on the Hub, or a folder, which the machine of the actor must have. An
+                encoder is sent there as it is.
+            text_column: The name of the texts.
+            embedding_column: The name that the vectors get.
+            precision: Of their numbers: "float32", "float16", or codes, see `encode`.
+            on_bad_row: What to do about a row whose text is null, or no text: "error"; "skip"
+                leaves the row out; "empty" keeps it, with the vector of the empty text "".
+            device: By default, in an actor, "cuda" if Ray gave it a GPU (`num_gpus=1`), else "cpu".
+            threads: What torch shall use on a processor; by default, in an actor, as many as the
+                CPUs that Ray gave it (`num_cpus`), so that all actors of a machine together don't
+                use more than it has.
+            options: Those of `SentenceEncoder.from_pretrained`, and of `encode` those in
+                `lazy.AdapterOptions`, such as `dtype`, `prompt` and `truncation`. With
+                `truncation="warn"` each actor warns once, of the first batch with a text that is
+                too long.
+
+        Raises:
+            InputError, InputTypeError: An argument can't be used.
+            MinilmError: As in `from_pretrained`.
+        """
+        check_choice(on_bad_row, ON_BAD_ROW, "on_bad_row")
+        check_choice(precision, (*PRECISIONS, "float16"), "precision")
+        if threads is not None:
+            check_positive_int(threads, "threads")
+        self.text_column, self.embedding_column = text_column, embedding_column
+        self.precision, self.on_bad_row = precision, on_bad_row
+        given = _given_by_ray()
+        threads = given.get("threads") if threads is None else threads
+        if threads is not None:
+            torch.set_num_threads(threads)
+        device = given.get("device") if device is None else device
+        if isinstance(model, SentenceEncoder):
+            self._model = LazyEncoder(model.to(device) if device else model, **options)
+        else:
+            self._model = LazyEncoder(model, device=device, **options)
+        self.encoder = self._model.encoder
+        self._coded = "float32" if precision == "float16" else precision
+        width, normalize = options.get("truncate_dim"), options.get("normalize_embeddings", False)
+        if self._coded in ("int8", "uint8") and self.encoder._ranges(width, normalize) is None:
+            raise InputError(
+                f"precision is {precision!r}: this model has no fixed ranges, and those of one "
+                "batch would not be those of the next; make float32 and use quantize_embeddings",
+                "precision",
+            )
+        prompt = self.encoder._prompt(options.get("prompt"), options.get("prompt_name"))
+        truncation = options.get("truncation", "warn")
+        self._warns = truncation == "warn"
+        self._truncation = "silent" if self._warns else truncation  # once it has warned
+        self.fingerprint = self.encoder.fingerprint().of_call(
+            prompt=prompt,
+            truncation=truncation,
+            truncate_dim=width,
+            normalize_embeddings=normalize,
+            precision=self._coded,
+        )
+
+    def __call__(self, batch: Any) -> Any:
+        """Embed a batch.
+
+        Args:
+            batch: n rows, as a `pyarrow.Table`, or as a dict of NumPy arrays: for
+                `batch_format="pyarrow"` or `"numpy"`.
+
+        Returns:
+            The same form with the vectors as another column. In a table that is a list of fixed
+            size, and the table's metadata has the fingerprint, which `write_parquet` keeps; so this
+            is the format for files. In a dict it is an array `[n, 384]`, which Ray writes to files
+            as a tensor, of a type of its own.
+
+        Raises:
+            InputError: There is no column of texts, or one of the vectors' name already.
+            InputTypeError: The batch is something else; or, with `on_bad_row="error"`, a row is no
+                text.
+            MinilmError: As in `encode`.
+        """
+        pyarrow = import_pyarrow("a Ray batch")
+        is_table = isinstance(batch, pyarrow.Table)
+        if not is_table and not isinstance(batch, Mapping):
+            raise InputTypeError(
+                f"batch is {type(batch).__name__}; pass batch_format='pyarrow' or 'numpy' to "
+                "map_batches",
+                "batch",
+            )
+        names = list(batch.column_names if is_table else batch)
+        if self.text_column not in names:
+            known = ", ".join(map(repr, names)) or "none"
+            raise InputError(
+                f"there is no column {self.text_column!r}; choose with text_column, of {known}",
+                "text_column",
+            )
+        if self.embedding_column in names:
+            raise InputError(
+                f"the rows have {self.embedding_column!r} already; choose another name with "
+                "embedding_column",
+                "embedding_column",
+            )
+        column = batch[self.text_column]
+        found = column.to_pylist() if is_table else list(column)
+        texts = [text if self._is_text(text, row) else None for row, text in enumerate(found)]
+        if self.on_bad_row == "skip" and None in texts:
+            good = np.array([text is not None for text in texts])
+            texts = [text for text in texts if text is not None]
+            if is_table:
+                batch = batch.filter(pyarrow.array(good))
+            else:
+                batch = {name: np.asarray(values)[good] for name, values in batch.items()}
+        vectors = self._vectors(["" if text is None else text for text in texts])
+        if not is_table:
+            return {**batch, self.embedding_column: vectors}
+        embeddings = embedding_array(vectors)
+        field = pyarrow.field(self.embedding_column, embeddings.type, nullable=False)
+        return with_fingerprint(batch.append_column(field, embeddings), self.fingerprint.to_json())
+
+    def _is_text(self, text: Any, row: int) -> bool:
+        """Whether it can be embedded; if not, an error where that was asked for."""
+        try:
+            check_unicode([check_text(text, f"{self.text_column}[{row}]")], self.text_column, row)
+        except InputError as error:
+            if self.on_bad_row == "error":
+                raise type(error)(
+                    f"{error}, or choose on_bad_row='skip' or 'empty' (it is row {row} of a batch)",
+                    error.argument,
+                ) from error
+            return False
+        return True
+
+    def _vectors(self, texts: list[str]) -> np.ndarray[Any, Any]:
+        vectors: np.ndarray[Any, Any]
+        report: EncodeReport
+        if self._warns:
+            vectors, report = self._model.encode(texts, precision=self._coded, return_report=True)
+            self._warns = not report.cut_rows
+        else:
+            vectors = self._model.encode(texts, precision=self._coded, truncation=self._truncation)
+        if self.precision in ("float32", "float16"):
+            with np.errstate(over="ignore"):  # looked for below
+                vectors = vectors.astype(self.precision, copy=False)
+            if not np.isfinite(vectors).all():
+                raise InputError("numbers are beyond what float16 holds; use float32", "precision")
+        return vectors
+
+
+def _given_by_ray() -> dict[str, Any]:
+    """The device and the threads that are this actor's share; nothing outside of one."""
+    if not ray.is_initialized():
+        return {}
+    context = ray.get_runtime_context()
+    if context.worker.mode != ray.WORKER_MODE:
+        return {}
+    share = context.get_assigned_resources()
+    return {
+        "device": "cuda" if share.get("GPU", 0) > 0 else "cpu",
+        "threads": max(1, int(share.get("CPU", 1))),
+    }
+
+
+def encode_dataset(
+    dataset: "ray.data.Dataset",
+    model: str | os.PathLike[str] | SentenceEncoder = hub.DEFAULT_MODEL,
+    *,
+    actors: int = 2,
+    cpus_per_actor: float = 1,
+    gpus_per_actor: float = 0,
+    batch_size: int = _BATCH_ROWS,
+    ray_options: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> "ray.data.Dataset":
+    """A dataset with a column of vectors. As all of Ray Data, it is computed when it is used.
+
+    Rows come in no fixed order, as everywhere in Ray Data; have a column that tells them apart. A
+    cluster needs more CPUs than the actors take: without any for those who read and write, it waits
+    forever.
+
+    Args:
+        dataset: Rows with a column of texts.
+        model: As in `MiniLMActor`.
+        actors: How many processes embed.
+        cpus_per_actor: CPUs, and so threads, of each.
+        gpus_per_actor: GPUs of each, as 1 or 0.5.
+        batch_size: Rows that one is given at a time.
+        ray_options: What else `map_batches` takes, such as `{"resources": {"big": 1}}`.
+        options: The arguments of `MiniLMActor`.
+    """
+    return dataset.map_batches(
+        MiniLMActor,
+        fn_constructor_kwargs={"model": model, **options},
+        batch_format="pyarrow",
+        batch_size=check_positive_int(batch_size, "batch_size"),
+        compute=ray.data.ActorPoolStrategy(size=check_positive_int(actors, "actors")),
+        num_cpus=cpus_per_actor,
+        num_gpus=gpus_per_actor or None,
+        **(ray_options or {}),
+    )

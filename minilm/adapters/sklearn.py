@@ -1,0 +1,174 @@
+"""Texts -> features, as a scikit-learn transformer: text classification and clustering in a line.
+
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    classifier = make_pipeline(MiniLMVectorizer(), LogisticRegression())
+    classifier.fit(texts, labels).predict(["Where is my parcel?"])
+
+It learns nothing from the texts that it is fitted with, so that vectors made once can serve every
+candidate of a search, with no leak from one fold into another.
+"""
+
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+import torch
+
+from minilm import hub
+from minilm.adapters.lazy import LazyEncoder, as_many
+from minilm.encoder import SentenceEncoder
+from minilm.errors import InputError, InputTypeError, MissingPackageError
+
+try:
+    from scipy.sparse import issparse
+    from sklearn.base import BaseEstimator, ClassNamePrefixFeaturesOutMixin, TransformerMixin
+except ModuleNotFoundError as error:
+    raise MissingPackageError("minilm.adapters.sklearn", "scikit-learn", "sklearn") from error
+
+__all__ = ["MiniLMVectorizer"]
+
+
+class MiniLMVectorizer(
+    ClassNamePrefixFeaturesOutMixin,  # type: ignore[misc]
+    TransformerMixin,  # type: ignore[misc]
+    BaseEstimator,  # type: ignore[misc]
+):
+    """Embeds texts: a column of n texts -> `[n, 384]`.
+
+    The model is read when it is first needed, once by an estimator and its clones in one process.
+    Pickles have the parameters only, so that they are small and other processes read the model for
+    themselves; a `SentenceEncoder` that was passed is pickled, and copied by `clone`, as it is.
+
+    A grid search embeds the same texts again for every candidate. There are two ways around it: to
+    embed once, `MiniLMVectorizer().transform(texts)`, and search over the rest alone; or, for a
+    model given by name or folder, `Pipeline(..., memory=folder)`, which keeps the vectors of each
+    fold's training texts, while those that it is scored on are embedded each time.
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | SentenceEncoder = hub.DEFAULT_MODEL,
+        *,
+        device: str | torch.device | None = None,
+        dtype: str | torch.dtype | None = None,
+        prompt: str | None = None,
+        truncation: str = "warn",
+        truncate_dim: int | None = None,
+        normalize_embeddings: bool = False,
+        batch_size: int | None = None,
+        options: Mapping[str, Any] | None = None,
+    ) -> None:
+        """Keep the parameters; they are checked by `fit` and `transform`.
+
+        Args:
+            model: A folder, a name on the Hub, or an encoder.
+            device, dtype: As in `SentenceEncoder.from_pretrained`.
+            prompt, truncation, truncate_dim, normalize_embeddings, batch_size: As in
+                `SentenceEncoder.encode`.
+            options: Whatever else `from_pretrained` takes, such as `{"revision": "main"}`.
+        """
+        self.model = model
+        self.device = device
+        self.dtype = dtype
+        self.prompt = prompt
+        self.truncation = truncation
+        self.truncate_dim = truncate_dim
+        self.normalize_embeddings = normalize_embeddings
+        self.batch_size = batch_size
+        self.options = options
+
+    def fit(self, X: Iterable[str], y: Any = None) -> "MiniLMVectorizer":  # noqa: N803
+        """Check the parameters and the texts; there is nothing to learn.
+
+        Args:
+            X: As in `transform`.
+            y: Has no effect.
+
+        Raises:
+            InputError, InputTypeError: As in `transform`.
+        """
+        _texts(X)
+        self._encode([])
+        return self
+
+    def transform(self, X: Iterable[str]) -> np.ndarray[Any, Any]:  # noqa: N803
+        """Embed texts. It need not be fitted first.
+
+        Args:
+            X: n texts: a list, an array, a column of a data frame; or a frame or an array with
+                that one column.
+
+        Returns:
+            `[n, 384]`, in the order given; the same bits as from `SentenceEncoder.encode`.
+
+        Raises:
+            InputTypeError: A row is no text (missing values are none), or X has several columns.
+            InputError: A parameter can't be used.
+            MinilmError: As in `SentenceEncoder.from_pretrained` and `encode`.
+        """
+        return self._encode(_texts(X))
+
+    def _encode(self, texts: list[str]) -> np.ndarray[Any, Any]:
+        return self._lazy().encode(
+            texts,
+            prompt=self.prompt,
+            truncation=self.truncation,
+            truncate_dim=self.truncate_dim,
+            normalize_embeddings=self.normalize_embeddings,
+            batch_size=self.batch_size,
+        )
+
+    # The model: neither a parameter nor learned.
+    _shared: LazyEncoder | None = None
+
+    def _lazy(self) -> LazyEncoder:
+        """The model that the parameters name now; another only if they name another."""
+        others = dict(self.options or {})
+        for name in others.keys() & self.get_params(deep=False).keys():
+            raise InputError(f"options has {name}; it is a parameter of its own", "options")
+        wanted = {"device": self.device, "dtype": self.dtype, **others}
+        shared = self._shared
+        if shared is None or shared.model != self.model or shared.options != wanted:
+            shared = self._shared = LazyEncoder(self.model, **wanted)
+        return shared
+
+    def __sklearn_clone__(self) -> "MiniLMVectorizer":
+        """A clone shares the model: a grid search, which clones for each fit, reads it once."""
+        clone: MiniLMVectorizer = super().__sklearn_clone__()
+        with suppress(InputError):  # a parameter that can't be used is the error of a later fit
+            clone._shared = self._lazy()
+        return clone
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in super().__getstate__().items() if name != "_shared"}
+
+    @property
+    def _n_features_out(self) -> int:
+        """The width, which `get_feature_names_out` makes `minilmvectorizer0` and so on of."""
+        return int(self._encode([]).shape[1])
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return True
+
+    def __sklearn_tags__(self) -> Any:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.string = True
+        tags.input_tags.one_d_array = True
+        tags.input_tags.two_d_array = False
+        tags.transformer_tags.preserves_dtype = []
+        tags.requires_fit = False
+        return tags
+
+
+def _texts(X: Any) -> list[str]:  # noqa: N803
+    """The texts of a column, or of a frame or an array that is one column."""
+    if issparse(X):  # no sequence of texts in any shape; scikit-learn wants the word
+        raise InputTypeError(f"X is a sparse {type(X).__name__} of numbers; pass texts", "X")
+    shape = getattr(X, "shape", None)
+    if isinstance(shape, tuple) and len(shape) == 2 and shape[1] == 1 and hasattr(X, "__array__"):
+        X = np.asarray(X, dtype=object)[:, 0]  # noqa: N806
+    return as_many(X, "X")
