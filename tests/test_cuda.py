@@ -10,9 +10,18 @@ import torch
 
 from conftest import DATA
 from minilm import SentenceEncoder
+from minilm.arrow import embeddings_of
 from minilm.fingerprint import compare
 from minilm.parity import Golden, compare_with_golden
-from minilm.tasks import community_detection, paraphrase_mining_embeddings, semantic_search
+from minilm.streaming import encode_files
+from minilm.tasks import (
+    Index,
+    community_detection,
+    deduplicate,
+    paraphrase_mining_embeddings,
+    quantized_search,
+    semantic_search,
+)
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -197,3 +206,33 @@ def test_tasks(on_gpu: SentenceEncoder, texts: list[str]) -> None:
         community_detection(v, min_community_size=2) for v in (vectors, on_cpu)
     )
     assert groups == expected_groups
+    assert deduplicate(vectors, 0.9) == deduplicate(on_cpu, 0.9)
+    codes = on_gpu.encode(texts, precision="int8", truncation="silent")
+    found_by_codes = quantized_search(vectors[:5], codes, "int8", 3)
+    assert [hits[0]["corpus_id"] for hits in found_by_codes] == list(range(5))
+
+
+def test_index(on_gpu: SentenceEncoder, encoder: SentenceEncoder, tmp_path: Path) -> None:
+    some = ["A man is eating food.", "A monkey is playing drums.", "The new movie is awesome."]
+    index = Index.create(tmp_path / "index", on_gpu.fingerprint())
+    vectors = on_gpu.encode(some, convert_to_tensor=True)
+    index.add(vectors, some, fingerprint=on_gpu.fingerprint())
+    for asking in (on_gpu, encoder):  # made there, searched here
+        query = asking.encode("Someone has a meal", convert_to_tensor=True)
+        [hits] = index.search(query, 1, fingerprint=asking.fingerprint())
+        assert hits[0]["row"] == {"text": some[0]}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_files(
+    on_gpu: SentenceEncoder, exact: np.ndarray, texts: list[str], tmp_path: Path, workers: int
+) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    source = tmp_path / "texts.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    encode_files(
+        on_gpu, source, tmp_path / "out", shard_rows=100, workers=workers, truncation="silent"
+    )
+    table = parquet.read_table(tmp_path / "out")
+    assert table["text"].to_pylist() == texts
+    assert np.abs(embeddings_of(table["embedding"]) - exact).max() < TOLERANCES["float32"]
