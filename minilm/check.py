@@ -22,14 +22,14 @@ from minilm.fingerprint import Comparison, Fingerprint, Verdict, compare, finger
 from minilm.quantize import dequantize, quantize_embeddings
 from minilm.similarity import Embeddings
 
-__all__ = ["CheckResult", "check_vectors"]
+__all__ = ["LONGEST", "CheckResult", "check_vectors"]
 
 # How far apart two right results can be, vectors having length 1. In float32, see causes.py. The
 # others are 2.5 times the largest difference from float32 over the texts of golden.py: 1.6e-3 with
 # bfloat16 products, 3.1e-3 with all in bfloat16, and 4.5e-4 in float16.
 _TOLERANCES = {"float64": 2e-6, "float32": 2e-6, "float16": 1.2e-3, "bfloat16": 8e-3}
 _LIMITS = (128, 256, 512)  # what the three files of the published model say
-_LONGEST = 16  # texts that are checked in any case
+LONGEST = 16  # texts that are checked in any case
 _WORST = 8  # of the texts that differ, on which a limit is tried first
 _SHOWN = 5
 _DIAGNOSED = 24  # texts on which mistakes are tried: each takes time for each of them
@@ -264,7 +264,7 @@ def _choose(texts: Sequence[str], sample: int) -> list[int]:
     rows = {number * count // sample for number in range(sample)}
     # In bytes: a letter of Chinese is three of them, and a word piece of its own.
     lengths = [len(text.encode("utf-8", "replace")) for text in texts]
-    rows |= set(sorted(range(count), key=lambda row: -lengths[row])[:_LONGEST])
+    rows |= set(sorted(range(count), key=lambda row: -lengths[row])[:LONGEST])
     return sorted(rows)
 
 

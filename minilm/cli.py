@@ -13,19 +13,34 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minilm import __version__, hub
 from minilm.errors import InputError, MinilmError
-from minilm.files import SUFFIXES, Table, is_utf8, read_table, write_jsonl, write_table
+from minilm.files import (
+    ROW_SUFFIXES,
+    SUFFIXES,
+    Table,
+    column_of,
+    is_utf8,
+    read_table,
+    write_jsonl,
+    write_rows,
+    write_table,
+)
 from minilm.foreign import read_texts, read_vectors, run_onnx
 
 if TYPE_CHECKING:
     from minilm.encoder import SentenceEncoder
 
 __all__ = ["main"]
+
+# What the prompts for the two sides of a search may be called.
+_DOCUMENT = ("document", "passage", "corpus")
+_QUERY = ("query",)
+_BLOCK = 4096  # texts of which an index is given the vectors at a time
 
 # What `--help` shows of each command; a test runs all of them.
 _EXAMPLES = {
@@ -42,12 +57,40 @@ examples:
   minilm encode articles.csv --column body --truncation chunk -o out.npz
   minilm encode -t "a sentence" -t "another one" --precision int8 -o out.csv
   cat sentences.txt | minilm encode > embeddings.jsonl
+many rows, through pip install "minilm[parquet]": a folder of Parquet files, written part by part.
+Interrupted at any moment, the same command goes on:
+  minilm encode articles.jsonl --column body -o vectors/
+  minilm encode "logs/*.csv" --column body --on-bad-row skip --workers 2 -o vectors-of-logs/
+  minilm check vectors/
 """,
     "similarity": """\
 examples:
   minilm similarity "The weather is lovely today." "It's so sunny outside!"
   minilm similarity -f sentences.txt
   minilm similarity "a query" -f sentences.txt --json
+""",
+    "mine": """\
+examples:
+  minilm mine sentences.txt
+  minilm mine articles.jsonl --column body --max-pairs 1000 --json
+""",
+    "cluster": """\
+examples:
+  minilm cluster sentences.txt --threshold 0.6 --min-size 2
+  minilm cluster articles.csv --column body --json
+""",
+    "dedup": """\
+examples:
+  minilm dedup sentences.txt                               # say what could go
+  minilm dedup articles.jsonl --column body -o kept.jsonl  # and write what stays
+""",
+    "index": """\
+examples:
+  minilm index build sentences.txt -o index                # a new folder
+  minilm index add index articles.jsonl --column body      # the other keys stay
+  minilm index search index "a dog" -k 3
+  minilm index search index -f sentences.txt --json
+  minilm index check index
 """,
     "explain": """\
 examples:
@@ -69,6 +112,8 @@ examples:
   minilm encode sentences.txt -o embeddings.npz
   minilm check embeddings.npz
   minilm check embeddings.npy --texts sentences.txt
+  minilm encode sentences.txt -o vectors/
+  minilm check vectors/                                    # the manifest, and a sample
 exit status: 0 if the vectors are this model's, but for rounding; else 1
 """,
     "parity": """\
@@ -168,7 +213,8 @@ def _parser() -> argparse.ArgumentParser:
         "files",
         nargs="*",
         metavar="FILE",
-        help="a text a line, or .jsonl or .csv; - or none is standard input",
+        help="a text a line, or .jsonl or .csv; - or none is standard input; with -o FOLDER also "
+        ".parquet, folders, and patterns in quotes",
     )
     encode.add_argument(
         "-t", "--text", action="append", default=[], metavar="TEXT", help="a text; repeatable"
@@ -179,10 +225,9 @@ def _parser() -> argparse.ArgumentParser:
     encode.add_argument(
         "-o",
         "--output",
-        type=Path,
         metavar="OUT",
         help=f"its suffix chooses the form: {', '.join(SUFFIXES)} (default: jsonl on standard "
-        "output)",
+        "output); without a suffix, or with / at its end, it is a folder of Parquet files",
     )
     encode.add_argument(
         "--embedding-column",
@@ -200,15 +245,31 @@ def _parser() -> argparse.ArgumentParser:
     encode.add_argument("--prompt", metavar="TEXT", help="put this in front of every text")
     encode.add_argument(
         "--precision",
-        choices=("float32", "int8", "uint8", "binary", "ubinary"),
+        choices=("float32", "float16", "int8", "uint8", "binary", "ubinary"),
         default="float32",
-        help="of the numbers that are written (default: %(default)s)",
+        help="of the numbers that are written (default: %(default)s; float16 only into a folder)",
     )
     encode.add_argument(
         "--truncate-dim", type=_positive, metavar="N", help="keep N numbers of each"
     )
     encode.add_argument("--normalize", action="store_true", help="behind --truncate-dim: length 1")
     encode.add_argument("--batch-size", type=_positive, metavar="N", help="sentences at a time")
+    folder = encode.add_argument_group("with -o FOLDER")
+    folder.add_argument(
+        "--shard-rows", type=_positive, metavar="N", help="rows of each part (default: 4096)"
+    )
+    folder.add_argument(
+        "--on-bad-row",
+        choices=("error", "skip", "empty"),
+        help="a row without a text: stop (default), leave it out, or give it the vector of the "
+        "empty text",
+    )
+    folder.add_argument(
+        "--workers", type=_positive, metavar="N", help="processes, which share the threads"
+    )
+    folder.add_argument(
+        "--overwrite", action="store_true", help="remove what another run has left there"
+    )
     encode.set_defaults(run=_encode)
 
     similarity = command("similarity", "how alike texts are, as a matrix", model)
@@ -224,6 +285,74 @@ def _parser() -> argparse.ArgumentParser:
     similarity.add_argument("--column", metavar="NAME", help="as for encode")
     similarity.add_argument("--json", action="store_true", help="print the matrix as JSON")
     similarity.set_defaults(run=_similarity)
+
+    def of_files(name: str, short: str, description: str) -> Any:
+        one = command(name, short, model, description=description)
+        one.add_argument("files", nargs="*", metavar="FILE", help="texts, as encode reads them")
+        one.add_argument("--column", metavar="NAME", help="as for encode")
+        one.add_argument(
+            "--json", action="store_true", help="print JSON, with the numbers of rows, from 0"
+        )
+        return one
+
+    mine = of_files("mine", "the most similar pairs of texts", "Find the most similar pairs.")
+    mine.add_argument(
+        "--max-pairs",
+        type=_positive,
+        default=100,
+        metavar="N",
+        help="print so many (default: %(default)s)",
+    )
+    mine.add_argument(
+        "--top-k",
+        type=_positive,
+        default=100,
+        metavar="N",
+        help="look at the N nearest of each text (default: %(default)s)",
+    )
+    mine.set_defaults(run=_mine)
+
+    cluster = of_files(
+        "cluster", "groups of similar texts", "Find groups of texts that are all near to one."
+    )
+    cluster.add_argument(
+        "--threshold",
+        type=float,
+        default=0.75,
+        metavar="COSINE",
+        help="how near, at least (default: %(default)s)",
+    )
+    cluster.add_argument(
+        "--min-size",
+        type=_positive,
+        default=10,
+        metavar="N",
+        help="the smallest group (default: %(default)s)",
+    )
+    cluster.set_defaults(run=_cluster)
+
+    dedup = of_files(
+        "dedup",
+        "texts that say the same as an earlier one",
+        "Find the texts that are as near as the threshold to an earlier one that stays.",
+    )
+    dedup.add_argument(
+        "--threshold",
+        type=float,
+        default=0.95,
+        metavar="COSINE",
+        help="how near, at least (default: %(default)s)",
+    )
+    dedup.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        metavar="OUT",
+        help=f"write the rows that stay; its suffix chooses the form: {', '.join(ROW_SUFFIXES)}",
+    )
+    dedup.set_defaults(run=_dedup)
+
+    _add_index(command, model)
 
     explain = command(
         "explain", "why two texts are alike: their similarity as a sum over pairs of words", model
@@ -266,7 +395,13 @@ def _parser() -> argparse.ArgumentParser:
         description="Embed some of the texts again, and say whether the vectors in a file are the "
         "same, the same but for rounding, of another length limit, or of another model.",
     )
-    check.add_argument("file", type=Path, metavar="FILE", help=f"vectors: {', '.join(SUFFIXES)}")
+    check.add_argument(
+        "file",
+        type=Path,
+        metavar="FILE",
+        help=f"vectors: {', '.join(SUFFIXES)}, .parquet, or a folder that encode wrote, which is "
+        "compared with its manifest too",
+    )
     check.add_argument(
         "--texts", type=Path, metavar="FILE", help="the texts of a FILE that has none"
     )
@@ -331,10 +466,96 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _add_index(command: Any, model: argparse.ArgumentParser) -> None:
+    index = command(
+        "index",
+        "texts in a folder that can be searched",
+        description="Keep texts and their vectors in a folder, and find the nearest to a query.",
+    )
+    actions = index.add_subparsers(title="actions", required=True, metavar="ACTION")
+
+    def action(name: str, description: str, run: Any) -> Any:
+        one = actions.add_parser(
+            name, parents=[model], help=description.lower(), description=f"{description}."
+        )
+        one.set_defaults(run=run)
+        return one
+
+    build = action("build", "Make an index of texts", _index_build)
+    add = action("add", "Add texts to an index", _index_add)
+    search = action("search", "Find the texts nearest to a query", _index_search)
+    check = action("check", "Whether an index is whole, and this model's", _index_check)
+    check.add_argument(
+        "--sample", type=_positive, default=256, metavar="N", help="texts (default: %(default)s)"
+    )
+    check.add_argument("--json", action="store_true", help="print the finding as JSON")
+    for one in (add, search, check):
+        one.add_argument("index", type=Path, metavar="INDEX", help="its folder")
+    for one in (build, add):
+        one.add_argument("files", nargs="*", metavar="FILE", help="texts, as encode reads them")
+        one.add_argument("--column", metavar="NAME", help="as for encode")
+        one.add_argument(
+            "--truncation",
+            choices=("warn", "error", "silent", "chunk"),
+            default="warn",
+            help="as for encode",
+        )
+    build.add_argument(
+        "-o", "--output", type=Path, metavar="INDEX", required=True, help="the new folder"
+    )
+    build.add_argument(
+        "--codes",
+        action="append",
+        default=[],
+        choices=("int8", "binary"),
+        help="keep these codes too, for search --precision; repeatable",
+    )
+    search.add_argument("queries", nargs="*", metavar="QUERY", help="a text")
+    search.add_argument(
+        "-f", "--file", action="append", default=[], metavar="FILE", help="queries from a file"
+    )
+    search.add_argument(
+        "-k", "--top-k", type=_positive, default=10, metavar="N", help="(default: %(default)s)"
+    )
+    search.add_argument(
+        "--precision",
+        choices=("float32", "int8", "binary"),
+        default="float32",
+        help="find candidates by codes, which are smaller (default: %(default)s, exact)",
+    )
+    search.add_argument(
+        "--rescore-multiplier",
+        type=_positive,
+        default=4,
+        metavar="N",
+        help="candidates for each result (default: %(default)s)",
+    )
+    search.add_argument("--json", action="store_true", help="print JSON, with the whole rows")
+    for one in (build, add, search):
+        one.add_argument(
+            "--prompt",
+            metavar="TEXT",
+            help="put this in front of every text (default: the model's)",
+        )
+
+
 def _encode(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    output: Path | None = options.output
+    output = None if options.output is None else Path(options.output)
+    if output is not None and (
+        not output.suffix or output.is_dir() or options.output.endswith(("/", os.sep))
+    ):
+        _encode_files(options, parser)
+        return
+    for name in ("shard_rows", "on_bad_row", "workers", "overwrite"):
+        if getattr(options, name):
+            parser.error(f"argument --{name.replace('_', '-')}: goes with -o FOLDER")
+    if options.precision == "float16":
+        parser.error("argument --precision: float16 goes with -o FOLDER")
     if output is not None and output.suffix not in SUFFIXES:
-        parser.error(f"argument -o: {output} has no suffix of {', '.join(SUFFIXES)}")
+        parser.error(
+            f"argument -o: {output} has no suffix of {', '.join(SUFFIXES)}; put / at the end of a "
+            "folder"
+        )
     if output is not None:
         _check_writable(output, "-o")
     table = _texts(options.text, options.files or ([] if options.text else ["-"]), options.column)
@@ -362,6 +583,37 @@ def _encode(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
     write_table(output, table, embeddings, record.to_json(), options.embedding_column)
 
 
+def _encode_files(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    from minilm.kernels import keep_few_kernels
+    from minilm.streaming import encode_files
+
+    if options.text or not options.files or "-" in options.files:
+        parser.error("argument -o: a folder is written from files; name them")
+    keep_few_kernels()
+    chosen = {
+        name: getattr(options, name)
+        for name in ("shard_rows", "on_bad_row", "workers")
+        if getattr(options, name) is not None
+    }
+    report = encode_files(
+        _load(options),
+        options.files,
+        options.output,
+        column=options.column,
+        embedding_column=options.embedding_column,
+        precision=options.precision,
+        prompt=options.prompt,
+        truncation=options.truncation,
+        truncate_dim=options.truncate_dim,
+        normalize_embeddings=options.normalize,
+        batch_size=options.batch_size,
+        overwrite=options.overwrite,
+        show_progress_bar=sys.stderr.isatty(),
+        **chosen,
+    )
+    _report(str(report))
+
+
 def _texts(texts: Sequence[str], files: Sequence[str], column: str | None) -> Table:
     """Those of the command line, then those of the files."""
     table = Table()
@@ -386,10 +638,224 @@ def _similarity(options: argparse.Namespace, parser: argparse.ArgumentParser) ->
         print(_matrix(texts, matrix))
 
 
+def _mine(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    from minilm.tasks import paraphrase_mining_embeddings
+
+    texts, embeddings = _embedded(options)
+    pairs = paraphrase_mining_embeddings(
+        embeddings,
+        max_pairs=options.max_pairs,
+        top_k=options.top_k,
+        show_progress_bar=sys.stderr.isatty(),
+    )
+    found = [(score, int(i), int(j)) for score, i, j in pairs]
+    if options.json:
+        _print_json(
+            [{"score": s, "rows": [i, j], "texts": [texts[i], texts[j]]} for s, i, j in found]
+        )
+    else:
+        _print_pairs((score, texts[i], texts[j]) for score, i, j in found)
+
+
+def _cluster(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    from minilm.tasks import community_detection
+
+    texts, embeddings = _embedded(options)
+    groups = community_detection(
+        embeddings,
+        options.threshold,
+        options.min_size,
+        show_progress_bar=sys.stderr.isatty(),
+    )
+    if options.json:
+        _print_json([{"rows": rows, "texts": [texts[row] for row in rows]} for rows in groups])
+        return
+    for rows in groups:
+        print(f"{len(rows)} texts")
+        print("\n".join(f"  {_one_line(texts[row], 90)}" for row in rows))
+
+
+def _dedup(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    from minilm.tasks import near_duplicates
+
+    output: Path | None = options.output
+    if output is not None and output.suffix not in ROW_SUFFIXES:
+        parser.error(f"argument -o: {output} has no suffix of {', '.join(ROW_SUFFIXES)}")
+    if output is not None:
+        _check_writable(output, "-o")
+    table = read_table(options.files or ["-"], options.column)
+    texts, embeddings = _embedded(options, table)
+    found = near_duplicates(embeddings, options.threshold, show_progress_bar=sys.stderr.isatty())
+    if output is not None:
+        gone = {each.row for each in found}
+        stay = [row for row in range(len(texts)) if row not in gone]
+        write_rows(output, Table([texts[row] for row in stay], [table.rows[row] for row in stay]))
+    if options.json:
+        _print_json(
+            [each._asdict() | {"texts": [texts[each.row], texts[each.of]]} for each in found]
+        )
+    else:
+        _print_pairs((each.score, texts[each.row], texts[each.of]) for each in found)
+    written = "" if output is None else f"; {output}: the other {len(texts) - len(found)}"
+    _report(f"{len(found)} of {len(texts)} texts say the same as an earlier one{written}")
+
+
+def _embedded(options: argparse.Namespace, table: Table | None = None) -> tuple[list[str], Any]:
+    """The texts of the files and their vectors."""
+    texts = (table or read_table(options.files or ["-"], options.column)).texts
+    encoder = _load(options)
+    return texts, encoder.encode(texts, show_progress_bar=sys.stderr.isatty() and len(texts) > 1)
+
+
+def _print_pairs(pairs: Iterable[tuple[float, str, str]]) -> None:
+    for score, a, b in pairs:
+        print(f"{score:7.4f}  {_one_line(a, 90)}\n{'':7}  {_one_line(b, 90)}")
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, ensure_ascii=not is_utf8(sys.stdout)))
+
+
+def _index_build(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    from minilm.tasks import Index
+
+    _check_writable(options.output, "-o")
+    table = read_table(options.files or ["-"], options.column)
+    encoder, prompt = _load(options), options.prompt
+    prompt = _role_prompt(encoder, _DOCUMENT) if prompt is None else prompt
+    column = _text_column(table, options.column)
+    index = Index.create(
+        options.output,
+        encoder.fingerprint().of_call(prompt=prompt, truncation=options.truncation),
+        _blocks(encoder, table, column, prompt, options.truncation),
+        column=column,
+        codes=options.codes,
+    )
+    _report(f"{options.output}: {len(index):,} rows")
+
+
+def _index_add(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    from minilm.tasks import Index
+
+    index = Index.open(options.index)
+    table = read_table(options.files or ["-"], options.column)
+    encoder, prompt = _load(options), options.prompt
+    prompt = _role_prompt(encoder, _DOCUMENT) if prompt is None else prompt
+    index.extend(
+        _blocks(encoder, table, index.column, prompt, options.truncation),
+        fingerprint=encoder.fingerprint().of_call(prompt=prompt, truncation=options.truncation),
+    )
+    _report(f"{options.index}: {len(index):,} rows")
+
+
+def _index_search(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    from minilm.tasks import Index
+
+    index = Index.open(options.index)
+    queries = options.queries + read_table(options.file, None).texts
+    if not queries:
+        parser.error("argument QUERY: pass a text, or -f FILE")
+    encoder, prompt = _load(options), options.prompt
+    prompt = _role_prompt(encoder, _QUERY) if prompt is None else prompt
+    results = index.search(
+        encoder.encode(queries, prompt=prompt),
+        options.top_k,
+        fingerprint=encoder.fingerprint().of_call(prompt=prompt),
+        precision=options.precision,
+        rescore_multiplier=options.rescore_multiplier,
+    )
+    if options.json:
+        _print_json([{"query": q, "hits": hits} for q, hits in zip(queries, results, strict=True)])
+        return
+    digits = len(str(len(index)))
+    for query, hits in zip(queries, results, strict=True):
+        if len(queries) > 1:
+            print(_one_line(query, 90))
+        for hit in hits:
+            text = _one_line(_text_of(hit["row"], index.column), 90)
+            print(f"{hit['score']:7.4f}  {hit['corpus_id']:>{digits}}  {text}")
+
+
+def _index_check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from minilm.check import check_vectors
+    from minilm.tasks import Index
+
+    index = Index.open(options.index)
+    index.verify()
+    _report(f"{options.index}: {len(index):,} rows; every file is as it was written")
+    if not len(index):
+        return 0
+    rows = range(0, len(index), max(1, len(index) // options.sample))[: options.sample]
+    texts = [_text_of(index.row(i), index.column) for i in rows]
+    result = check_vectors(
+        _load(options), texts, [index.vector(i) for i in rows], index.fingerprint, sample=len(rows)
+    )
+    print(json.dumps(result.to_dict(), indent=2) if options.json else result.table())
+    return 0 if result.is_compatible else 1
+
+
+def _blocks(
+    encoder: "SentenceEncoder", table: Table, column: str, prompt: str | None, truncation: str
+) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
+    """Vectors and rows of some thousand texts at a time; what was cut is told once, at the end."""
+    from minilm.inputs import with_progress
+
+    cut = 0
+    starts = range(0, len(table.texts), _BLOCK)
+    for start in with_progress(starts, sys.stderr.isatty() and len(starts) > 1):
+        embeddings, report = encoder.encode(
+            table.texts[start : start + _BLOCK],
+            prompt=prompt,
+            truncation="silent" if truncation == "warn" else truncation,
+            show_progress_bar=sys.stderr.isatty() and len(starts) == 1,
+            return_report=True,
+        )
+        cut += len(report.cut_rows)
+        texts, rows = table.texts[start : start + _BLOCK], table.rows[start : start + _BLOCK]
+        yield embeddings, [_with_text(*each, column) for each in zip(texts, rows, strict=True)]
+    if cut and truncation == "warn":
+        _report(
+            f"minilm: warning: {cut:,} of {len(table.texts):,} texts were cut at "
+            f"{encoder.max_seq_length} tokens; --truncation chunk reads them in windows"
+        )
+
+
+def _role_prompt(encoder: "SentenceEncoder", names: Sequence[str]) -> str | None:
+    """What `encode_query` and `encode_document` put in front; None for the default."""
+    return next((encoder.prompts[name] for name in names if name in encoder.prompts), None)
+
+
+def _text_column(table: Table, column: str | None) -> str:
+    """The name of the text in the rows."""
+    return column_of(list(table.rows[0]), column, "", "") if table.rows else column or "text"
+
+
+def _with_text(text: str, row: dict[str, Any], column: str) -> dict[str, Any]:
+    """The row with its text where all rows of the index have it."""
+    if row.setdefault(column, text) != text:
+        raise InputError(
+            f"the index has its texts under {column!r}, where a row has {_short(row[column])} and "
+            f"{_short(text)} is its text; rename that column, or build another index",
+            "--column",
+        )
+    return row
+
+
+def _short(value: Any) -> str:
+    return _one_line(json.dumps(value, ensure_ascii=False), 40)
+
+
+def _text_of(row: dict[str, Any], column: str) -> str:
+    text = row.get(column)
+    return text if isinstance(text, str) else json.dumps(row, ensure_ascii=False)
+
+
 def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from minilm.check import check_vectors
     from minilm.fingerprint import read_fingerprint
 
+    if options.file.is_dir():
+        return _check_folder(options, parser)
     texts = None if options.texts is None else read_texts(options.texts)
     foreign = read_vectors(options.file, texts, column=options.column, argument="FILE")
     recorded = read_fingerprint(options.file)
@@ -398,6 +864,16 @@ def _check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     )
     print(json.dumps(result.to_dict(), indent=2) if options.json else result.table())
     return 0 if result.is_compatible else 1
+
+
+def _check_folder(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from minilm.check_folder import check_folder
+
+    if options.texts is not None:
+        parser.error("argument --texts: a folder has its texts in it")
+    found = check_folder(_load(options), options.file, column=options.column, sample=options.sample)
+    print(json.dumps(found.to_dict(), indent=2) if options.json else found.table())
+    return 0 if found.is_compatible else 1
 
 
 def _explain(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

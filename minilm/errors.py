@@ -6,6 +6,7 @@ what it is about as attributes, so that nobody has to parse a message::
     MinilmError
     ├── InputError (ValueError)              an argument: its value
     │   ├── InputTypeError (TypeError)       an argument: its type
+    │   ├── BadRowError                      a row of a file that has no text to embed
     │   └── TruncationError                  text beyond the limit, where that is no option
     ├── ConfigError (ValueError)             a JSON file of a model folder
     ├── TokenizerError (ValueError)          tokenizer.json
@@ -18,12 +19,15 @@ what it is about as attributes, so that nobody has to parse a message::
         └── NotAFolderError (NotADirectoryError)
 
     TruncationWarning (UserWarning)          text beyond the length limit was not read
+    BadRowWarning (UserWarning)              rows of files had no text to embed
 """
 
 from collections.abc import Sequence
 from pathlib import Path
 
 __all__ = [
+    "BadRowError",
+    "BadRowWarning",
     "ConfigError",
     "HashMismatchError",
     "InputError",
@@ -79,6 +83,21 @@ class TruncationError(InputError):
 
     def __reduce__(self) -> tuple[type, tuple[str, list[int]]]:  # type: ignore[override]
         return type(self), (str(self), self.rows)
+
+
+class BadRowError(InputError):
+    """A row of a file has no text that can be embedded, and `on_bad_row="error"` was asked for.
+
+    Attributes:
+        path: The file. The message names the line, or the row.
+    """
+
+    def __init__(self, message: str, path: str | Path) -> None:
+        super().__init__(message, "inputs")
+        self.path = Path(path)
+
+    def __reduce__(self) -> tuple[type, tuple[str, Path]]:  # type: ignore[override]
+        return type(self), (str(self), self.path)
 
 
 class NotFiniteError(MinilmError, ArithmeticError):
@@ -228,6 +247,10 @@ class TraceKeyError(MinilmError, KeyError):
 
 class TruncationWarning(UserWarning):
     """Some texts are longer than the model's limit; their ends were not read."""
+
+
+class BadRowWarning(UserWarning):
+    """Some rows of files had no text that can be embedded; they were left out, or read as empty."""
 
 
 def describe(subject: str | Path, problems: Sequence[str]) -> str:

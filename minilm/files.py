@@ -21,26 +21,38 @@ if TYPE_CHECKING:
     import numpy as np
 
 __all__ = [
+    "DEFAULT_COLUMN",
     "METADATA_KEY",
     "NPZ_KEY",
+    "ROW_SUFFIXES",
     "SUFFIXES",
+    "VECTOR_FIELDS",
     "Table",
+    "column_of",
+    "csv_rows",
     "is_utf8",
     "read_lines",
     "read_table",
     "sidecar_path",
     "write_jsonl",
+    "write_rows",
     "write_table",
 ]
 
 # The forms that vectors are written in.
 SUFFIXES = (".npy", ".npz", ".safetensors", ".jsonl", ".csv")
 
+# The forms that rows without vectors are written in.
+ROW_SUFFIXES = (".jsonl", ".csv", ".txt")
+
 # Where the fingerprint of the model stands in a file that has a place for it.
 NPZ_KEY = "fingerprint_json"  # an array of uint8: the bytes of the JSON
 METADATA_KEY = "minilm.fingerprint"  # in the header of safetensors files
 
-_DEFAULT_COLUMN = "text"
+DEFAULT_COLUMN = "text"
+
+# What a column of vectors may be called.
+VECTOR_FIELDS = ("embedding", "embeddings", "vector", "vectors")
 
 
 @dataclass
@@ -62,7 +74,7 @@ class Table:
     @property
     def has_more(self) -> bool:
         """Whether the rows hold more than a text under its usual name."""
-        return any(row.keys() != {_DEFAULT_COLUMN} for row in self.rows)
+        return any(row.keys() != {DEFAULT_COLUMN} for row in self.rows)
 
 
 def read_lines(name: str) -> Iterator[str]:
@@ -109,7 +121,9 @@ def read_table(names: Sequence[str], column: str | None = None) -> Table:
     for name in names:
         kind = Path(name).suffix.lower()
         if kind == ".parquet":
-            raise InputError(f"{name}: parquet can't be read; convert it to .jsonl or .csv", name)
+            raise InputError(
+                f"{name}: Parquet is read into a folder of Parquet files only: -o FOLDER", name
+            )
         read = {".jsonl": _read_jsonl, ".csv": _read_csv}.get(kind, _read_plain)
         read(name, column, table)
     return table
@@ -117,7 +131,7 @@ def read_table(names: Sequence[str], column: str | None = None) -> Table:
 
 def _read_plain(name: str, column: str | None, table: Table) -> None:
     for line in read_lines(name):
-        table.add(line, {_DEFAULT_COLUMN: line})
+        table.add(line, {DEFAULT_COLUMN: line})
 
 
 def _read_jsonl(name: str, column: str | None, table: Table) -> None:
@@ -130,16 +144,34 @@ def _read_jsonl(name: str, column: str | None, table: Table) -> None:
         except (ValueError, RecursionError) as error:
             raise InputError(f"{place} is not JSON: {error}", name) from error
         if isinstance(row, str):
-            row = {column or _DEFAULT_COLUMN: row}
+            row = {column or DEFAULT_COLUMN: row}
         if not isinstance(row, dict):
             raise InputError(f"{place} is no object and no string", name)
-        key = _column_of(list(row), column, place, name)
+        key = column_of(list(row), column, place, name)
         if not isinstance(row[key], str):
             raise InputError(f"{place}: {key} is {json.dumps(row[key])[:40]}, not a string", name)
         table.add(row[key], row)
 
 
 def _read_csv(name: str, column: str | None, table: Table) -> None:
+    rows = csv_rows(name)
+    _, heading = next(rows)
+    key = column_of(heading, column, name, name)
+    for line, row in rows:
+        if len(row) != len(heading):
+            raise InputError(
+                f"{name}: line {line} has {len(row)} fields, the first line {len(heading)}", name
+            )
+        of_row = dict(zip(heading, row, strict=True))
+        table.add(of_row[key], of_row)
+
+
+def csv_rows(name: str) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a .csv file, each with the line that it ends in; the first is the heading.
+
+    Raises:
+        InputError: The file has no heading, two columns of a name, or is broken.
+    """
     lines = (line + "\n" for line in read_lines(name))
     reader = csv.reader(lines, strict=True)
     try:
@@ -149,26 +181,23 @@ def _read_csv(name: str, column: str | None, table: Table) -> None:
         doubled = sorted({each for each in heading if heading.count(each) > 1})
         if doubled:
             raise InputError(f"{name}: has more than one column {doubled[0]!r}", name)
-        key = _column_of(heading, column, name, name)
+        yield reader.line_num, heading
         for row in reader:
-            if not row:
-                continue
-            if len(row) != len(heading):
-                raise InputError(
-                    f"{name}: line {reader.line_num} has {len(row)} fields, the first line "
-                    f"{len(heading)}",
-                    name,
-                )
-            of_row = dict(zip(heading, row, strict=True))
-            table.add(of_row[key], of_row)
+            if row:
+                yield reader.line_num, row
     except csv.Error as error:
         raise InputError(f"{name}: line {reader.line_num}: {error}", name) from error
 
 
-def _column_of(columns: list[str], wanted: str | None, place: str, name: str) -> str:
-    if wanted is None and _DEFAULT_COLUMN not in columns and len(columns) == 1:
+def column_of(columns: list[str], wanted: str | None, place: str, name: str) -> str:
+    """The column that holds the texts: the one wanted, else "text", else the only one.
+
+    Raises:
+        InputError: There is none; `place` is what to call the columns' home, `name` the file.
+    """
+    if wanted is None and DEFAULT_COLUMN not in columns and len(columns) == 1:
         return columns[0]
-    key = wanted or _DEFAULT_COLUMN
+    key = wanted or DEFAULT_COLUMN
     if key not in columns:
         known = ", ".join(map(repr, columns)) or "none"
         raise InputError(f"{place}: has no {key!r}; choose with --column, of {known}", name)
@@ -276,10 +305,54 @@ def write_jsonl(
         file.write(json.dumps(line, ensure_ascii=not is_utf8(file)) + "\n")
 
 
+def write_rows(output: Path, table: Table) -> None:
+    """Write rows as they were, without vectors, in the form that the suffix says, all or nothing.
+
+    `.jsonl`: an object a line. `.csv`: the rows' columns. `.txt`: the texts, one a line.
+
+    Args:
+        output: The file.
+        table: n rows.
+
+    Raises:
+        InputError: There is no such form; or a text has a line break, which `.txt` can't hold.
+        OSError: The file can't be written; what was there before still is.
+    """
+    from minilm.hub import write_atomically
+
+    if output.suffix not in ROW_SUFFIXES:
+        raise InputError(f"{output}: has no suffix of {', '.join(ROW_SUFFIXES)}", str(output))
+    if output.suffix == ".txt":
+        for row, text in enumerate(table.texts):
+            if "\n" in text or text.endswith("\r"):
+                raise InputError(
+                    f"{output}: the text of row {row} has a line break; write .jsonl", str(output)
+                )
+
+    def write(file: IO[bytes]) -> None:
+        text_file = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        if output.suffix == ".jsonl":
+            text_file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in table.rows)
+        elif output.suffix == ".csv":
+            names = _columns(table)
+            writer = csv.writer(text_file)
+            writer.writerow(names)
+            writer.writerows([_field(row.get(name, "")) for name in names] for row in table.rows)
+        else:
+            text_file.writelines(text + "\n" for text in table.texts)
+        text_file.detach()  # flushed, and left open
+
+    write_atomically(output, write)
+
+
+def _columns(table: Table) -> list[str]:
+    return list(dict.fromkeys(name for row in table.rows for name in row)) or [DEFAULT_COLUMN]
+
+
 def _write_csv(
     file: IO[str], table: Table, embeddings: "np.ndarray[Any, Any]", column: str
 ) -> None:
-    names = list(dict.fromkeys(name for row in table.rows for name in row)) or [_DEFAULT_COLUMN]
+    names = _columns(table)
     writer = csv.writer(file)
     writer.writerow([*names, *range(embeddings.shape[1])])
     for row, embedding in zip(table.rows, embeddings, strict=True):

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from minilm import __version__, hub
+from minilm.arrow import fingerprint_in, import_pyarrow
 from minilm.checkpoint import read_checkpoint
 from minilm.errors import (
     ConfigError,
@@ -324,7 +325,8 @@ def read_fingerprint(path: str | Path) -> Fingerprint | None:
     """The record that was kept with a file of vectors.
 
     Args:
-        path: A `.npz` or `.safetensors` file, which can hold the record itself, or any other.
+        path: A `.npz`, `.safetensors` or `.parquet` file, which can hold the record itself, or any
+            other.
             Where there is none in it, the file beside it is looked at, see `sidecar_path`.
 
     Returns:
@@ -373,9 +375,20 @@ def _from_safetensors(path: Path) -> bytes | None:
     return None if text is None else text.encode("utf-8")
 
 
-# The formats that can hold a record, each with what gives its bytes, or None without one. For
-# Parquet that will be the key b"minilm.fingerprint" of the schema's metadata.
+def _from_parquet(path: Path) -> bytes | None:
+    import_pyarrow("reading Parquet files")
+    import pyarrow.parquet
+
+    try:
+        schema = pyarrow.parquet.read_schema(path)
+    except (ValueError, OSError) as error:
+        raise ConfigError(path, [f"is no Parquet file, or broken: {error}"]) from error
+    return fingerprint_in(schema)
+
+
+# The formats that can hold a record, each with what gives its bytes, or None without one.
 _READERS: dict[str, Callable[[Path], bytes | None]] = {
     ".npz": _from_npz,
     ".safetensors": _from_safetensors,
+    ".parquet": _from_parquet,
 }

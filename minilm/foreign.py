@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minilm.errors import InputError, MissingPackageError
-from minilm.files import SUFFIXES, read_lines
+from minilm.files import SUFFIXES, VECTOR_FIELDS, column_of, read_lines
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,7 +24,6 @@ if TYPE_CHECKING:
 __all__ = ["Foreign", "read_texts", "read_vectors", "run_onnx"]
 
 _BATCH = 32  # texts that an ONNX model is given at a time, padded to the longest of them
-_VECTOR_FIELDS = ("embedding", "embeddings", "vector", "vectors")
 _SENTENCE_OUTPUTS = ("sentence_embedding", "sentence_embeddings")
 _TOKEN_OUTPUTS = ("token_embeddings", "last_hidden_state")
 
@@ -85,11 +84,11 @@ def read_vectors(
             `embeddings` (or the only one), and `texts_json`, as `minilm encode` writes it, or
             `texts`. `.safetensors`: likewise, the texts as metadata. `.jsonl`: objects with `text`
             and `embedding`. `.csv`: a heading, then rows in which the columns 0, 1, 2, ... are the
-            numbers.
+            numbers. `.parquet`: a column of texts, and one of lists of numbers.
         texts: The texts of a file that has none.
         default: Likewise, where `texts` is not given.
-        column: The name of the text in `.jsonl` and `.csv`, by default "text"; else, in `.csv`, the
-            first column.
+        column: The name of the text in `.jsonl`, `.csv` and `.parquet`, by default "text"; else, in
+            `.csv`, the first column.
         argument: What to call the file in an error.
 
     Raises:
@@ -105,10 +104,12 @@ def read_vectors(
         ".safetensors": _read_safetensors,
         ".jsonl": _read_jsonl,
         ".csv": _read_csv,
+        ".parquet": _read_parquet,
     }
     if path.suffix not in readers:
         raise InputError(
-            f"{path}: has no suffix of {', '.join(SUFFIXES)}, .onnx; name it after its form",
+            f"{path}: has no suffix of {', '.join(SUFFIXES)}, .parquet, .onnx; name it after its "
+            "form",
             argument,
         )
     try:
@@ -164,7 +165,7 @@ def _from_archive(archive: Any) -> tuple[list[str] | None, Any]:
     elif "texts" in archive:
         texts = list(map(str, archive["texts"].tolist()))
     names = [name for name in archive if name != "texts" and not name.endswith("_json")]
-    name = next((name for name in _VECTOR_FIELDS if name in names), None)
+    name = next((name for name in VECTOR_FIELDS if name in names), None)
     if name is None and len(names) == 1:
         name = names[0]
     if name is None:
@@ -178,7 +179,7 @@ def _read_safetensors(path: Path, column: str | None) -> tuple[list[str] | None,
     try:
         with safetensors.safe_open(path, "np") as file:
             names = list(file.keys())
-            name = next((name for name in _VECTOR_FIELDS if name in names), names[0])
+            name = next((name for name in VECTOR_FIELDS if name in names), names[0])
             texts = (file.metadata() or {}).get("texts_json")
             return texts and list(map(str, json.loads(texts))), file.get_tensor(name)
     except safetensors.SafetensorError as error:
@@ -191,7 +192,7 @@ def _read_jsonl(path: Path, column: str | None) -> tuple[list[str] | None, Any]:
         try:
             row = json.loads(line)
             texts.append(str(row[column or "text"]))
-            rows.append(row[next(name for name in _VECTOR_FIELDS if name in row)])
+            rows.append(row[next(name for name in VECTOR_FIELDS if name in row)])
         except (ValueError, KeyError, TypeError, StopIteration) as error:
             raise ValueError(f"line {number} has no text and embedding") from error
     return texts, rows
@@ -207,6 +208,22 @@ def _read_csv(path: Path, column: str | None) -> tuple[list[str] | None, Any]:
     if not numbers:  # another program's: all behind the text
         numbers = [place for place in range(len(heading)) if place > text]
     return [row[text] for row in rows], [[float(row[i]) for i in numbers] for row in rows]
+
+
+def _read_parquet(path: Path, column: str | None) -> tuple[list[str] | None, Any]:
+    from minilm.arrow import embeddings_of, import_pyarrow, vector_column
+
+    import_pyarrow("reading Parquet files")
+    import pyarrow.parquet
+
+    schema = pyarrow.parquet.read_schema(path)
+    name = vector_column(schema, str(path))
+    others = [each for each in schema.names if each != name]
+    texts = column_of(others, column, str(path), "column")
+    table = pyarrow.parquet.read_table(path, columns=[texts, name])
+    return [text or "" for text in table.column(texts).to_pylist()], embeddings_of(
+        table.column(name)
+    )
 
 
 def run_onnx(

@@ -30,6 +30,7 @@ __all__ = [
     "check_text",
     "check_unicode",
     "is_singular_input",
+    "progress_bar",
     "windows",
     "with_progress",
 ]
@@ -44,12 +45,23 @@ _HINT = "pass a string or an iterable of strings"
 
 def with_progress(batches: Sequence[_Batch], show: bool | None) -> Iterable[_Batch]:
     """The batches, with a progress bar if `show`; by default if the package's logger is at INFO."""
-    if show if show is not None else logging.getLogger("minilm").isEnabledFor(logging.INFO):
+    if _is_shown(show):
         from tqdm.auto import tqdm  # comes with huggingface_hub
 
         bar: Iterable[_Batch] = tqdm(batches, desc="Batches")
         return bar
     return batches
+
+
+def progress_bar(show: bool | None, **options: Any) -> Any:
+    """A bar of tqdm, for what is not a loop; it shows itself as `with_progress` does."""
+    from tqdm.auto import tqdm
+
+    return tqdm(disable=not _is_shown(show), **options)
+
+
+def _is_shown(show: bool | None) -> bool:
+    return show if show is not None else logging.getLogger("minilm").isEnabledFor(logging.INFO)
 
 
 class Window(list[Row]):

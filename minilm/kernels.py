@@ -52,7 +52,9 @@ must agree with `F.linear`, and should give a row the same bits in any company. 
 speed is lost and nothing else.
 """
 
+import ctypes
 import functools
+import os
 import threading
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -77,6 +79,8 @@ __all__ = [
     "Transposed",
     "accelerate",
     "fast_products",
+    "give_back_freed_memory",
+    "keep_few_kernels",
     "layout_for",
 ]
 
@@ -467,6 +471,37 @@ def _keep_freed_memory() -> None:
     so that it takes no memory.
     """
     torch.empty(31 * 2**20, dtype=torch.uint8)
+
+
+def keep_few_kernels() -> None:
+    """Let oneDNN, and torch before it, keep 16 of the kernels made for a size, instead of 1,024.
+
+    Each takes up to 0.1 MB, and batches of texts have so many sizes that few are used again: a
+    process that embeds for hours grew by 100 MB, and was no faster for it. This sets the
+    environment of the process, but for what is set there, and works only before its first product:
+    so it is for processes of our own.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, "16")
+
+
+def give_back_freed_memory() -> None:
+    """The reverse, for once: what is freed goes back to the system, if the C library is glibc.
+
+    Between batches of all sizes there remain gaps that nothing fits in, and a process that embeds
+    for hours holds more and more of them.
+    """
+    trim = getattr(_c_library(), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache
+def _c_library() -> Any:
+    try:
+        return ctypes.CDLL(None)
+    except (OSError, TypeError):  # not of a kind that knows the word
+        return None
 
 
 _FAST: dict[type[nn.Module], type[nn.Module]] = {

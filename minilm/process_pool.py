@@ -35,7 +35,7 @@ from minilm.truncation import raise_if_cut, warn_if_cut
 if TYPE_CHECKING:
     from minilm.encoder import SentenceEncoder
 
-__all__ = ["ProcessPool", "run_in"]
+__all__ = ["ProcessPool", "begin_work", "run_in", "sendable"]
 
 _POLL = 0.2  # seconds
 _LAST_BREATH = 5.0  # seconds for a process that closed its pipe to end
@@ -260,9 +260,7 @@ def _joined(parts: list[Outcome], plan: Plan, encoder: "SentenceEncoder") -> Out
 
 def _work(encoder: "SentenceEncoder", device: str, threads: int, jobs: Any, answers: Any) -> None:
     """A worker's life."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which stops us
-    threading.Thread(target=_end_with_the_parent, daemon=True).start()
-    torch.set_num_threads(threads)
+    begin_work(threads)
     trouble: Exception | None = None
     try:
         encoder.to(device)
@@ -278,8 +276,15 @@ def _work(encoder: "SentenceEncoder", device: str, threads: int, jobs: Any, answ
             answer: Any = run(encoder, rows, plan)
             answer.values = _as_arrays(answer.values)
         except Exception as error:
-            answer = _sendable(error)
+            answer = sendable(error)
         answers.send((call, number, answer))
+
+
+def begin_work(threads: int) -> None:
+    """What a process that works for another does first."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which stops us
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    torch.set_num_threads(threads)
 
 
 def _end_with_the_parent() -> None:
@@ -290,7 +295,7 @@ def _end_with_the_parent() -> None:
         os._exit(1)
 
 
-def _sendable(error: Exception) -> Exception:
+def sendable(error: Exception) -> Exception:
     """The error, or one that says the same and can be sent."""
     with suppress(Exception):
         pickle.loads(pickle.dumps(error))

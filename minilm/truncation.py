@@ -26,6 +26,7 @@ from minilm.tokenizer import WordPieceTokenizer
 
 __all__ = [
     "TRUNCATION",
+    "Cut",
     "EncodeReport",
     "TextWindow",
     "caller_level",
@@ -33,6 +34,7 @@ __all__ = [
     "raise_if_cut",
     "split",
     "warn_if_cut",
+    "warn_of",
 ]
 
 # What `encode(truncation=...)` may be.
@@ -104,15 +106,58 @@ def _is_ours(module: str) -> bool:
     return module.partition(".")[0] == "minilm"
 
 
-def _what_was_cut(counts: Sequence[int], kept: Sequence[int], first_row: int) -> str | None:
-    cut = [row for row, count in enumerate(counts) if count > kept[row]]
-    if not cut:
-        return None
-    unread = 1 - sum(kept[row] for row in cut) / sum(counts[row] for row in cut)
-    return (
-        f"{len(cut):,} of {len(counts):,} texts were cut at {kept[cut[0]]} tokens; "
-        f"{100 * unread:.0f} % of their tokens were not read; first: row {first_row + cut[0]}"
-    )
+@dataclass(frozen=True)
+class Cut:
+    """How much of some texts was not read, added up; more texts can be added with +.
+
+    Attributes:
+        texts: How many texts there are.
+        rows: How many of them are too long.
+        tokens, read: How many tokens those have, and how many of them are read.
+        first: The row of the first.
+        limit: At how many tokens it is cut.
+    """
+
+    texts: int = 0
+    rows: int = 0
+    tokens: int = 0
+    read: int = 0
+    first: int = -1
+    limit: int = 0
+
+    @classmethod
+    def of(cls, counts: Sequence[int], kept: Sequence[int], first_row: int = 0) -> "Cut":
+        """That of texts of so many tokens, of which so many are read. See `warn_if_cut`."""
+        cut = [row for row, count in enumerate(counts) if count > kept[row]]
+        if not cut:
+            return cls(len(counts))
+        return cls(
+            texts=len(counts),
+            rows=len(cut),
+            tokens=sum(counts[row] for row in cut),
+            read=sum(kept[row] for row in cut),
+            first=first_row + cut[0],
+            limit=kept[cut[0]],
+        )
+
+    def __add__(self, later: "Cut") -> "Cut":
+        first = self if self.rows else later
+        return Cut(
+            self.texts + later.texts,
+            self.rows + later.rows,
+            self.tokens + later.tokens,
+            self.read + later.read,
+            first.first,
+            first.limit,
+        )
+
+    def message(self, verb: str = "were") -> str:
+        """It in words."""
+        return (
+            f"{self.rows:,} of {self.texts:,} texts {verb} cut at {self.limit} tokens; "
+            f"{100 * (1 - self.read / self.tokens):.0f} % of their tokens were not read; "
+            f"first: row {self.first}"
+        )
 
 
 def warn_if_cut(counts: Sequence[int], kept: Sequence[int], first_row: int = 0) -> None:
@@ -123,9 +168,13 @@ def warn_if_cut(counts: Sequence[int], kept: Sequence[int], first_row: int = 0) 
         kept: How many of them are read.
         first_row: The number of the first text in what the user passed.
     """
-    message = _what_was_cut(counts, kept, first_row)
-    if message is not None:
-        warnings.warn(message, TruncationWarning, stacklevel=caller_level())
+    warn_of(Cut.of(counts, kept, first_row))
+
+
+def warn_of(cut: Cut) -> None:
+    """The same of what is added up already."""
+    if cut.rows:
+        warnings.warn(cut.message(), TruncationWarning, stacklevel=caller_level())
 
 
 def raise_if_cut(counts: Sequence[int], kept: Sequence[int], first_row: int = 0) -> None:
@@ -134,10 +183,10 @@ def raise_if_cut(counts: Sequence[int], kept: Sequence[int], first_row: int = 0)
     Raises:
         TruncationError: Something would be cut.
     """
-    message = _what_was_cut(counts, kept, first_row)
-    if message is not None:
+    cut = Cut.of(counts, kept, first_row)
+    if cut.rows:
         rows = [first_row + row for row, count in enumerate(counts) if count > kept[row]]
-        raise TruncationError(message.replace("were cut", "would be cut"), rows)
+        raise TruncationError(cut.message("would be"), rows)
 
 
 def kept_span(

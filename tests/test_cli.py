@@ -14,13 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import safetensors
 
 from conftest import ROOT, write_model_folder
 from minilm import SentenceEncoder, cli
-from minilm.files import SUFFIXES, read_table
+from minilm.arrow import embeddings_of
+from minilm.errors import InputError
+from minilm.files import SUFFIXES, Table, read_table, write_rows
 from minilm.fingerprint import read_fingerprint
+from minilm.tasks import community_detection, paraphrase_mining_embeddings
 
 
 def minilm(
@@ -153,9 +157,18 @@ def test_output_in_another_encoding(model: list[str], command: str) -> None:
         ([], "COMMAND"),
         (["nonsense"], "nonsense"),
         (
-            ["encode", "-o", "folder"],
-            "folder has no suffix of .npy, .npz, .safetensors, .jsonl, .csv",
+            ["encode", "-o", "name.nyp"],
+            "name.nyp has no suffix of .npy, .npz, .safetensors, .jsonl, .csv; put / at the end of",
         ),
+        (["encode", "-o", "folder"], "a folder is written from files; name them"),
+        (["encode", "-o", "folder", "-t", "a"], "a folder is written from files"),
+        (["encode", "-o", "folder", "-"], "a folder is written from files"),
+        (
+            ["encode", "-", "-o", "a.npy", "--on-bad-row", "skip"],
+            "--on-bad-row: goes with -o FOLDER",
+        ),
+        (["encode", "-", "--workers", "2"], "--workers: goes with -o FOLDER"),
+        (["encode", "-", "--precision", "float16"], "float16 goes with -o FOLDER"),
         (["encode", "--threads", "0"], "0 is not a positive integer"),
         (["encode", "--batch-size", "x"], "invalid positive integer value: 'x'"),
         (["similarity", "only one"], "pass two or more"),
@@ -306,6 +319,8 @@ def workplace(tmp_path: Path, model: list[str]) -> Path:
     (folder / "articles.csv").write_text(
         "id,body\n" + "".join(f"{r['id']},{r['body']}\n" for r in rows)
     )
+    (folder / "logs").mkdir()
+    (folder / "logs" / "monday.csv").write_text("id,body\n1,a cat\n2\n")
     vectors = SentenceEncoder.from_pretrained(model[1], device="cpu").encode(texts)
     np.save(folder / "other.npy", vectors)
     np.save(folder / "embeddings.npy", vectors)
@@ -411,7 +426,7 @@ def test_options_of_encode(workplace: Path, model: list[str], loaded: SentenceEn
         ("a.csv", "text,text\n1,2\n", "has more than one column 'text'"),
         ("a.csv", 'text\n"a\n', "a.csv: line "),
         ("a.csv", "", "a.csv: is empty"),
-        ("a.parquet", "PAR1", "parquet can't be read"),
+        ("a.parquet", "PAR1", "Parquet is read into a folder of Parquet files only"),
         ("a.jsonl", '{"text": "a", "embedding": 5}\n', "the rows have 'embedding' already"),
     ],
 )
@@ -464,6 +479,38 @@ def test_check_of_other_vectors(workplace: Path, model: list[str], tmp_path: Pat
     assert found["fingerprints_agree"] is False
 
 
+def test_a_folder_of_parquet_files(
+    workplace: Path, model: list[str], loaded: SentenceEncoder
+) -> None:
+    command = ["encode", "articles.jsonl", "--column", "body", "-o", "run.2/", *model]
+    command += ["--shard-rows", "2", "--precision", "float16", "--embedding-column", "v"]
+    for told in ("3 rows in 2 parts", "3 rows in 2 parts, of which 2 were there"):
+        done = minilm(*command, cwd=workplace)
+        assert (done.returncode, done.stdout) == (0, b"")
+        assert done.stderr.decode() == f"run.2: {told}\n"
+    table = pyarrow.parquet.read_table(workplace / "run.2")
+    assert table["id"].to_pylist() == [0, 1, 2]
+    expected = loaded.encode(table["body"].to_pylist()).astype(np.float16)
+    np.testing.assert_array_equal(embeddings_of(table["v"]), expected)
+    done = minilm("check", "run.2", *model, cwd=workplace)
+    assert done.returncode == 0, done.stderr
+    assert re.match(
+        r"run\.2: 3 rows in 2 parts: all as the manifest says, by hash and number of rows\n"
+        r"same: equal, bit by bit after rounding to float16 \(3 of 3 rows checked\)\n",
+        done.stdout.decode(),
+    )
+    part = workplace / "run.2" / "part-00001.parquet"
+    assert minilm("check", part, "--column", "body", *model).returncode == 0
+    part.unlink()
+    done = minilm("check", "run.2", "--json", *model, cwd=workplace)
+    assert done.returncode == 1
+    assert json.loads(done.stdout)["problems"] == ["part-00001.parquet is missing"]
+    assert failed(minilm("check", workplace / "run.2", "--texts", "x", *model), 2)
+    message = failed(minilm(*command, "--shard-rows", "3", cwd=workplace), 1)
+    assert "run.2: holds a run with another shard_rows (2 there, 3 now)" in message
+    assert minilm(*command, "--shard-rows", "3", "--overwrite", cwd=workplace).returncode == 0
+
+
 def test_similarity_of_a_file(workplace: Path, model: list[str], loaded: SentenceEncoder) -> None:
     done = minilm("similarity", "a cat", "-f", workplace / "sentences.txt", "--json", *model)
     found = json.loads(done.stdout)
@@ -488,3 +535,104 @@ def test_main_leaves_warnings_as_they_were(
     assert cli.main(["similarity", "a cat", "the dog", *model]) == 0
     assert warnings.showwarning is before
     assert "a cat" in capsys.readouterr().out
+
+
+# mine, cluster, dedup
+
+
+TEXTS = ["the dog bites", "a cat", "the dog bites", "the man sees the sun", "A cat!", "a cat"]
+
+
+@pytest.fixture
+def six(tmp_path: Path) -> Path:
+    """Texts of which some are equal, with more beside them."""
+    path = tmp_path / "six.jsonl"
+    rows = [{"id": i, "text": text, "ü": None} for i, text in enumerate(TEXTS)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_mine_prints_the_pairs_of_the_library(
+    model: list[str], loaded: SentenceEncoder, six: Path
+) -> None:
+    expected = paraphrase_mining_embeddings(loaded.encode(TEXTS), max_pairs=3, top_k=4)
+    done = minilm("mine", six, "--max-pairs", "3", "--top-k", "4", "--json", *model)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [
+        {"score": score, "rows": [i, j], "texts": [TEXTS[int(i)], TEXTS[int(j)]]}
+        for score, i, j in expected
+    ]
+    assert done.stderr == b""
+    done = minilm("mine", six, "--max-pairs", "1", *model)
+    assert done.stdout.decode() == " 1.0000  the dog bites\n         the dog bites\n"
+
+
+def test_cluster_prints_the_groups_of_the_library(
+    model: list[str], loaded: SentenceEncoder, six: Path
+) -> None:
+    expected = community_detection(loaded.encode(TEXTS), 0.999, 2)
+    assert expected == [[0, 2], [1, 5]]
+    options = ["--threshold", "0.999", "--min-size", "2", *model]
+    done = minilm("cluster", six, "--json", *options)
+    assert json.loads(done.stdout) == [
+        {"rows": rows, "texts": [TEXTS[row] for row in rows]} for rows in expected
+    ]
+    done = minilm("cluster", *options, stdin="\n".join(TEXTS))
+    assert done.stdout.decode() == (
+        "2 texts\n  the dog bites\n  the dog bites\n2 texts\n  a cat\n  a cat\n"
+    )
+
+
+def test_dedup_writes_what_stays_and_says_what_goes(
+    model: list[str], six: Path, tmp_path: Path
+) -> None:
+    options = ["--threshold", "0.999", *model]
+    out = tmp_path / "kept.jsonl"
+    done = minilm("dedup", six, "-o", out, *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.decode() == (
+        " 1.0000  the dog bites\n         the dog bites\n 1.0000  a cat\n         a cat\n"
+    )
+    expected = f"2 of 6 texts say the same as an earlier one; {out}: the other 4\n"
+    assert done.stderr.decode() == expected
+    assert read_jsonl(out) == [read_jsonl(six)[row] for row in (0, 1, 3, 4)]
+
+    out = tmp_path / "kept.csv"
+    done = minilm("dedup", six, "-o", out, "--json", *options)
+    found = json.loads(done.stdout)
+    assert [(each["row"], each["of"], each["texts"]) for each in found] == [
+        (2, 0, ["the dog bites"] * 2), (5, 1, ["a cat"] * 2)
+    ]  # fmt: skip
+    rows = list(csv.reader(io.StringIO(out.read_text(encoding="utf-8"), newline="")))
+    assert rows[0] == ["id", "text", "ü"]
+    assert [row[:2] for row in rows[1:]] == [[str(i), TEXTS[i]] for i in (0, 1, 3, 4)]
+
+    out = tmp_path / "kept.txt"
+    minilm("dedup", "-o", out, *options, stdin="\n".join(TEXTS))
+    assert out.read_text() == "".join(TEXTS[row] + "\n" for row in (0, 1, 3, 4))
+    again = minilm("dedup", out, *options)
+    assert again.stderr.decode() == "0 of 4 texts say the same as an earlier one\n"
+
+
+def test_dedup_refuses_before_the_work(model: list[str], six: Path, tmp_path: Path) -> None:
+    message = failed(minilm("dedup", six, "-o", tmp_path / "kept.npy", *model), 2)
+    assert "kept.npy has no suffix of .jsonl, .csv, .txt" in message
+    failed(minilm("dedup", six, "-o", tmp_path / "missing" / "kept.csv", *model), 1)
+    message = failed(minilm("dedup", six, "--threshold", "nan", *model), 1)
+    assert message == "minilm: threshold is nan; pass one from -1 to 1\n"
+
+
+@pytest.mark.parametrize("command", ["mine", "cluster", "dedup"])
+def test_tasks_on_no_text(model: list[str], command: str) -> None:
+    done = minilm(command, "--json", *model)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == []
+
+
+def test_lines_hold_no_line_breaks(tmp_path: Path) -> None:
+    table = Table(["fine", "two\nlines"], [{"text": "fine"}, {"text": "two\nlines"}])
+    with pytest.raises(InputError, match="the text of row 1 has a line break"):
+        write_rows(tmp_path / "out.txt", table)
+    assert list(tmp_path.iterdir()) == []
+    write_rows(tmp_path / "out.csv", table)
+    assert read_table([str(tmp_path / "out.csv")]) == table

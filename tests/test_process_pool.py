@@ -29,7 +29,7 @@ from minilm.errors import (
     TruncationError,
     WorkerError,
 )
-from minilm.process_pool import ProcessPool, _as_arrays, _as_tensors, _sendable
+from minilm.process_pool import ProcessPool, _as_arrays, _as_tensors, sendable
 
 TEXTS = ["the dog bites the man", "", "a cat", "the sun is out .", "man sees dog", "a", "run !"]
 LONG = "the dog sees " * 9
@@ -257,11 +257,11 @@ class _UnsendableError(Exception):
 
 
 def test_errors_that_cannot_be_sent_are_told() -> None:
-    told = _sendable(_UnsendableError("some", "thing"))
+    told = sendable(_UnsendableError("some", "thing"))
     assert isinstance(told, WorkerError)
     assert "_UnsendableError: something" in str(told)
     error = NotFiniteError([3], "why")
-    assert _sendable(error) is error
+    assert sendable(error) is error
     for sent in (error, TruncationError("x", [1, 2]), InputError("x", "y"), WorkerError("x")):
         again = pickle.loads(pickle.dumps(sent))
         assert type(again) is type(sent)
