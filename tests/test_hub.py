@@ -847,22 +847,6 @@ def test_what_was_downloaded_here_is_found_here(
     assert pinned_hub.requests == []
 
 
-def test_write_atomically_replaces_and_cleans_up(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(b"old")
-
-    def fail(file: Any) -> None:
-        file.write(b"half")
-        raise RuntimeError("half way")
-
-    with pytest.raises(RuntimeError, match="half way"):
-        hub.write_atomically(path, fail)
-    assert files_of(tmp_path)["file"] == b"old"
-    hub.write_atomically(path, lambda file: file.write(b"new"))
-    assert path.read_bytes() == b"new"
-    assert [entry.name for entry in tmp_path.iterdir() if entry.is_file()] == ["file"]
-
-
 # looks_like().
 
 

@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from conftest import ROOT
-from minilm import SentenceEncoder, cli
+from minilm import SentenceEncoder, cli, indexing
+from minilm.disk import held
 from minilm.errors import ConfigError, InputError, InputTypeError
 from minilm.fingerprint import Fingerprint
 from minilm.hub import SHA256
@@ -75,7 +76,7 @@ def test_by_hand(tmp_path: Path) -> None:
         {"corpus_id": 1, "score": 1.0, "row": {"text": "two", "n": [1, None]}},
         {"corpus_id": 0, "score": pytest.approx(0.8), "row": {"text": "one"}},
     ]
-    assert names(index.folder) == ["index.json", "index.lock", "segment-00000"]
+    assert names(index.folder) == ["index.json", "segment-00000"]
     assert names(index.folder / "segment-00000") == [
         "lengths.npy", "offsets.npy", "rows.jsonl", "vectors.npy",
     ]  # fmt: skip
@@ -126,7 +127,7 @@ def test_one_by_one_leaves_few_segments(tmp_path: Path) -> None:
         index.add(vectors[i : i + 1], [f"text {i}"], fingerprint=MODEL)
         assert len(index._segments) <= 7
     assert [segment.count for segment in index._segments] == [64, 4, 2]
-    assert len(names(index.folder)) == 2 + 3  # what became part of others is gone
+    assert len(names(index.folder)) == 1 + 3  # what became part of others is gone
     np.testing.assert_array_equal(np.concatenate(index.vectors), vectors)
     assert [index.row(i)["text"] for i in range(70)] == texts(70)
 
@@ -193,7 +194,7 @@ def test_empty_indexes_and_queries(tmp_path: Path, index: Index) -> None:
     assert Index.open(empty.folder).search(np.ones((2, 16)), fingerprint=MODEL) == [[], []]
     empty.add(np.empty((0, 16)), [], fingerprint=MODEL)
     empty.extend([], fingerprint=MODEL)
-    assert names(empty.folder) == ["index.json", "index.lock"]
+    assert names(empty.folder) == ["index.json"]
     assert found(index, np.empty((0, 16))) == []
     assert len(found(index, np.ones(16), 99)[0]) == 5
     assert repr(empty).startswith(f"Index({str(empty.folder)!r}: 0 rows of a model (")
@@ -343,7 +344,7 @@ def test_wrong_additions_change_nothing(
             index.extend(blocks, fingerprint=MODEL)
         assert raised.value.argument == argument
         assert (index.folder / "index.json").read_bytes() == before
-        assert names(index.folder) == ["index.json", "index.lock", "segment-00000"]
+        assert names(index.folder) == ["index.json", "segment-00000"]
     assert len(found(index, np.ones(16), 9)[0]) == 5
 
 
@@ -398,7 +399,7 @@ def test_create_is_all_or_nothing(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is no index"):
         Index.open(tmp_path / "index")
     index = Index.create(tmp_path / "index", MODEL, [(random(0, 3, 16), texts(3))])
-    assert names(index.folder) == ["index.json", "index.lock", "segment-00000"]
+    assert names(index.folder) == ["index.json", "segment-00000"]
 
 
 # damage
@@ -562,7 +563,7 @@ def test_killed_at_any_step(
         else:
             left.add(random(22, 1, 16), ["one more"], fingerprint=MODEL)
         known = {segment.entry.name for segment in left._segments}
-        assert set(names(folder)) == {"index.json", "index.lock", *known}
+        assert set(names(folder)) == {"index.json", *known}
     assert len(outcomes) > 15
     assert outcomes == sorted(outcomes)  # first the old index, then the new one
     assert set(outcomes) == {5, 5 + added}
@@ -573,7 +574,7 @@ def test_a_reader_goes_on_with_what_it_opened(index: Index) -> None:
     reader = Index.open(index.folder)
     before = found(reader, queries, 20)
     index.add(random(24, 40, 16), texts(40, 5), fingerprint=MODEL)
-    assert names(index.folder) == ["index.json", "index.lock", "segment-00001"]
+    assert names(index.folder) == ["index.json", "segment-00001"]
     assert found(reader, queries, 20) == before
     assert len(reader) == 5
     assert found(Index.open(index.folder), queries, 20) == found(index, queries, 20) != before
@@ -597,11 +598,14 @@ def test_opening_while_another_adds(index: Index, monkeypatch: pytest.MonkeyPatc
 
 
 def test_two_writers(tmp_path: Path, index: Index) -> None:
-    with segments.locked(index.folder), pytest.raises(InputError, match="wait until"):
+    with held(index.folder, segments.LOCK, "folder"), pytest.raises(InputError, match="wait until"):
         Index.open(index.folder).add(np.ones((1, 16)), ["a"], fingerprint=MODEL)
     index.add(np.ones((1, 16)), ["a"], fingerprint=MODEL)
     (tmp_path / "new").mkdir()
-    with segments.locked(tmp_path / "new"), pytest.raises(InputError, match="wait until"):
+    with (
+        held(tmp_path / "new", segments.LOCK, "folder"),
+        pytest.raises(InputError, match="wait until"),
+    ):
         Index.create(tmp_path / "new", MODEL)
 
 
@@ -615,7 +619,7 @@ def test_a_full_disk_loses_nothing(index: Index, monkeypatch: pytest.MonkeyPatch
         patch.setattr(segments._Rows, "write", full)
         with pytest.raises(OSError, match="No space left"):
             index.add(random(27, 2, 16), texts(2), fingerprint=MODEL)
-    assert names(index.folder) == ["index.json", "index.lock", "segment-00000"]
+    assert names(index.folder) == ["index.json", "segment-00000"]
     assert found(index, queries) == found(Index.open(index.folder), queries) == before
 
 
@@ -687,7 +691,7 @@ def test_build_add_search_check(
     files: Path, model: list[str], capsys: pytest.CaptureFixture[str], tiny_folder: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(cli, "_BLOCK", 2)
+    monkeypatch.setattr(indexing, "_BLOCK", 2)
     folder = files / "index"
     built = run("index", "build", files / "a.txt", "-o", folder, "--codes", "binary", *model)
     assert built == 0
@@ -750,6 +754,7 @@ def test_the_command_line_refuses(
     assert len(Index.open(folder)) == 3
 
 
+@pytest.mark.filterwarnings("always::minilm.errors.TruncationWarning")  # as outside of tests
 def test_columns_prompts_and_cuts(
     files: Path, model: list[str], capsys: pytest.CaptureFixture[str], tiny_folder: Path
 ) -> None:

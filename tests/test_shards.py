@@ -9,10 +9,11 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from minilm import hub, shards
+from minilm import shards
 from minilm.arrow import embedding_array
+from minilm.disk import file_sha256, write_atomically
 from minilm.errors import ConfigError, InputError
-from minilm.shards import MANIFEST, PROGRESS, Part, ShardFolder, file_sha256, verify_parts
+from minilm.shards import MANIFEST, PROGRESS, Part, ShardFolder, verify_parts
 
 HEADER: dict[str, Any] = {"fingerprint": None, "rows": {"written": 5}}
 
@@ -139,7 +140,7 @@ def test_only_own_files_are_cleared(tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", ["part", "progress", "manifest"])
 def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
     other, tmp_path = written(tmp_path / "other"), tmp_path / "a"
-    real_part, real = shards._write_parquet, hub.write_atomically
+    real_part, real = shards._write_parquet, write_atomically
     full = OSError(errno.ENOSPC, "No space left on device")
 
     def half(file: Any, table: Any) -> None:

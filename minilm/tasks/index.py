@@ -35,6 +35,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
+from minilm.disk import file_sha256, held
 from minilm.errors import ConfigError, InputError, InputTypeError
 from minilm.fingerprint import Fingerprint, compare
 from minilm.inputs import check_choice, check_positive_int
@@ -43,6 +44,7 @@ from minilm.similarity import Embeddings, cos_sim
 from minilm.tasks.rescoring import ROWS, by_codes, rescore
 from minilm.tasks.search import Best, Scores
 from minilm.tasks.segments import (
+    LOCK,
     MANIFEST,
     Block,
     Manifest,
@@ -52,10 +54,8 @@ from minilm.tasks.segments import (
     extended,
     float_vectors,
     is_ours,
-    locked,
     read_manifest,
     remove_leftovers,
-    sha256,
     size_problem,
 )
 
@@ -145,7 +145,7 @@ class Index:
         dimension = None if fingerprint is None else fingerprint.dimension
         manifest = Manifest(fingerprint, dimension, column, tuple(dict.fromkeys(codes)), 0, ())
         path.mkdir(exist_ok=True)
-        with locked(path):
+        with held(path, LOCK, "folder"):
             foreign = [each.name for each in path.iterdir() if not is_ours(each.name)]
             if foreign:
                 what = "an index" if MANIFEST in foreign else f"{sorted(foreign)[0]!r}"
@@ -246,7 +246,7 @@ class Index:
             InputError, InputTypeError, OSError: As in `add`.
         """
         _check_same(self.fingerprint, fingerprint, "add vectors")
-        with locked(self.folder):
+        with held(self.folder, LOCK, "folder"):
             manifest = read_manifest(self.folder)  # another process may have added
             if manifest != self._manifest:
                 self._use(manifest)
@@ -334,7 +334,7 @@ class Index:
         problems = []
         for entry in self._manifest.segments:
             for name, (_, expected) in entry.files.items():
-                actual = sha256(self.folder / entry.name / name)
+                actual = file_sha256(self.folder / entry.name / name)
                 if actual != expected:
                     problems.append(
                         f"{entry.name}/{name} has SHA-256 {actual}, expected {expected}: it was "

@@ -4,35 +4,33 @@ In: blocks of vectors and rows. Out: segments written so that they are complete 
 opened again. What is in the folder stands in `index.py`, which comes next.
 """
 
-import hashlib
 import io
 import json
 import mmap
-import os
 import re
 import shutil
-import sys
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from minilm.disk import file_sha256, sync, sync_folder, write_atomically
 from minilm.errors import ConfigError, InputError, InputTypeError
 from minilm.fingerprint import Fingerprint
-from minilm.hub import write_atomically
 from minilm.quantize import model_ranges, quantize_embeddings
 from minilm.similarity import Embeddings, _matrix
 from minilm.tasks.search import in_place, not_finite
 
 __all__ = [
+    "LOCK",
     "MANIFEST",
     "Block",
     "Manifest",
@@ -42,10 +40,8 @@ __all__ = [
     "extended",
     "float_vectors",
     "is_ours",
-    "locked",
     "read_manifest",
     "remove_leftovers",
-    "sha256",
     "size_problem",
 ]
 
@@ -56,7 +52,7 @@ Block = tuple[Embeddings, Sequence[Row]]
 FORMAT = "minilm index"
 FORMAT_VERSION = 1
 MANIFEST = "index.json"
-_LOCK = "index.lock"
+LOCK = "index.lock"
 _LEFTOVER = re.compile(
     r"segment-\d{5,}|\.segment-\d{5,}\.[0-9a-f]{32}\.part|\.index\.json\..*\.part"
 )
@@ -161,7 +157,7 @@ def commit(folder: Path, manifest: Manifest) -> None:
     """Replace index.json: from here on the index is the new one."""
     contents = manifest.to_json().encode()
     write_atomically(folder / MANIFEST, lambda file: file.write(contents))
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 # --- one segment
@@ -359,13 +355,14 @@ def _write_segment(
                 ends = size + np.cumsum([len(line) for line in lines], dtype=np.int64)
                 write("offsets", ends)
                 count, size = count + len(lines), int(ends[-1])
-            _sync(lines_file)
+            sync(lines_file)
         files = {
-            path.name: (path.stat().st_size, sha256(path)) for path in sorted(temporary.iterdir())
+            path.name: (path.stat().st_size, file_sha256(path))
+            for path in sorted(temporary.iterdir())
         }
-        _sync_folder(temporary)
+        sync_folder(temporary)
         temporary.rename(folder / name)
-        _sync_folder(folder)
+        sync_folder(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -407,7 +404,7 @@ class _Rows:
                 assert len(header.getvalue()) == _HEADER  # room for any number of rows
                 self.file.seek(0)
                 self.file.write(header.getvalue())
-                _sync(self.file)
+                sync(self.file)
         finally:
             self.file.close()
 
@@ -416,7 +413,7 @@ class _Rows:
 
 
 def is_ours(name: str) -> bool:
-    return name == _LOCK or _LEFTOVER.fullmatch(name) is not None
+    return name == LOCK or _LEFTOVER.fullmatch(name) is not None
 
 
 def remove_leftovers(folder: Path, manifest: Manifest) -> None:
@@ -431,65 +428,9 @@ def remove_leftovers(folder: Path, manifest: Manifest) -> None:
                 path.unlink(missing_ok=True)
 
 
-def sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def size_problem(path: Path, expected: int) -> str | None:
     try:
         size = path.stat().st_size
     except (FileNotFoundError, NotADirectoryError):
         return "is missing"
     return None if size == expected else f"has {size:,} bytes, not {expected:,}"
-
-
-def _sync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _sync_folder(folder: Path) -> None:
-    """Make new names in a folder last, where the system can."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            with suppress(OSError):  # some file systems have no such thing
-                os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Be the only one that writes. The lock ends with the process, however that ends.
-
-    Raises:
-        InputError: Another is writing.
-    """
-    with (folder / _LOCK).open("ab") as file:
-        try:
-            _LOCKERS[os.name == "nt"](file.fileno())
-        except (BlockingIOError, PermissionError) as error:
-            raise InputError(
-                f"{folder}: another process is adding to this index; wait until it is done",
-                "folder",
-            ) from error
-        yield
-
-
-def _lock_posix(descriptor: int) -> None:
-    if sys.platform != "win32":
-        import fcntl
-
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-
-def _lock_windows(descriptor: int) -> None:
-    if sys.platform == "win32":
-        import msvcrt
-
-        msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-
-
-_LOCKERS: tuple[Callable[[int], None], ...] = (_lock_posix, _lock_windows)

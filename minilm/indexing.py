@@ -1,0 +1,210 @@
+"""Texts in an index, and found again: what `minilm index` does, as four functions.
+
+In: an encoder, and rows of files or queries. Out: a `minilm.tasks.Index`, and what it has nearest.
+An index knows vectors only; here are the texts, with the prompts that a model has for the two sides
+of a search, in blocks, so that memory holds the vectors of some thousand texts at a time.
+"""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+from minilm.check import CheckResult, check_vectors
+from minilm.errors import InputError
+from minilm.files import Table, column_of
+from minilm.fingerprint import Fingerprint
+from minilm.inputs import check_positive_int, with_progress
+from minilm.tasks import Hit, Index
+from minilm.truncation import Cut, warn_of
+
+if TYPE_CHECKING:
+    from minilm.encoder import SentenceEncoder
+
+__all__ = ["add_to_index", "build_index", "check_index", "search_index", "text_of"]
+
+# What the prompts for the two sides of a search may be called.
+_DOCUMENT = ("document", "passage", "corpus")
+_QUERY = ("query",)
+_BLOCK = 4096  # texts of which the index is given the vectors at a time
+
+
+def build_index(
+    encoder: "SentenceEncoder",
+    folder: str | os.PathLike[str],
+    table: Table,
+    *,
+    column: str | None = None,
+    prompt: str | None = None,
+    truncation: str = "warn",
+    codes: Sequence[str] = (),
+    show_progress_bar: bool | None = None,
+) -> Index:
+    """Embed the texts of a table into a new index.
+
+    Args:
+        encoder: The model.
+        folder: The index's folder, new or empty.
+        table: The rows, see `minilm.files.read_table`.
+        column: The name of the text in them.
+        prompt: What to put in front of every text; by default the model's prompt for documents.
+        truncation: As in `encode`; what was cut is told once.
+        codes: "int8" and "binary", see `Index.create`.
+        show_progress_bar: By default only if this package's logger is at INFO or below.
+
+    Raises:
+        InputError, OSError: As in `Index.create` and `encode`; nothing is left of it then.
+    """
+    name = column_of(list(table.rows[0]), column, "", "") if table.rows else column or "text"
+    prompt = _prompt(encoder, prompt, _DOCUMENT)
+    return Index.create(
+        folder,
+        _record(encoder, prompt, truncation),
+        _blocks(encoder, table, name, prompt, truncation, show_progress_bar),
+        column=name,
+        codes=codes,
+    )
+
+
+def add_to_index(
+    encoder: "SentenceEncoder",
+    index: Index,
+    table: Table,
+    *,
+    prompt: str | None = None,
+    truncation: str = "warn",
+    show_progress_bar: bool | None = None,
+) -> None:
+    """Embed the texts of a table into an index, behind what it has; all or nothing.
+
+    Args:
+        encoder: The model that made the index.
+        index: The index. A row whose text has another name gets it under that of the index too.
+        table, prompt, truncation, show_progress_bar: As in `build_index`.
+
+    Raises:
+        InputError: It was made by another model; a row has something else under that name; or as
+            in `Index.add` and `encode`.
+    """
+    prompt = _prompt(encoder, prompt, _DOCUMENT)
+    index.extend(
+        _blocks(encoder, table, index.column, prompt, truncation, show_progress_bar),
+        fingerprint=_record(encoder, prompt, truncation),
+    )
+
+
+def search_index(
+    encoder: "SentenceEncoder",
+    index: Index,
+    queries: Sequence[str],
+    top_k: int = 10,
+    *,
+    prompt: str | None = None,
+    precision: str = "float32",
+    rescore_multiplier: int = 4,
+) -> list[list[Hit]]:
+    """Find the rows of an index that are nearest to each query.
+
+    Args:
+        encoder: The model that made the index.
+        index: The index.
+        queries: n texts.
+        prompt: What to put in front of each; by default the model's prompt for queries.
+        top_k, precision, rescore_multiplier: As in `Index.search`.
+
+    Raises:
+        InputError, InputTypeError: As in `Index.search` and `encode`.
+    """
+    prompt = _prompt(encoder, prompt, _QUERY)
+    return index.search(
+        encoder.encode(list(queries), prompt=prompt),
+        top_k,
+        fingerprint=_record(encoder, prompt),
+        precision=precision,
+        rescore_multiplier=rescore_multiplier,
+    )
+
+
+def check_index(encoder: "SentenceEncoder", index: Index, sample: int = 256) -> CheckResult | None:
+    """Whether an index is as it was written, and can be searched with this model.
+
+    Args:
+        encoder: The model.
+        index: The index. Every file is compared with its SHA-256.
+        sample: How many rows are embedded again, evenly spread.
+
+    Returns:
+        What `check_vectors` says of those rows; None of an empty index.
+
+    Raises:
+        ConfigError: A file has other contents than were written.
+    """
+    index.verify()
+    if not len(index):
+        return None
+    step = max(1, len(index) // check_positive_int(sample, "sample"))
+    rows = range(0, len(index), step)[:sample]
+    texts = [text_of(index.row(i), index.column) for i in rows]
+    vectors = [index.vector(i) for i in rows]
+    return check_vectors(encoder, texts, vectors, index.fingerprint, sample=len(rows))
+
+
+def text_of(row: dict[str, Any], column: str) -> str:
+    """The text of a row; of one that was added without, all of it as JSON."""
+    text = row.get(column)
+    return text if isinstance(text, str) else _json(row)
+
+
+def _prompt(encoder: "SentenceEncoder", prompt: str | None, names: Sequence[str]) -> str | None:
+    """As `encode_query` and `encode_document` choose it; None for the model's default."""
+    if prompt is not None:
+        return prompt
+    return next((encoder.prompts[name] for name in names if name in encoder.prompts), None)
+
+
+def _record(
+    encoder: "SentenceEncoder", prompt: str | None, truncation: str = "warn"
+) -> Fingerprint:
+    return encoder.fingerprint().of_call(prompt=prompt, truncation=truncation)
+
+
+def _blocks(
+    encoder: "SentenceEncoder",
+    table: Table,
+    column: str,
+    prompt: str | None,
+    truncation: str,
+    show_progress_bar: bool | None,
+) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
+    """Vectors and rows, some thousand at a time; what was cut is told at the end, of all."""
+    cut = Cut()
+    starts = range(0, len(table.texts), _BLOCK)
+    for start in with_progress(starts, show_progress_bar):
+        texts = table.texts[start : start + _BLOCK]
+        embeddings, report = encoder.encode(
+            texts,
+            prompt=prompt,
+            truncation="silent" if truncation == "warn" else truncation,
+            show_progress_bar=False,
+            return_report=True,
+        )
+        cut += Cut.of(report.token_counts, report.kept_token_counts, start)
+        rows = table.rows[start : start + _BLOCK]
+        yield embeddings, [_with_text(*each, column) for each in zip(texts, rows, strict=True)]
+    if truncation == "warn":
+        warn_of(cut)
+
+
+def _with_text(text: str, row: dict[str, Any], column: str) -> dict[str, Any]:
+    """The row with its text where all rows of the index have it."""
+    if row.setdefault(column, text) != text:
+        raise InputError(
+            f"the index has its texts under {column!r}, where a row has {_json(row[column])[:40]} "
+            f"and {_json(text)[:40]} is its text; rename that column, or build another index",
+            "column",
+        )
+    return row
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
