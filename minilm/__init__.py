@@ -18,8 +18,12 @@ Text is taken in any form and vectors are given in any: `encode.py` is what user
 one call computed, `truncation.py` what is done about long text, `process_pool.py` several
 processes, `quantize.py` vectors in few bits, `options.py` what may be passed to load a model.
 `save.py` writes a model's folder, `fingerprint.py` records which model made vectors, `check.py`
-tells it from the vectors. `tasks/` searches and groups them, and `util.py` has the names that
-sentence-transformers gives to all that.
+tells it from the vectors. `tasks/` searches and groups them, `indexing.py` keeps texts to search
+in, and `util.py` has the names that sentence-transformers gives to all that.
+
+Files of any size: `sources.py` reads them, `streaming.py` embeds them, `workers.py` with several
+processes, `shards.py` writes the parts, `arrow.py` makes vectors a column, `check_folder.py`
+verifies it all. `adapters/` puts the encoder into the frameworks that people use.
 
 The same numbers faster: `packed.py` lays sentences end to end, `kernels.py` multiplies. And the
 model explained by itself: `trace.py` shows every number of a pass, `explain.py` splits a similarity
@@ -28,7 +32,8 @@ gives other vectors. `inside.py` makes methods of them.
 
 Beside them: `similarity.py` compares vectors, `inputs.py` says what may be passed, `errors.py` what
 can go wrong, `eval_mode.py` keeps dropout out of `encode`, `parity.py` proves equality with the
-reference, `files.py` reads and writes files of texts, `cli.py` is the command line.
+reference, `files.py` reads and writes files of texts, `disk.py` whole or not at all, `cli.py` is
+the command line and `commands.py` what it does.
 """
 
 import importlib

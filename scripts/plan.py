@@ -354,7 +354,8 @@ def as_markdown(plan: dict[str, Any]) -> str:
     }
     for number in each[0]["days"]:
         name = f"days on {int(number):,} such {'machine' if number == '1' else 'machines'}"
-        rows[name] = [f"{one['days'][number]:,.1f}" for one in each]
+        some = [one["days"][number] for one in each]
+        rows[name] = [f"{count:,.1f}" if count >= 1 else f"{count:.2f}" for count in some]
     if plan["price_per_hour"] is not None:
         name = f"cost at {plan['price_per_hour']:g} a machine-hour"
         rows[name] = [f"{one['cost']:,.0f}" for one in each]

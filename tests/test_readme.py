@@ -3,6 +3,7 @@
 import contextlib
 import io
 import re
+from pathlib import Path
 
 import pytest
 
@@ -13,12 +14,25 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 SNIPPETS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
 
 
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=["model", "modules", "inside", "drop-in", "long"])
+NAMES = ["model", "modules", "index", "faiss", "classes", "inside", "drop-in", "langchain"]
+NAMES += ["long", "ray"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the snippets run: one opens the index that another made."""
+    return tmp_path_factory.mktemp("readme")
+
+
+@pytest.mark.parametrize("snippet", SNIPPETS, ids=NAMES)
 def test_snippet_prints_what_it_says(
-    snippet: str, encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch
+    snippet: str, encoder: SentenceEncoder, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for package in re.findall(r"^(?:import|from) (\w+)", snippet, flags=re.MULTILINE):
+        pytest.importorskip(package)
     # The snippet's own call would ask the Hub on a machine without the weights.
-    monkeypatch.setattr(SentenceEncoder, "from_pretrained", lambda: encoder)
+    monkeypatch.setattr(SentenceEncoder, "from_pretrained", lambda *_, **__: encoder)
+    monkeypatch.chdir(folder)
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(compile(snippet, "README.md", "exec"), {})
