@@ -7,7 +7,9 @@ holds one file at a time.
 
 import heapq
 from bisect import bisect_right
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from minilm.files import column_of
 from minilm.fingerprint import read_fingerprint
 from minilm.inputs import check_positive_int
 from minilm.shards import part_paths, verify_parts
+from minilm.sources import readable
 
 __all__ = ["FolderCheck", "check_folder"]
 
@@ -36,7 +39,8 @@ class FolderCheck:
         rows: How many rows those have together.
         has_manifest: Whether there was one to compare with.
         problems: What differs from it, one sentence each.
-        result: The verdict on the vectors; None if there is no row to look at.
+        result: The verdict on the vectors of the parts that are whole; None if there is no row to
+            look at.
     """
 
     folder: Path
@@ -106,7 +110,7 @@ def check_folder(
         ConfigError: The manifest is broken.
     """
     check_positive_int(sample, "sample")
-    header, problems = verify_parts(folder)
+    header, problems, damaged = verify_parts(folder)
     import pyarrow.parquet
 
     counts: dict[Path, int] = {}
@@ -119,8 +123,9 @@ def check_folder(
     if not counts and not problems:
         raise InputError(f"{folder}: has no Parquet file in it", "folder")
     result = None
-    if sum(counts.values()):
-        result = _sampled(encoder, counts, header or {}, column, sample)
+    whole = [count for path, count in counts.items() if path.name not in damaged]
+    if sum(whole):
+        result = _sampled(encoder, counts, damaged, header or {}, column, sample)
     return FolderCheck(
         folder, len(counts), sum(counts.values()), header is not None, tuple(problems), result
     )
@@ -129,6 +134,7 @@ def check_folder(
 def _sampled(
     encoder: SentenceEncoder,
     counts: dict[Path, int],
+    damaged: set[str],
     header: dict[str, Any],
     column: str | None,
     sample: int,
@@ -136,29 +142,36 @@ def _sampled(
     import pyarrow.parquet
 
     paths = list(counts)
-    first = pyarrow.parquet.read_schema(paths[0])
-    place = str(paths[0])
+    whole = [path for path in paths if path.name not in damaged and counts[path]]
+    first = readable(whole[0], lambda: pyarrow.parquet.read_schema(whole[0]))
+    place = str(whole[0])
     name = column_of(list(first.names), column or header.get("column"), place, place)
     vectors = header.get("settings", {}).get("embedding_column") or vector_column(first, place)
     starts = [0, *accumulate(counts.values())]
     total = starts[-1]
     rows = {number * total // sample for number in range(sample)} if total > sample else set()
-    rows |= set(range(total)) if total <= sample else _longest(paths, name, starts)
+    first_row = dict(zip(paths, starts, strict=False))
+    rows |= set(range(total)) if total <= sample else _longest(whole, name, first_row)
     texts: list[str] = []
     found: list[np.ndarray[Any, Any]] = []
     of_part: dict[int, list[int]] = {}
-    for row in sorted(rows):
-        of_part.setdefault(bisect_right(starts, row) - 1, []).append(row)
+    for row in sorted(rows | {first_row[whole[0]]}):
+        number = bisect_right(starts, row) - 1
+        if paths[number] in whole:
+            of_part.setdefault(number, []).append(row)
+    columns = [name, vectors]
     for number, chosen in of_part.items():
-        table = pyarrow.parquet.read_table(paths[number], columns=[name, vectors])
+        path = paths[number]
+        read = partial(pyarrow.parquet.read_table, path, columns=columns)
+        table = readable(path, read)
         table = table.take([row - starts[number] for row in chosen])
         # A row whose text is none has the vector of the empty text.
         texts += [text or "" for text in table.column(name).to_pylist()]
         found.append(embeddings_of(table.column(vectors)))
     stored = np.concatenate(found)
-    recorded = read_fingerprint(paths[0])
+    recorded = read_fingerprint(whole[0])
     result = check_vectors(encoder, texts, stored, recorded, sample=len(texts))
-    order = sorted(rows)
+    order = [row for chosen in of_part.values() for row in chosen]
     return replace(
         result,
         rows=total,
@@ -166,13 +179,11 @@ def _sampled(
     )
 
 
-def _longest(paths: list[Path], name: str, starts: list[int]) -> set[int]:
+def _longest(paths: list[Path], name: str, first_row: dict[Path, int]) -> set[int]:
     """The rows of the longest texts, which alone show another limit."""
-    import pyarrow.parquet
-
     longest: list[tuple[int, int]] = []
-    for path, start in zip(paths, starts, strict=False):
-        for row, text in enumerate(_texts(pyarrow.parquet.ParquetFile(path), name), start):
+    for path in paths:
+        for row, text in enumerate(_texts(path, name), first_row[path]):
             length = len((text or "").encode("utf-8", "replace"))
             if len(longest) < LONGEST:
                 heapq.heappush(longest, (length, -row))
@@ -181,7 +192,10 @@ def _longest(paths: list[Path], name: str, starts: list[int]) -> set[int]:
     return {-row for _, row in longest}
 
 
-def _texts(file: Any, name: str) -> Any:
-    with file:
-        for batch in file.iter_batches(columns=[name]):
-            yield from batch.column(0).to_pylist()
+def _texts(path: Path, name: str) -> Iterator[str | None]:
+    import pyarrow.parquet
+
+    with readable(path, lambda: pyarrow.parquet.ParquetFile(path)) as file:
+        batches = file.iter_batches(columns=[name])
+        while (batch := readable(path, lambda: next(batches, None))) is not None:
+            yield from readable(path, batch.column(0).to_pylist)

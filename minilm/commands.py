@@ -307,9 +307,8 @@ def index_check(options: argparse.Namespace, parser: argparse.ArgumentParser) ->
     from minilm.tasks import Index
 
     index = Index.open(options.index)
-    index.verify()  # before a model is loaded
-    tell(f"{options.index}: {len(index):,} rows; every file is as it was written")
     result = check_index(_load(options), index, options.sample)
+    tell(f"{options.index}: {len(index):,} rows; every file is as it was written")
     if result is None:
         return 0
     print(json.dumps(result.to_dict(), indent=2) if options.json else result.table())

@@ -82,8 +82,9 @@ def held(folder: Path, name: str, argument: str) -> Iterator[None]:
         file = path.open("ab")
         try:
             _lock(file)
-            if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-                break
+            with suppress(FileNotFoundError):
+                if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                    break
             file.close()  # whoever had it has removed it meanwhile
         except BlockingIOError as error:
             file.close()

@@ -50,6 +50,7 @@ NPZ_KEY = "fingerprint_json"  # an array of uint8: the bytes of the JSON
 METADATA_KEY = "minilm.fingerprint"  # in the header of safetensors files
 
 DEFAULT_COLUMN = "text"
+_LONGEST_FIELD = 2**27  # characters of a field of a .csv file
 
 # What a column of vectors may be called.
 VECTOR_FIELDS = ("embedding", "embeddings", "vector", "vectors")
@@ -87,6 +88,12 @@ def read_lines(name: str) -> Iterator[str]:
         InputError: A line is not UTF-8; the message names the file and the line.
         OSError: The file can't be read.
     """
+    for line in _whole_lines(name):
+        yield line.removesuffix("\n").removesuffix("\r")
+
+
+def _whole_lines(name: str) -> Iterator[str]:
+    """The same with their ends."""
     if name == "-":
         yield from _decoded(sys.stdin.buffer, "standard input")
     else:
@@ -102,7 +109,7 @@ def _decoded(file: IO[bytes], name: str) -> Iterator[str]:
             raise InputError(
                 f"{name}: line {number} is not UTF-8 ({error.reason}); convert the file", name
             ) from error
-        yield text.removesuffix("\n").removesuffix("\r")
+        yield text
 
 
 def read_table(names: Sequence[str], column: str | None = None) -> Table:
@@ -135,6 +142,7 @@ def _read_plain(name: str, column: str | None, table: Table) -> None:
 
 
 def _read_jsonl(name: str, column: str | None, table: Table) -> None:
+    first: tuple[str, int] | None = None
     for number, line in enumerate(read_lines(name), 1):
         if not line.strip():
             continue
@@ -144,17 +152,25 @@ def _read_jsonl(name: str, column: str | None, table: Table) -> None:
         except (ValueError, RecursionError) as error:
             raise InputError(f"{place} is not JSON: {error}", name) from error
         if isinstance(row, str):
-            row = {column or DEFAULT_COLUMN: row}
+            table.add(row, {column or DEFAULT_COLUMN: row})
+            continue
         if not isinstance(row, dict):
             raise InputError(f"{place} is no object and no string", name)
         key = column_of(list(row), column, place, name)
+        first = first or (key, number)
+        if key != first[0]:
+            raise InputError(
+                f"{place}: the text would be {key!r}, that of line {first[1]} {first[0]!r}; choose "
+                "with --column",
+                name,
+            )
         if not isinstance(row[key], str):
             raise InputError(f"{place}: {key} is {json.dumps(row[key])[:40]}, not a string", name)
         table.add(row[key], row)
 
 
 def _read_csv(name: str, column: str | None, table: Table) -> None:
-    rows = csv_rows(name)
+    rows = csv_rows(name, column)
     _, heading = next(rows)
     key = column_of(heading, column, name, name)
     for line, row in rows:
@@ -166,14 +182,20 @@ def _read_csv(name: str, column: str | None, table: Table) -> None:
         table.add(of_row[key], of_row)
 
 
-def csv_rows(name: str) -> Iterator[tuple[int, list[str]]]:
+def csv_rows(name: str, column: str | None = None) -> Iterator[tuple[int, list[str]]]:
     """The rows of a .csv file, each with the line that it ends in; the first is the heading.
 
+    Args:
+        name: The file, or -.
+        column: The name of the text, if one was given.
+
     Raises:
-        InputError: The file has no heading, two columns of a name, or is broken.
+        InputError: The file has no heading, two columns of a name, no commas, or is broken.
     """
-    lines = (line + "\n" for line in read_lines(name))
-    reader = csv.reader(lines, strict=True)
+    # A text can be longer than the 131,072 characters that the module allows at first.
+    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_FIELD))
+    reader = csv.reader(_whole_lines(name), strict=True)
+    before = 0
     try:
         heading = next(reader, None)
         if heading is None:
@@ -181,12 +203,24 @@ def csv_rows(name: str) -> Iterator[tuple[int, list[str]]]:
         doubled = sorted({each for each in heading if heading.count(each) > 1})
         if doubled:
             raise InputError(f"{name}: has more than one column {doubled[0]!r}", name)
-        yield reader.line_num, heading
+        if len(heading) == 1 and heading[0] != column:
+            for mark in (";", "\t", "|"):
+                if mark in heading[0]:
+                    raise InputError(
+                        f"{name}: has one column, {heading[0][:40]!r}; separate columns by commas, "
+                        f"not by {mark!r}, or name that column with --column",
+                        name,
+                    )
+        before = reader.line_num
+        yield before, heading
         for row in reader:
+            before = reader.line_num
             if row:
-                yield reader.line_num, row
+                yield before, row
     except csv.Error as error:
-        raise InputError(f"{name}: line {reader.line_num}: {error}", name) from error
+        raise InputError(
+            f"{name}: the row that begins in line {before + 1}: {error}", name
+        ) from error
 
 
 def column_of(columns: list[str], wanted: str | None, place: str, name: str) -> str:

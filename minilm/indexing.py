@@ -142,8 +142,8 @@ def check_index(encoder: "SentenceEncoder", index: Index, sample: int = 256) -> 
     index.verify()
     if not len(index):
         return None
-    step = max(1, len(index) // check_positive_int(sample, "sample"))
-    rows = range(0, len(index), step)[:sample]
+    count, sample = len(index), check_positive_int(sample, "sample")
+    rows = sorted({number * count // sample for number in range(sample)})
     texts = [text_of(index.row(i), index.column) for i in rows]
     vectors = [index.vector(i) for i in rows]
     return check_vectors(encoder, texts, vectors, index.fingerprint, sample=len(rows))

@@ -36,7 +36,10 @@ MANIFEST = "_manifest.json"
 PROGRESS = "_progress.jsonl"
 _LOCK = ".lock"
 _PART = re.compile(r"part-\d{5,}\.parquet")
-_TEMPORARY = re.compile(r"\..*\.part")  # as `write_atomically` names them
+# As `write_atomically` names them.
+_TEMPORARY = re.compile(
+    r"\.(part-\d{5,}\.parquet|_manifest\.json|_progress\.jsonl)\.[0-9a-f]{32}\.part"
+)
 
 
 @dataclass(frozen=True)
@@ -118,9 +121,6 @@ class ShardFolder:
         self._hold = held(self.folder, _LOCK, "output")
         self._hold.__enter__()
         try:
-            for path in self.folder.iterdir():
-                if _TEMPORARY.fullmatch(path.name):
-                    path.unlink()  # of a process that was killed
             found = _read(self.folder)
             if found is not None:
                 self.header, parts, self.is_complete = found
@@ -134,6 +134,9 @@ class ShardFolder:
                         f"{others[0]}; choose a new folder",
                         "output",
                     )
+            for path in self.folder.iterdir():
+                if _TEMPORARY.fullmatch(path.name):
+                    path.unlink()  # of a process that was killed
         except BaseException:
             self._hold.__exit__(None, None, None)
             raise
@@ -247,9 +250,11 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[Part], bool] | None:
         try:
             header = json.loads(path.read_bytes())
             parts = [Part.from_dict(each) for each in header.pop("parts")]
+            int(header["rows"]["written"])
             return header, parts, True
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ConfigError(path, [f"is no manifest, or broken: {error}"]) from error
+            what = f"is no manifest, or broken: {error}; remove it, or choose another folder"
+            raise ConfigError(path, [what]) from error
     path = folder / PROGRESS
     if not path.exists():
         return None
@@ -275,11 +280,12 @@ def _write_parquet(file: IO[bytes], table: Any) -> None:
     )
 
 
-def verify_parts(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
+def verify_parts(folder: Path) -> tuple[dict[str, Any] | None, list[str], set[str]]:
     """Whether a folder holds what its manifest says: all parts, with their hashes and rows.
 
     Returns:
-        The manifest without its parts, None if there is none; and every problem, in words.
+        The manifest without its parts, None if there is none; every problem, in words; and the
+        names of parts that are not what was written.
 
     Raises:
         MissingPackageError: pyarrow is not installed.
@@ -290,9 +296,9 @@ def verify_parts(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
 
     found = _read(folder)
     if found is None:
-        return None, []
+        return None, [], set()
     header, parts, is_complete = found
-    problems = []
+    problems, damaged = [], set()
     if not is_complete:
         problems.append(
             f"is not complete: {len(parts):,} parts are written; run the same command again"
@@ -304,17 +310,19 @@ def verify_parts(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
             problems.append(f"{part.name} is missing")
             continue
         if file_sha256(path) != part.sha256:
+            damaged.add(part.name)
             problems.append(f"{part.name} is not the file that was written: its SHA-256 differs")
         try:
             opened = pyarrow.parquet.ParquetFile(path)
+            with opened:
+                rows, record = opened.metadata.num_rows, fingerprint_in(opened.schema_arrow)
+            made_by = None if record is None else json.loads(record)
         except (ValueError, OSError) as error:
             problems.append(f"{part.name} can't be read: {error}")
             continue
-        with opened:
-            rows, record = opened.metadata.num_rows, fingerprint_in(opened.schema_arrow)
         if rows != part.rows:
             problems.append(f"{part.name} has {rows:,} rows, expected {part.rows:,}")
-        if record is None or json.loads(record) != fingerprint:
+        if made_by != fingerprint:
             problems.append(f"{part.name} has another fingerprint than the manifest")
     if is_complete:
         names = {part.name for part in parts}
@@ -326,4 +334,4 @@ def verify_parts(folder: Path) -> tuple[dict[str, Any] | None, list[str]]:
         total = sum(part.rows for part in parts)
         if total != header["rows"]["written"]:
             problems.append(f"has {total:,} rows, the manifest says {header['rows']['written']:,}")
-    return header, problems
+    return header, problems, damaged

@@ -22,15 +22,26 @@ from minilm.arrow import import_pyarrow
 from minilm.errors import BadRowError, InputError
 from minilm.files import DEFAULT_COLUMN, column_of, csv_rows, read_lines
 
-__all__ = ["ON_BAD_ROW", "Layout", "Shard", "find_files", "read_shards", "survey"]
+__all__ = [
+    "ON_BAD_ROW", "Layout", "Shard", "find_files", "read_shards", "readable", "survey",
+]  # fmt: skip
 
 # What can be done about a row whose text can't be embedded.
 ON_BAD_ROW = ("error", "skip", "empty")
 
-_FORMS = {".jsonl": "jsonl", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
+_FORMS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+# Not what their lines are, so that reading them as text would be a mistake.
+_UNREADABLE = (".json", ".tsv", ".gz", ".zip", ".zst", ".bz2", ".xz", ".xlsx", ".npy", ".npz")
 _AT_ONCE = 1024  # rows made into columns at a time
 _MOST_COLUMNS = 1000
 _REPORTED = 5  # bad rows that are told of one by one
+_NOT_TWICE = "is no file that can be read twice; write it to one, or leave -o FOLDER out"
 _EXACT = 2**53  # whole numbers up to here are exact as float64
 
 
@@ -79,13 +90,16 @@ class Shard:
 _Record = tuple[int, dict[str, Any], str | None, str | None]
 
 
-def find_files(inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> list[Path]:
+def find_files(
+    inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], output: Path | None = None
+) -> list[Path]:
     """The files that are meant, in a fixed order.
 
     Args:
         inputs: Files, folders and glob patterns (`**` reaches into folders). A folder is searched
             for .jsonl, .csv, .parquet and .txt files, in the folders within too; names that begin
             with . or _ are passed over. What a folder or a pattern gives is sorted by name.
+        output: A folder of which patterns match nothing.
 
     Raises:
         InputError: Nothing is there, the files are not of one form, or one is named twice.
@@ -98,10 +112,7 @@ def find_files(inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
     for each in given:
         name = os.fspath(each)
         if name == "-":
-            raise InputError(
-                "standard input can't be read twice; write it to a file, or leave -o FOLDER out",
-                "inputs",
-            )
+            raise InputError(f"standard input: {_NOT_TWICE}", "inputs")
         path = Path(name)
         if path.is_dir():
             files = _in_folder(path)
@@ -111,10 +122,15 @@ def find_files(inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
             # Path.glob takes no absolute patterns.
             files = sorted(map(Path, glob.glob(name, recursive=True)))  # noqa: PTH207
             files = [match for match in files if match.is_file()]
+            if output is not None:
+                there = output.resolve()
+                files = [match for match in files if not match.resolve().is_relative_to(there)]
             if not files:
                 raise InputError(f"{name}: no file matches", "inputs")
         else:
             path.stat()  # an error says that it isn't there
+            if not path.is_file():
+                raise InputError(f"{name}: {_NOT_TWICE}", "inputs")
             files = [path]
         found += files
     times = Counter(path.resolve() for path in found)
@@ -130,7 +146,11 @@ def find_files(inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 def _in_folder(folder: Path) -> list[Path]:
     found = []
-    for place, folders, names in os.walk(folder):
+
+    def stop(error: OSError) -> None:
+        raise error
+
+    for place, folders, names in os.walk(folder, onerror=stop):
         folders[:] = [name for name in folders if name[0] not in "._"]
         paths = [Path(place, name) for name in names if name[0] not in "._"]
         found += [path for path in paths if path.suffix.lower() in _FORMS]
@@ -138,7 +158,11 @@ def _in_folder(folder: Path) -> list[Path]:
 
 
 def _form(path: Path) -> str:
-    return _FORMS.get(path.suffix.lower(), "text")
+    suffix = path.suffix.lower()
+    if suffix in _UNREADABLE:
+        known = ", ".join(_FORMS)
+        raise InputError(f"{path}: {suffix} can't be read; convert it to one of {known}", "inputs")
+    return _FORMS.get(suffix, "text")
 
 
 # --- the first reading
@@ -188,6 +212,14 @@ def survey(
                 if form == "jsonl":
                     kinds[name].add(_kind(value))
         layout.rows.append(rows)
+    if not column and layout.column != DEFAULT_COLUMN and DEFAULT_COLUMN in kinds:
+        raise InputError(
+            f"{files[0]}: the first line has only {layout.column!r}, later lines have "
+            f"{DEFAULT_COLUMN!r}; choose with --column",
+            "column",
+        )
+    if any(layout.rows) and not layout.column:
+        raise InputError(f"{files[0]}: no line is a JSON object or a string", "inputs")
     if any(layout.rows) and not found:
         known = ", ".join(map(repr, list(kinds)[:20])) or "none"
         raise InputError(
@@ -249,15 +281,16 @@ def _survey_parquet(
 ) -> Layout:
     first = _schema(files[0])
     name = column_of(list(first.names), column, str(files[0]), str(files[0]))
-    doubled = [each for each, times in Counter(first.names).items() if times > 1]
-    if doubled:
-        raise InputError(f"{files[0]}: has more than one column {doubled[0]!r}", "inputs")
     kind = first.field(name).type
     if not _is_text(kind):
         raise InputError(f"{files[0]}: column {name!r} holds {kind}, not strings", "column")
     layout = Layout("parquet", name, {each.name: str(each.type) for each in first})
     for file in files:
-        columns = {each.name: str(each.type) for each in _schema(file)}
+        schema = _schema(file)
+        doubled = [each for each, times in Counter(schema.names).items() if times > 1]
+        if doubled:
+            raise InputError(f"{file}: has more than one column {doubled[0]!r}", "inputs")
+        columns = {each.name: str(each.type) for each in schema}
         if columns != layout.columns:
             differing = sorted(
                 {each for each, _ in columns.items() ^ layout.columns.items()}
@@ -321,7 +354,7 @@ def read_shards(
             kept = list(range(len(found)))
             if bad and on_bad_row == "skip":
                 kept = [i for i in kept if found[i] is not None]
-                table = table.take(pyarrow.array(kept, type=pyarrow.int64()))
+                table = table.filter(pyarrow.array([text is not None for text in found]))
             tables.append(table)
             texts += [found[i] or "" for i in kept]
             places += [(source, lines[i]) for i in kept]
@@ -346,8 +379,10 @@ def _pieces(
     if layout.form == "parquet":
         row = 0
         for batch in _batches(file, None):
-            found = _strings(file, batch.column(schema.get_field_index(layout.column)))
-            table = pyarrow.Table.from_arrays(batch.columns, schema=schema)
+            found = _strings(file, batch.column(layout.column))
+            # By name: another file may have them in another order.
+            arrays = [batch.column(each) for each in schema.names]
+            table = pyarrow.Table.from_arrays(arrays, schema=schema)
             yield table, found, list(range(row, row + len(found)))
             row += len(found)
         return
@@ -375,7 +410,14 @@ def _piece(
             values = [
                 None if value is None else json.dumps(value, ensure_ascii=False) for value in values
             ]
-        arrays.append(pyarrow.array(values, type=schema.field(name).type))
+        try:
+            arrays.append(pyarrow.array(values, type=schema.field(name).type))
+        except (ValueError, TypeError, OverflowError) as error:
+            raise InputError(
+                f"line {records[0][0]} and on: {name!r} is not what it was at the first reading; "
+                f"was a file changed? ({error})",
+                "inputs",
+            ) from error
     table = pyarrow.Table.from_arrays(arrays, schema=schema)
     return table, texts, [line for line, _, _, _ in records]
 
@@ -413,7 +455,8 @@ def _records(file: Path, layout: Layout) -> Iterator[_Record]:
             if problem is None and not isinstance(text, str):
                 problem = f"{layout.column} is {json.dumps(text)[:40]}, not a string"
                 if layout.column not in row:
-                    problem = f"has no {layout.column!r}"
+                    known = ", ".join(map(repr, list(row)[:20])) or "nothing"
+                    problem = f"has no {layout.column!r} but {known} (choose with --column)"
             yield number, row, text if problem is None else None, problem
 
 
@@ -439,7 +482,7 @@ def _object(line: str, layout: Layout) -> tuple[dict[str, Any], str | None]:
 
 
 def _csv_records(file: Path, layout: Layout) -> Iterator[_Record]:
-    rows = csv_rows(str(file))
+    rows = csv_rows(str(file), layout.column or None)
     _, heading = next(rows)
     if not layout.columns:
         layout.column = column_of(heading, layout.column or None, str(file), str(file))
@@ -462,24 +505,24 @@ def _schema(file: Path) -> Any:
     import_pyarrow("reading Parquet files")
     import pyarrow.parquet
 
-    return _readable(file, lambda: pyarrow.parquet.read_schema(file))
+    return readable(file, lambda: pyarrow.parquet.read_schema(file))
 
 
 def _batches(file: Path, columns: list[str] | None) -> Iterable[Any]:
     import pyarrow.parquet
 
-    with _readable(file, lambda: pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20)) as opened:
+    with readable(file, lambda: pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20)) as opened:
         batches = opened.iter_batches(_AT_ONCE, columns=columns)
-        while (batch := _readable(file, lambda: next(batches, None))) is not None:
+        while (batch := readable(file, lambda: next(batches, None))) is not None:
             yield batch
 
 
 def _strings(file: Path, column: Any) -> list[str | None]:
-    found: list[str | None] = _readable(file, column.to_pylist)
+    found: list[str | None] = readable(file, column.to_pylist)
     return found
 
 
-def _readable(file: Path, read: Callable[[], Any]) -> Any:
+def readable(file: Path, read: Callable[[], Any]) -> Any:
     """What reading gives; errors of Arrow, which don't name the file, do."""
     try:
         return read()

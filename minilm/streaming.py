@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from minilm import __version__
 from minilm.arrow import embedding_array, embedding_type, import_pyarrow, with_fingerprint
@@ -30,6 +31,7 @@ from minilm.errors import (
     NotFiniteError,
     TruncationError,
 )
+from minilm.files import DEFAULT_COLUMN
 from minilm.inputs import check_choice, check_positive_int, progress_bar
 from minilm.quantize import PRECISIONS
 from minilm.shards import Part, ShardFolder
@@ -95,10 +97,11 @@ def encode_files(
 ) -> FilesReport:
     """Embed all texts of files, into a folder of Parquet files.
 
-    The columns stay as they are. Those of .csv are strings. Those of .jsonl get the type that holds
-    all values of a key: bool, int64, double or string, and a key that a line lacks is null there;
-    lists, objects, and keys whose values are of different kinds become strings that hold their
-    JSON, which the manifest tells (`columns`: "json"). So nothing is lost or rounded.
+    The columns of .parquet stay as they are. Those of .csv are strings. Those of .jsonl get the
+    type that holds all values of a key: bool, int64, double or string, and a key that a line lacks
+    is null there; lists, objects, and keys whose values are of different kinds become strings that
+    hold their JSON, which the manifest tells (`columns`: "json"). Numbers with a point are doubles,
+    of a key that an object has twice the last counts, and no whole number is rounded.
 
     Each file is read once before anything is computed, and once to compute. Called again after it
     was interrupted, with the same arguments, it goes on. `output` holds the fingerprint of the
@@ -117,8 +120,11 @@ def encode_files(
         on_bad_row: What to do about a row whose text is missing, null or no string, or about a line
             that is broken. "error" stops at the first, before anything is computed; "skip" leaves
             the row out; "empty" keeps it, its text null, with the vector of the empty text "", so
-            that the rows are as many as before. The last two warn once, with the first few.
-        workers: Processes, which share the threads. One that dies is replaced.
+            that the rows are as many as before; of one that can't be read all is null. The last two
+            warn once, with the first few. A file that is not UTF-8, and a .csv file whose
+            quotes are broken, can't be read on from there, and stop the run in any case.
+        workers: Processes, which share the threads. One that dies is replaced. A script that asks
+            for several needs `if __name__ == "__main__":`, as always with processes.
         overwrite: Remove what another run has left in `output`. Only its own files are removed.
         show_progress_bar: By default only if this package's logger is at INFO or below.
 
@@ -134,7 +140,7 @@ def encode_files(
         WorkerError: Several processes died of one part.
         OSError: A file can't be read or written, the disk is full. Finished parts stay.
     """
-    import_pyarrow("writing Parquet files")
+    pyarrow = import_pyarrow("writing Parquet files")
     check_positive_int(shard_rows, "shard_rows")
     check_positive_int(workers, "workers")
     check_choice(on_bad_row, ON_BAD_ROW, "on_bad_row")
@@ -147,8 +153,8 @@ def encode_files(
             "would not be those of the next; write float32 and use quantize_embeddings",
             "precision",
         )
-    files = find_files(inputs)
     folder = Path(output)
+    files = find_files(inputs, folder)
     _check_apart(files, inputs, folder)
     of_call: dict[str, Any] = {
         "prompt": prompt,
@@ -160,6 +166,11 @@ def encode_files(
     wanted = {
         "format_version": FORMAT_VERSION,
         "package_version": __version__,
+        "made_with": {
+            "torch": torch.__version__,
+            "pyarrow": pyarrow.__version__,
+            "device": encoder.device.type,
+        },
         "fingerprint": encoder.fingerprint().of_call(**of_call).to_dict(),
         "settings": {
             "column": column,
@@ -210,13 +221,7 @@ def encode_files(
         if not shards.is_complete:
             run = _Run(encoder, shards, files, layout, header, options)
             run.compute(workers, show_progress_bar)
-            for path, stat in zip(files, stats, strict=True):
-                now = path.stat()
-                if (now.st_size, now.st_mtime_ns) != (stat.st_size, stat.st_mtime_ns):
-                    raise InputError(
-                        f"{path}: was changed while it was read; run again with --overwrite",
-                        "inputs",
-                    )
+            _check_unchanged(shards, files, stats, described)
             shards.finish()
         parts = [shards.done[number] for number in sorted(shards.done)]
     _tell(layout, parts, truncation, on_bad_row, encoder.max_seq_length)
@@ -358,6 +363,31 @@ class _Run:
         )
 
 
+def _check_unchanged(
+    shards: ShardFolder,
+    files: list[Path],
+    stats: list[os.stat_result],
+    described: list[dict[str, Any]],
+) -> None:
+    """The parts shall be of the files that the manifest names; if they are not, none stays."""
+    problem = None
+    for path, before, told in zip(files, stats, described, strict=True):
+        now = path.stat()
+        touched = (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns)
+        if touched and file_sha256(path) != told["sha256"]:
+            problem = f"{path}: was changed while it was read"
+    rows = sum(part.rows for part in shards.done.values())
+    expected = (shards.header or {})["rows"]["written"]
+    if problem is None and rows != expected:
+        problem = (
+            f"{shards.folder}: got {rows:,} rows, where the first reading of the files found "
+            f"{expected:,}; were they changed?"
+        )
+    if problem is not None:
+        shards.clear()
+        raise InputError(f"{problem}; the parts were removed: run the same command again", "inputs")
+
+
 def _check_apart(
     files: list[Path], inputs: str | os.PathLike[str] | Sequence[Any], folder: Path
 ) -> None:
@@ -369,10 +399,6 @@ def _check_apart(
             raise InputError(
                 f"{folder}: is within {name}, which is read; write elsewhere", "output"
             )
-        # The folder that a pattern with ** reaches into.
-        start = Path(name.partition("**")[0].rpartition("/")[0] or ".")
-        if "**" in name and whole.is_relative_to(start.resolve()):
-            raise InputError(f"{folder}: {name} may reach into it; write elsewhere", "output")
     inside = [path for path in files if path.resolve().is_relative_to(whole)]
     if inside:
         raise InputError(f"{folder}: has {inside[0].name} in it, which is read", "output")
@@ -421,12 +447,12 @@ def _differing(
     Files may have moved: what counts is what is in them.
     """
     differing = []
-    for name in ("settings", "fingerprint"):
+    for name in ("settings", "fingerprint", "made_with"):
         before, now = header.get(name, {}), wanted[name]
         differing += [
             f"{key} ({before.get(key)!r} there, {value!r} now)"
             for key, value in now.items()
-            if before.get(key) != value
+            if before.get(key) != value and not _is_the_same(name, key, header, value)
         ]
     if header.get("format_version") != wanted["format_version"]:
         differing.append(f"format_version ({header.get('format_version')!r} there)")
@@ -439,6 +465,13 @@ def _differing(
         if changed:
             differing.append(f"content of {changed[0]}")
     return "; ".join(differing)
+
+
+def _is_the_same(name: str, key: str, header: dict[str, Any], value: Any) -> bool:
+    """Whether another value means the same: a model's name, or a column that was the default."""
+    if (name, key) == ("fingerprint", "model"):
+        return True
+    return (name, key) == ("settings", "column") and (value or DEFAULT_COLUMN) == header["column"]
 
 
 def _tell(layout: Layout, parts: list[Part], truncation: str, on_bad_row: str, limit: int) -> None:

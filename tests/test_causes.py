@@ -499,7 +499,7 @@ def test_files_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.txt", b"", "has no suffix of .npy, .npz, .safetensors, .jsonl, .csv, .onnx"),
+        ("a.txt", b"", "has no suffix of .npy, .npz, .safetensors, .jsonl, .csv, .parquet, .onnx"),
         ("a.npy", b"nonsense", "is no file of vectors"),
         ("a.npz", b"PK\x03\x04nonsense", "is no file of vectors"),
         ("a.jsonl", b'{"text": "a"}\n', "line 1 has no text and embedding"),

@@ -1,6 +1,7 @@
 """A folder of vectors: whole as its manifest says, and this model's."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,32 @@ def test_folders_with_nothing_in_them(tiny_encoder: SentenceEncoder, tmp_path: P
     found = check_folder(tiny_encoder, tmp_path / "out")
     assert not found.is_compatible
     (tmp_path / "out" / MANIFEST).unlink()
+
+
+def test_a_byte_that_flipped_is_a_problem_wherever_it_is(
+    tiny_encoder: SentenceEncoder, folder: Path
+) -> None:
+    path = folder / "part-00001.parquet"
+    whole = path.read_bytes()
+    for place in range(0, len(whole), max(1, len(whole) // 60)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        found = check_folder(tiny_encoder, folder)
+        assert not found.is_compatible
+        assert "part-00001.parquet is not the file that was written" in found.table()
+        assert found.result is not None
+        assert found.result.verdict == "same"  # of the other parts
+
+
+def test_a_damaged_folder_of_another_program(tiny_encoder: SentenceEncoder, tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    texts = ["a cat", "the dog"] * 50
+    columns = {"text": texts, "vector": embedding_array(tiny_encoder.encode(texts))}
+    pq.write_table(pa.table(columns), path)
+    whole, errors = path.read_bytes(), 0
+    for place in range(4, len(whole) - 8, max(1, len(whole) // 60)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        with suppress(InputError):  # nothing else
+            check_folder(tiny_encoder, tmp_path)
+            errors -= 1
+        errors += 1
+    assert errors > 0

@@ -424,7 +424,7 @@ def test_options_of_encode(workplace: Path, model: list[str], loaded: SentenceEn
         ("a.csv", "a,b\n1,2\n", "a.csv: has no 'text'; choose with --column, of 'a', 'b'"),
         ("a.csv", "text,b\n1\n", "a.csv: line 2 has 1 fields, the first line 2"),
         ("a.csv", "text,text\n1,2\n", "has more than one column 'text'"),
-        ("a.csv", 'text\n"a\n', "a.csv: line "),
+        ("a.csv", 'text\n"a\n', "a.csv: the row that begins in line 2: "),
         ("a.csv", "", "a.csv: is empty"),
         ("a.parquet", "PAR1", "Parquet is read into a folder of Parquet files only"),
         ("a.jsonl", '{"text": "a", "embedding": 5}\n', "the rows have 'embedding' already"),
@@ -636,3 +636,11 @@ def test_lines_hold_no_line_breaks(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
     write_rows(tmp_path / "out.csv", table)
     assert read_table([str(tmp_path / "out.csv")]) == table
+
+
+def test_lines_whose_text_has_different_names(model: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"id": "r1"}\n{"id": "r2", "text": "a dog"}\n')
+    done = minilm("encode", path, *model)
+    assert done.returncode == 1
+    assert b"line 2: the text would be 'text', that of line 1 'id'; choose with" in done.stderr

@@ -52,7 +52,7 @@ def test_what_is_left_is_the_parts_and_the_manifest(tmp_path: Path) -> None:
     assert [part["rows"] for part in manifest["parts"]] == [2, 2, 1]
     for part in manifest["parts"]:
         assert part["sha256"] == file_sha256(folder / part["name"])
-    assert verify_parts(folder) == (HEADER, [])
+    assert verify_parts(folder) == (HEADER, [], set())
     assert contents(written(tmp_path / "again")) == contents(folder)
 
 
@@ -77,7 +77,7 @@ def test_it_goes_on_with_what_is_whole(tmp_path: Path) -> None:
     path = tmp_path / "part-00001.parquet"
     path.write_bytes(path.read_bytes()[:-1])
     (tmp_path / "part-00003.parquet").write_bytes(b"")
-    (tmp_path / ".part-00003.parquet.0123.part").write_bytes(b"PAR1")
+    (tmp_path / f".part-00003.parquet.{'0' * 32}.part").write_bytes(b"PAR1")
     with ShardFolder(tmp_path) as folder:
         assert folder.header == HEADER
         assert not folder.is_complete
@@ -187,7 +187,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 
 
 def test_what_verifying_finds(tmp_path: Path) -> None:
-    assert verify_parts(tmp_path) == (None, [])
+    assert verify_parts(tmp_path) == (None, [], set())
     folder = written(tmp_path / "a")
     (folder / "part-00000.parquet").unlink()
     path = folder / "part-00001.parquet"
@@ -196,7 +196,7 @@ def test_what_verifying_finds(tmp_path: Path) -> None:
     path.write_bytes(data)
     (folder / "part-00002.parquet").write_bytes(b"PAR1")
     (folder / "part-00003.parquet").write_bytes(b"")
-    _, problems = verify_parts(folder)
+    _, problems, _ = verify_parts(folder)
     assert problems[0] == "part-00000.parquet is missing"
     assert "part-00001.parquet is not the file that was written" in problems[1]
     assert "part-00002.parquet is not the file" in problems[2]
@@ -212,7 +212,7 @@ def test_a_manifest_that_does_not_fit(tmp_path: Path) -> None:
     manifest["parts"][1]["rows"] = 7
     manifest["fingerprint"] = {"model": "other"}
     path.write_text(json.dumps(manifest))
-    _, problems = verify_parts(folder)
+    _, problems, _ = verify_parts(folder)
     assert "part-00001.parquet has 2 rows, expected 7" in problems
     assert "part-00000.parquet has another fingerprint than the manifest" in problems
     assert "has 10 rows, the manifest says 5" in problems
@@ -225,6 +225,18 @@ def test_verifying_a_run_that_is_not_finished(tmp_path: Path) -> None:
     with ShardFolder(tmp_path) as folder:
         folder.begin(HEADER)
         add(folder, 0)
-    header, problems = verify_parts(tmp_path)
+    header, problems, _ = verify_parts(tmp_path)
     assert header == HEADER
     assert problems == ["is not complete: 1 parts are written; run the same command again"]
+
+
+def test_files_of_others_stay(tmp_path: Path) -> None:
+    (tmp_path / ".movie.part").write_bytes(b"x")
+    (tmp_path / "notes.txt").write_bytes(b"y")
+    with pytest.raises(InputError, match=r"such as notes\.txt"), ShardFolder(tmp_path):
+        pass
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".movie.part", "notes.txt"]
+    (tmp_path / "notes.txt").unlink()
+    with ShardFolder(tmp_path) as folder:
+        folder.begin(HEADER)
+    assert (tmp_path / ".movie.part").exists()

@@ -1,6 +1,7 @@
 """Files as rows: which, in what order, with what columns, and what is wrong with them."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,12 @@ def test_files_that_are_not_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     lines(tmp_path / "a.jsonl", {})
     for inputs, message in (
         ([], "inputs is empty"),
-        ("empty", "empty: has no file of .jsonl, .csv"),
+        ("empty", "empty: has no file of .jsonl, .ndjson"),
         ("*.parquet", "no file matches"),
         (["a.csv", "./a.csv"], "named twice"),
         (["a.csv", "*.csv"], "named twice"),
         (".", "are not of one form"),
-        ("-", "standard input can't be read twice"),
+        ("-", "standard input: is no file that can be read twice"),
     ):
         with pytest.raises(InputError, match=message):
             find_files(inputs)
@@ -231,3 +232,83 @@ def test_keys_without_end_are_an_error(tmp_path: Path) -> None:
     rows = [{"text": "x", f"key {i}": 1} for i in range(1001)]
     with pytest.raises(InputError, match=r"line 1000: makes more than 1,000 different keys"):
         survey([lines(tmp_path / "a.jsonl", *rows)])
+
+
+# what a file of another make may hold
+
+
+def test_columns_of_parquet_in_any_order(tmp_path: Path) -> None:
+    first, second = tmp_path / "1.parquet", tmp_path / "2.parquet"
+    pq.write_table(pa.table({"title": ["one"], "text": ["a dog"]}), first)
+    pq.write_table(pa.table({"text": ["a cat"], "title": ["two"]}), second)
+    _, [shard] = read([first, second])
+    assert shard.texts == ["a dog", "a cat"]
+    assert shard.table.to_pydict() == {"title": ["one", "two"], "text": ["a dog", "a cat"]}
+    doubled = pa.Table.from_arrays([pa.array(["x"])] * 2, names=["text", "text"])
+    pq.write_table(doubled, second)
+    with pytest.raises(InputError, match=r"2\.parquet: has more than one column 'text'"):
+        read([first, second])
+
+
+def test_strings_of_any_kind_can_be_skipped(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    kinds = [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())]
+    for kind in kinds:
+        pq.write_table(pa.table({"text": pa.array(["a", None, "b"]).cast(kind)}), path)
+        _, [shard] = read([path], on_bad_row="skip")
+        assert shard.texts == ["a", "b"]
+
+
+def test_a_pipe_is_refused(tmp_path: Path) -> None:
+    if not hasattr(os, "mkfifo"):
+        pytest.skip("this system has no named pipes")
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(InputError, match="is no file that can be read twice"):
+        find_files(tmp_path / "pipe")
+
+
+def test_other_forms_are_refused(tmp_path: Path) -> None:
+    for name in ("a.json", "a.tsv", "a.jsonl.gz"):
+        path = lines(tmp_path / name, "x")
+        with pytest.raises(InputError, match=r"can't be read; convert it to one of \.jsonl"):
+            find_files(path)
+    _, [shard] = read([lines(tmp_path / "a.ndjson", {"text": "a dog"})])
+    assert shard.texts == ["a dog"]
+
+
+def test_a_guess_that_later_lines_contradict(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", {"id": "r1"}, {"id": "r2", "text": "a dog"})
+    for on_bad_row in ("skip", "empty"):
+        with pytest.raises(InputError, match=r"only 'id', later lines have 'text'; choose with"):
+            survey([path], None, on_bad_row)
+    layout = survey([path], "text", "skip")
+    assert (layout.column, layout.bad) == ("text", 1)
+    assert layout.examples == [f"{path}: line 1: has no 'text' but 'id' (choose with --column)"]
+
+
+def test_no_line_is_json(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no line is a JSON object or a string"):
+        survey([lines(tmp_path / "a.jsonl", "{", "}")], None, "skip")
+
+
+def test_csv_of_other_programs(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    long = "dog " * 50_000
+    path.write_bytes(f'id,text\r\n1,"a dog\r\nruns"\r\n2,{long}\r\n'.encode())
+    _, [shard] = read([path])
+    assert shard.texts == ["a dog\r\nruns", long]  # what is within quotes stays as it is
+    path.write_text("id;text\n1;a dog\n")
+    with pytest.raises(InputError, match=r"has one column, 'id;text'; separate columns by commas"):
+        read([path])
+    assert read([path], column="id;text")[1][0].texts == ["1;a dog"]
+    path.write_text('id,text\n1,a\n2,"b\n3,c\n')
+    with pytest.raises(InputError, match=r"a\.csv: the row that begins in line 3: "):
+        read([path])
+
+
+def test_what_changed_between_the_readings(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", {"text": "a", "n": 1})
+    layout = survey([path])
+    lines(path, {"text": "a", "n": "one"})
+    with pytest.raises(InputError, match="'n' is not what it was at the first reading"):
+        list(read_shards([path], layout, 10))

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -249,10 +250,11 @@ def test_another_run_is_refused(
         ({"embedding_column": "v"}, "embedding_column"),
         ({"prompt": "a "}, r"prompt \('' there, 'a ' now\)"),
         ({"on_bad_row": "skip"}, "on_bad_row"),
-        ({"column": "text"}, r"column \(None there, 'text' now\)"),
+        ({"column": "id"}, r"column \(None there, 'id' now\)"),
     ):
         with pytest.raises(InputError, match=f"another {differing}.*pass --overwrite"):
             run(tiny_encoder, source, out, **options)
+    assert run(tiny_encoder, source, out, column="text").computed == 0  # which it was
     for truncation in ("silent", "warn"):  # which change no vector
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", TruncationWarning)
@@ -284,14 +286,15 @@ def test_output_among_the_inputs_is_refused(
         ("in", "in/out"),
         ("in", "in"),
         ("in/a.jsonl", "in"),
-        ("**/*.jsonl", "out"),
-        ("in/**/*.jsonl", "in/x/out"),
     ):
         with pytest.raises(InputError) as caught:
             run(tiny_encoder, inputs, output)
         assert caught.value.argument == "output"
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["a.jsonl", "in"]
-    run(tiny_encoder, "in/**/*.jsonl", "out")
+    # A pattern passes over it, also when the run goes on.
+    for pattern, output in (("**/*.jsonl", "out"), ("*/*.jsonl", "vectors"), ("in/*", "in/x")):
+        assert run(tiny_encoder, pattern, output).rows == 1
+        assert run(tiny_encoder, pattern, output).computed == 0
 
 
 def test_arguments_that_cannot_be_used(
@@ -331,14 +334,35 @@ def test_a_file_that_changes_meanwhile(
     tiny_encoder: SentenceEncoder, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def add(folder: ShardFolder, *arguments: Any, **more: Any) -> Any:
-        os.utime(source, (1, 1))
+        change()
         return real(folder, *arguments, **more)
 
-    real = ShardFolder.add
+    def edit() -> None:
+        source.write_bytes(before.replace(b"dog", b"cat"))
+
+    real, before = ShardFolder.add, source.read_bytes()
     monkeypatch.setattr(ShardFolder, "add", add)
-    with pytest.raises(InputError, match="was changed while it was read"):
+    change: Any = edit
+    with pytest.raises(InputError, match="was changed while it was read; the parts were removed"):
         run(tiny_encoder, source, tmp_path / "out", shard_rows=10)
-    assert not (tmp_path / "out" / MANIFEST).exists()
+    assert contents(tmp_path / "out") == {}
+    source.write_bytes(before)
+    change = partial(os.utime, source, (1, 1))  # touched only
+    run(tiny_encoder, source, tmp_path / "out", shard_rows=10)
+    assert (tmp_path / "out" / MANIFEST).exists()
+
+
+def test_rows_that_were_there_at_one_reading_only(
+    tiny_encoder: SentenceEncoder, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fewer(*arguments: Any, **options: Any) -> Any:
+        yield next(real(*arguments, **options))
+
+    real = streaming.read_shards
+    monkeypatch.setattr(streaming, "read_shards", fewer)
+    with pytest.raises(InputError, match=r"got 10 rows, where the first .* found 50"):
+        run(tiny_encoder, source, tmp_path / "out", shard_rows=10)
+    assert contents(tmp_path / "out") == {}
 
 
 def test_progress_counts_tokens(

@@ -9,6 +9,7 @@ What is sent is the name; the weights are read again where they are used.
 
 import os
 import threading
+from collections.abc import Iterable
 from typing import Any, TypedDict, Unpack
 
 import numpy as np
@@ -20,7 +21,7 @@ from minilm.inputs import as_texts, check_choice, check_positive_int, check_unic
 from minilm.options import LoadOptions, load_options
 from minilm.truncation import TRUNCATION
 
-__all__ = ["SECRETS", "AdapterOptions", "LazyEncoder", "as_many"]
+__all__ = ["SECRETS", "AdapterOptions", "Embedder", "LazyEncoder", "as_many"]
 
 # Options that are shown and kept nowhere.
 SECRETS = ("token", "use_auth_token")
@@ -147,6 +148,41 @@ class LazyEncoder:
         shown = {name: value for name, value in self.options.items() if name not in SECRETS}
         options = "".join(f", {name}={value!r}" for name, value in shown.items())
         return f"{type(self).__name__}({self.model!r}{options})"
+
+
+class Embedder:
+    """What the `BaseEmbedder` of BERTopic and that of KeyBERT have to do; stands before either.
+
+    Attributes:
+        embedding_model: The model, a `LazyEncoder`.
+    """
+
+    embedding_model: LazyEncoder
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str] | SentenceEncoder = hub.DEFAULT_MODEL,
+        **options: Unpack[AdapterOptions],
+    ) -> None:
+        """Name a model: see `LazyEncoder` for the arguments."""
+        super().__init__(embedding_model=LazyEncoder(model, **options))  # type: ignore[call-arg]
+
+    def embed(self, documents: Iterable[str], verbose: bool = False) -> np.ndarray[Any, Any]:
+        """Embed documents or words.
+
+        Args:
+            documents: The texts.
+            verbose: Show a progress bar.
+
+        Returns:
+            `[n, 384]`, the bits that `SentenceEncoder.encode` gives.
+
+        Raises:
+            InputTypeError: A single text was passed, or something is no text.
+            MinilmError: As in `SentenceEncoder.from_pretrained` and `encode`.
+        """
+        options = {"show_progress_bar": True} if verbose else {}
+        return self.embedding_model.encode(as_many(documents, "documents"), **options)
 
 
 def as_many(texts: Any, argument: str) -> list[str]:
