@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from minilm.check import CheckResult, check_vectors
-from minilm.errors import InputError
+from minilm.errors import InputError, InputTypeError
 from minilm.files import Table, column_of
 from minilm.fingerprint import Fingerprint
-from minilm.inputs import check_positive_int, with_progress
+from minilm.inputs import as_texts, check_positive_int, with_progress
 from minilm.tasks import Hit, Index
 from minilm.truncation import Cut, warn_of
 
@@ -53,7 +53,7 @@ def build_index(
         show_progress_bar: By default only if this package's logger is at INFO or below.
 
     Raises:
-        InputError, OSError: As in `Index.create` and `encode`; nothing is left of it then.
+        InputError, OSError: As in `Index.create` and `encode`; an empty folder is left at most.
     """
     name = column_of(list(table.rows[0]), column, "", "") if table.rows else column or "text"
     prompt = _prompt(encoder, prompt, _DOCUMENT)
@@ -115,9 +115,12 @@ def search_index(
     Raises:
         InputError, InputTypeError: As in `Index.search` and `encode`.
     """
+    texts, is_single = as_texts(queries, "queries")
+    if is_single:
+        raise InputTypeError("queries is a single text; pass a list of texts", "queries")
     prompt = _prompt(encoder, prompt, _QUERY)
     return index.search(
-        encoder.encode(list(queries), prompt=prompt),
+        encoder.encode(texts, prompt=prompt),
         top_k,
         fingerprint=_record(encoder, prompt),
         precision=precision,
@@ -197,6 +200,7 @@ def _blocks(
 
 def _with_text(text: str, row: dict[str, Any], column: str) -> dict[str, Any]:
     """The row with its text where all rows of the index have it."""
+    row = {**row}
     if row.setdefault(column, text) != text:
         raise InputError(
             f"the index has its texts under {column!r}, where a row has {_json(row[column])[:40]} "

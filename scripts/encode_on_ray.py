@@ -12,7 +12,8 @@ the cluster sees, or a URI. This package and the model must be on every machine,
 
 A process or a machine that dies is replaced by Ray, and what it had not finished is done again. At
 the end the rows are counted, and every part must have the same fingerprint; then `OUTPUT/_SUCCESS`
-is written, as JSON. A folder without that file is of a run that did not end well.
+is written, as JSON. A folder without that file is of a run that did not end well. With
+`--on-bad-row skip` fewer rows may come out, and the count only shows that none came twice.
 """
 
 import argparse

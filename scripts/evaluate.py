@@ -13,7 +13,7 @@ Each task reads one plain form, and measures as MTEB does (Muennighoff et al. 20
 - retrieval: a folder as `scripts/retrieval.py` describes. nDCG@10 of the ten nearest by cosine.
 - classification: a .jsonl file with text and label. The mean accuracy of ten logistic regressions
   (100 steps), each trained on 8 texts of every label and tested on all others; or, if the rows have
-  a field split, trained on those of "train" and tested on those of "test".
+  a field split, on 8 of every label in "train" and tested on those of "test".
 - clustering: the same form. The mean v-measure of ten mini-batch k-means, as many means as labels.
 
 All figures are x100. Beside them stand those that `scores.json`, in a folder above the data, says
@@ -86,7 +86,10 @@ def sts(encode: Encode, path: Path) -> dict[str, float]:
     a, b = (encode([row[name] for row in rows]) for name in ("sentence1", "sentence2"))
     cosines = (unit(a) * unit(b)).sum(axis=1)
     found = {"spearman": spearmanr(human, cosines), "pearson": pearsonr(human, cosines)}
-    return {name: 100 * float(result.statistic) for name, result in found.items()}
+    figures = {name: 100 * float(result.statistic) for name, result in found.items()}
+    if not np.isfinite(list(figures.values())).all():
+        raise InputError(f"{path}: too few pairs, or all of the same score", "--data")
+    return figures
 
 
 def retrieval(encode: Encode, path: Path) -> dict[str, float]:
@@ -279,7 +282,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         figures = run(tasks, options.model, options.reference)
-    except (MinilmError, OSError, KeyError) as error:
+    except (MinilmError, OSError, ValueError, KeyError, AttributeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(

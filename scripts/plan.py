@@ -226,10 +226,11 @@ def timed(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def scan_rate(width: int, megabytes: int = 400) -> float:
-    """Bytes a second of the dot products of one query with many vectors, all cores together."""
+def scan_rate(width: int, cores: int, megabytes: int = 400) -> float:
+    """Bytes a second of the dot products of one query with many vectors, so many cores together."""
     vectors = torch.ones(megabytes * 10**6 // (4 * width), width)  # not zeros: all would be a page
     query = torch.ones(width)
+    torch.set_num_threads(cores)
     return 4 * vectors.numel() / min(timed(lambda: vectors @ query) for _ in range(7))
 
 
@@ -412,7 +413,7 @@ def main(arguments: list[str] | None = None) -> int:
         options.sentences,
         options.machines,
         options.price_per_hour,
-        scan_rate(width),
+        scan_rate(width, cores),
     )
     plan = {"machine": describe_machine(cores), **plan}
     print(json.dumps(plan, indent=1) if options.json else as_markdown(plan))

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -18,6 +19,7 @@ from conftest import ROOT
 from minilm import SentenceEncoder, cli, indexing
 from minilm.disk import held
 from minilm.errors import ConfigError, InputError, InputTypeError
+from minilm.files import Table
 from minilm.fingerprint import Fingerprint
 from minilm.hub import SHA256
 from minilm.tasks import Index, quantized_search, segments, semantic_search
@@ -791,3 +793,90 @@ def test_texts_under_another_name(
         """has its texts under 'text', where a row has "a title" and""" in capsys.readouterr().err
     )
     assert len(Index.open(folder)) == 4
+
+
+# what another process or thread does meanwhile
+
+
+def test_a_folder_that_another_model_took(tmp_path: Path) -> None:
+    ours = Index.create(tmp_path / "index", MODEL)
+    for theirs in (replace(MODEL, weights_sha256="5" * 64, tensors_sha256="6" * 64), None):
+        shutil.rmtree(tmp_path / "index")
+        Index.create(tmp_path / "index", theirs)
+        with pytest.raises(InputError, match=r"fingerprint is|can't add vectors"):
+            ours.add(np.ones((1, 16)), ["a"], fingerprint=MODEL)
+        assert len(Index.open(tmp_path / "index")) == 0
+        shutil.rmtree(tmp_path / "index")
+        ours = Index.create(tmp_path / "index", MODEL)
+    shutil.rmtree(tmp_path / "index")
+    with pytest.raises(InputError, match="is no index"):
+        ours.add(np.ones((1, 16)), ["a"], fingerprint=MODEL)
+
+
+def test_a_search_while_another_thread_adds(index: Index) -> None:
+    stop, errors = threading.Event(), []
+
+    def search() -> None:
+        while not stop.is_set():
+            try:
+                index.search(np.ones((1, 16)), 3, fingerprint=MODEL)
+            except Exception as error:
+                errors.append(error)
+                return
+
+    thread = threading.Thread(target=search)
+    thread.start()
+    for _ in range(60):
+        index.add(np.ones((1, 16)), ["a"], fingerprint=MODEL)
+    stop.set()
+    thread.join()
+    assert not errors
+
+
+def test_segments_that_go_while_they_are_opened(
+    index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == "rows.jsonl" and not added:
+            added.append(True)
+            index.add(np.ones((len(index), 16)), ["a"] * len(index), fingerprint=MODEL)
+        return real(path, *arguments, **options)
+
+    added: list[bool] = []
+    real, count = Path.open, len(index)
+    before = Index.open(index.folder)
+    monkeypatch.setattr(Path, "open", opened)
+    assert len(Index.open(index.folder)) == 2 * count
+    monkeypatch.undo()
+    with pytest.raises(ConfigError, match="is gone, perhaps into a larger segment; open the index"):
+        before.verify()
+
+
+def test_rows_with_keys_that_are_no_strings(index: Index) -> None:
+    with pytest.raises(InputTypeError, match=r"rows\[0\] has the key 1; pass strings"):
+        index.add(np.ones((1, 16)), [{1: "a", "1": "b"}], fingerprint=MODEL)  # type: ignore[dict-item]
+
+
+def test_indexing_takes_a_list(tiny_encoder: SentenceEncoder, tmp_path: Path) -> None:
+    rows = [{"body": "a dog"}, {"body": "the sun"}]
+    table = Table([row["body"] for row in rows], list(rows))
+    made = indexing.build_index(tiny_encoder, tmp_path / "index", table, column="body")
+    [hits] = indexing.search_index(tiny_encoder, made, ["a dog"], 1)
+    assert hits[0]["row"] == {"body": "a dog"}
+    with pytest.raises(InputTypeError, match="queries is a single text"):
+        indexing.search_index(tiny_encoder, made, "a dog")
+    other = Index.create(tmp_path / "other", tiny_encoder.fingerprint())
+    indexing.add_to_index(tiny_encoder, other, table)
+    assert rows == [{"body": "a dog"}, {"body": "the sun"}]  # the caller's
+    assert other.row(0) == {"body": "a dog", "text": "a dog"}
+
+
+def test_a_sample_reaches_the_end(tiny_encoder: SentenceEncoder, tmp_path: Path) -> None:
+    texts = ["a dog", "the sun", "a cat"] * 5
+    made = Index.create(tmp_path / "index", tiny_encoder.fingerprint())
+    vectors = tiny_encoder.encode(texts)
+    vectors[8:] *= -1
+    made.add(vectors, texts, fingerprint=tiny_encoder.fingerprint())
+    found = indexing.check_index(tiny_encoder, made, 8)
+    assert found is not None
+    assert found.verdict == "model"

@@ -106,8 +106,8 @@ def test_markdown(small_plan: dict[str, Any]) -> None:
     for line in (
         "| float32 | 2 × 1 | 1,000 (900-1,100) | 500 |",
         "| core-hours | 40 | 10 |",
-        "| days on 1 such machine | 0.8 | 0.2 |",
-        "| days on 10 such machines | 0.1 | 0.0 |",
+        "| days on 1 such machine | 0.83 | 0.21 |",
+        "| days on 10 such machines | 0.08 | 0.02 |",
         "| cost at 0.5 a machine-hour | 10 | 2 |",
         "| float16 | 2.8 |",
         "| flat, float32 | 5.5 |  |",

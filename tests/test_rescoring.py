@@ -233,3 +233,20 @@ def test_errors_name_the_argument(
     with pytest.raises(error, match=re.escape(argument)) as raised:
         quantized_search(**(defaults | arguments))
     assert raised.value.argument == argument
+
+
+def test_autocast_and_layouts_change_nothing() -> None:
+    generator = np.random.default_rng(0)
+    vectors = generator.standard_normal((500, 64)).astype(np.float32)
+    bits = quantize_embeddings(vectors, "ubinary")
+    ranges = np.stack([vectors.min(0), vectors.max(0)])
+    codes = quantize_embeddings(vectors, "uint8", ranges)
+    queries = vectors[:40] + 0.1
+    expected = quantized_search(
+        queries, bits, "ubinary", 5, rescore_embeddings=codes, ranges=ranges
+    )
+    with torch.autocast("cpu", torch.bfloat16):
+        found = quantized_search(
+            queries, bits, "ubinary", 5, rescore_embeddings=np.asfortranarray(codes), ranges=ranges
+        )
+    assert found == expected

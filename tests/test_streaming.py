@@ -32,6 +32,7 @@ from minilm.errors import (
 )
 from minilm.fingerprint import read_fingerprint
 from minilm.shards import MANIFEST, PROGRESS, ShardFolder
+from minilm.sources import read_shards
 from minilm.streaming import FilesReport, encode_files
 from minilm.workers import Workers, embed
 
@@ -358,7 +359,7 @@ def test_rows_that_were_there_at_one_reading_only(
     def fewer(*arguments: Any, **options: Any) -> Any:
         yield next(real(*arguments, **options))
 
-    real = streaming.read_shards
+    real = read_shards
     monkeypatch.setattr(streaming, "read_shards", fewer)
     with pytest.raises(InputError, match=r"got 10 rows, where the first .* found 50"):
         run(tiny_encoder, source, tmp_path / "out", shard_rows=10)

@@ -1,7 +1,10 @@
 import importlib
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import combinations
 from typing import Any
@@ -11,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from conftest import SHARED
+from conftest import ROOT, SHARED
 from minilm import SentenceEncoder
 from minilm.errors import InputError, InputTypeError
 from minilm.similarity import cos_sim, dot_score, euclidean_sim, manhattan_sim
@@ -593,3 +596,35 @@ def test_communities_as_the_reference(
     assert ours
     assert [found[0] for found in ours] == [found[0] for found in theirs]
     assert [set(found) for found in ours] == [set(found) for found in theirs]
+
+
+# what users may have set for other products
+
+
+def test_autocast_changes_nothing() -> None:
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(64, generator=generator)
+    corpus = base + 0.05 * torch.randn(1500, 64, generator=generator)
+    queries = base + 0.05 * torch.randn(60, 64, generator=generator)
+    expected = [semantic_search(queries, corpus, score_function=f) for f in (dot_score, cos_sim)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [semantic_search(queries, corpus, score_function=f) for f in (dot_score, cos_sim)]
+    assert found == expected
+
+
+def test_precision_that_was_set_for_each_backend() -> None:
+    code = """
+import torch
+from minilm.tasks import semantic_search
+try:
+    torch.backends.mkldnn.matmul.fp32_precision = "tf32"
+except (AttributeError, RuntimeError):
+    print("older")
+print(semantic_search([[1.0, 0.0]], [[0.0, 1.0], [2.0, 0.0]], top_k=1))
+"""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("[[{'corpus_id': 1, 'score': 1.0}]]\n")

@@ -21,6 +21,7 @@ import torch
 
 from minilm import hub
 from minilm.adapters.lazy import SECRETS, AdapterOptions, LazyEncoder, as_many
+from minilm.encode import prompt_of
 from minilm.encoder import SentenceEncoder
 from minilm.errors import InputError, InputTypeError, MissingPackageError
 from minilm.fingerprint import Fingerprint, compare
@@ -116,7 +117,8 @@ class MiniLMEmbeddingFunction(EmbeddingFunction[Documents]):  # type: ignore[mis
         encoder, options = self.lazy.encoder, self.lazy.options
         prompt = options.get("prompt")
         if prompt is None:  # as encode_document chooses it
-            prompt = encoder.prompts[options.get("prompt_name") or "document"]
+            name = options.get("prompt_name") or "document"
+            prompt = prompt_of(encoder.prompts, name, "prompt_name")
         names = ("truncation", "truncate_dim", "normalize_embeddings")
         given = {name: options[name] for name in names if name in options}
         return encoder.fingerprint().of_call(prompt=prompt, **given)

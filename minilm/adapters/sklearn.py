@@ -46,7 +46,8 @@ class MiniLMVectorizer(
     A grid search embeds the same texts again for every candidate. There are two ways around it: to
     embed once, `MiniLMVectorizer().transform(texts)`, and search over the rest alone; or, for a
     model given by name or folder, `Pipeline(..., memory=folder)`, which keeps the vectors of each
-    fold's training texts, while those that it is scored on are embedded each time.
+    fold's training texts, while those that it is scored on are embedded each time. That cache knows
+    the model by its name: empty it if the files of a folder change.
     """
 
     def __init__(

@@ -167,12 +167,7 @@ class Index:
                 problem is listed. `verify` also reads the files.
         """
         path = Path(folder)
-        if not (path / MANIFEST).is_file():
-            raise InputError(
-                f"{path} is no index, it has no {MANIFEST}; make one with Index.create or "
-                "`minilm index build`",
-                "folder",
-            )
+        _check_is_index(path)
         while True:
             manifest = read_manifest(path)
             try:
@@ -246,10 +241,12 @@ class Index:
             InputError, InputTypeError, OSError: As in `add`.
         """
         _check_same(self.fingerprint, fingerprint, "add vectors")
+        _check_is_index(self.folder)
         with held(self.folder, LOCK, "folder"):
             manifest = read_manifest(self.folder)  # another process may have added
             if manifest != self._manifest:
                 self._use(manifest)
+                _check_same(self.fingerprint, fingerprint, "add vectors")  # or made it anew
             remove_leftovers(self.folder, manifest)
             longer = extended(self.folder, manifest, self._segments, blocks)
             if longer != manifest:
@@ -302,22 +299,22 @@ class Index:
         )
         queries = float_vectors(query_embeddings, self.dimension, "query_embeddings").cpu()
         names = ("query_embeddings", str(self.folder))
+        segments, count = self._segments, len(self)  # another thread may be adding
         exact = [
-            Scores(queries, segment.tensor, cos_sim, names, segment.lengths)
-            for segment in self._segments
+            Scores(queries, segment.tensor, cos_sim, names, segment.lengths) for segment in segments
         ]
         by_code = [
             by_codes(queries, segment.codes[precision], precision)
-            for segment in (self._segments if precision != "float32" else ())
+            for segment in (segments if precision != "float32" else ())
         ]
         results: list[list[Hit]] = []
         for rows in Scores(queries, queries[:0], cos_sim, names).chunks():
             best = Best(rows.stop - rows.start, top_k * (multiplier if by_code else 1))
-            for scores, segment in zip(by_code or exact, self._segments, strict=True):
-                scores.improve(best, rows, ROWS if by_code else len(self), segment.first)
+            for scores, segment in zip(by_code or exact, segments, strict=True):
+                scores.improve(best, rows, ROWS if by_code else count, segment.first)
             if by_code:
                 candidates, best = best, Best(best.queries, top_k)
-                for scores, segment in zip(exact, self._segments, strict=True):
+                for scores, segment in zip(exact, segments, strict=True):
                     rescore(scores, candidates, best, rows, segment.first)
             results += [
                 [{"corpus_id": i, "score": score, "row": self.row(i)} for i, score in found]
@@ -334,7 +331,14 @@ class Index:
         problems = []
         for entry in self._manifest.segments:
             for name, (_, expected) in entry.files.items():
-                actual = file_sha256(self.folder / entry.name / name)
+                try:
+                    actual = file_sha256(self.folder / entry.name / name)
+                except FileNotFoundError:
+                    problems.append(
+                        f"{entry.name}/{name} is gone, perhaps into a larger segment; open the "
+                        "index again"
+                    )
+                    continue
                 if actual != expected:
                     problems.append(
                         f"{entry.name}/{name} has SHA-256 {actual}, expected {expected}: it was "
@@ -345,6 +349,15 @@ class Index:
 
 
 # --- who may add and search
+
+
+def _check_is_index(folder: Path) -> None:
+    if not (folder / MANIFEST).is_file():
+        raise InputError(
+            f"{folder} is no index, it has no {MANIFEST}; make one with Index.create or "
+            "`minilm index build`",
+            "folder",
+        )
 
 
 def _check_same(ours: Fingerprint | None, theirs: Fingerprint | None, what: str) -> None:

@@ -19,7 +19,7 @@ from minilm.errors import InputError, InputTypeError
 from minilm.inputs import check_choice, check_positive_int
 from minilm.quantize import dequantize, model_ranges, quantize_embeddings
 from minilm.similarity import Embeddings, _matrix, cos_sim
-from minilm.tasks.search import Best, Scores, in_place, not_finite
+from minilm.tasks.search import Best, Scores, full_precision, in_place, not_finite
 
 __all__ = ["CODES", "ROWS", "by_codes", "quantized_search", "rescore"]
 
@@ -216,7 +216,8 @@ class _Bits(Scores):
             unpacked = np.unpackbits(codes, axis=1, count=self.width).astype(np.float32)
             # Those that are 1 in both, less those that are 1 only here, and what is 0 in both.
             zeros = (self.width - self.ones[rows]).to(torch.float32)
-            return (self.signs[rows] @ torch.from_numpy(unpacked).T).add_(zeros.unsqueeze(1))
+            with full_precision(self.signs.device):
+                return (self.signs[rows] @ torch.from_numpy(unpacked).T).add_(zeros.unsqueeze(1))
         return torch.from_numpy(_matches(bits, codes, self.width))
 
 
@@ -241,6 +242,8 @@ def _matches(bits: _Array, codes: _Array, width: int) -> _Array:
 def _rescorer(queries: Tensor, embeddings: Embeddings, ranges: Embeddings | None) -> Scores:
     dtype = getattr(embeddings, "dtype", None)
     name = str(dtype).removeprefix("torch.")
+    if isinstance(embeddings, np.ndarray) and name in ("int8", "uint8"):
+        embeddings = np.ascontiguousarray(embeddings)  # which `in_place` leaves what they are
     rows = in_place(embeddings, "rescore_embeddings")
     if rows.shape[1] != queries.shape[1]:
         raise InputError(

@@ -12,6 +12,7 @@ each 256 queries, so it may be larger than the memory.
 """
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -33,7 +34,16 @@ from minilm.similarity import (
     pairwise_manhattan_sim,
 )
 
-__all__ = ["Best", "Found", "ScoreFunction", "Scores", "in_place", "not_finite", "semantic_search"]
+__all__ = [
+    "Best",
+    "Found",
+    "ScoreFunction",
+    "Scores",
+    "full_precision",
+    "in_place",
+    "not_finite",
+    "semantic_search",
+]
 
 ScoreFunction = Callable[[Any, Any], Tensor]
 Found = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]
@@ -213,6 +223,12 @@ class Scores:
             InputError: A vector has a number that is not finite, or the function's result is none.
         """
         queries, corpus = self.queries[rows], self._part(start, stop)
+        with full_precision(queries.device) if self.exact_is_known else nullcontext():
+            return self._scores(queries, corpus, rows, start, stop)
+
+    def _scores(
+        self, queries: Tensor, corpus: Tensor, rows: Tensor | slice, start: int, stop: int
+    ) -> Tensor:
         if self.score_function is cos_sim:
             unit = queries * self._query_scale[rows].unsqueeze(1)
             size = len(unit) * len(corpus)
@@ -243,7 +259,7 @@ class Scores:
         if self.score_function is cos_sim:  # the root of a sum is off by half as much
             relative *= 1.5
         if dtype == torch.float32:
-            relative += _ALLOWED_LOSS[torch.get_float32_matmul_precision()]
+            relative += _allowed_loss()
         if self.score_function is cos_sim:
             return torch.full_like(near, relative + _UNIT)
         if self.score_function is dot_score:
@@ -421,6 +437,21 @@ def _finite(vectors: Tensor, argument: str) -> Tensor:
     if not (low.isfinite() and high.isfinite()):
         raise not_finite(argument, int((~vectors.isfinite()).any(dim=1).nonzero()[0]))
     return vectors
+
+
+def _allowed_loss() -> float:
+    """What float32 products may lose, by the user's setting."""
+    try:
+        return _ALLOWED_LOSS[torch.get_float32_matmul_precision()]
+    except RuntimeError:  # it was made for each backend, by names that torch 2.9 brought
+        return _ALLOWED_LOSS["medium"]
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[Any]:
+    """No autocast, of whose rounding `Scores.error` knows nothing."""
+    if device.type == "mps":  # older versions know none there
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)
 
 
 def not_finite(argument: str, row: int) -> InputError:

@@ -184,10 +184,11 @@ class Segment:
             if f"{name}.npy" in entry.files
         }
         path = self.path / "rows.jsonl"
-        if not path.is_file() or not path.stat().st_size:
-            raise ConfigError(path, ["is missing or empty; build the index again"])
-        with path.open("rb") as file:
-            self._rows = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        try:
+            with path.open("rb") as file:
+                self._rows = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (FileNotFoundError, ValueError) as error:  # ValueError: it is empty
+            raise ConfigError(path, ["is missing or empty; build the index again"]) from error
 
     def _array(self, name: str, dtype: type, shape: tuple[int, ...]) -> _Array:
         path = self.path / name
@@ -314,6 +315,9 @@ def _line(row: Row, i: int, column: str) -> bytes:
         raise InputTypeError(
             f"rows[{i}] is of type {type(row).__name__}; pass a string or a mapping", f"rows[{i}]"
         )
+    wrong = [key for key in row if not isinstance(key, str)]
+    if wrong:
+        raise InputTypeError(f"rows[{i}] has the key {wrong[0]!r}; pass strings", f"rows[{i}]")
     try:
         text = json.dumps(dict(row), ensure_ascii=False)
         with suppress(UnicodeEncodeError):  # half a character, which only an escape can hold
