@@ -167,7 +167,7 @@ def encode_files(
         "format_version": FORMAT_VERSION,
         "package_version": __version__,
         "made_with": {
-            "torch": torch.__version__,
+            "torch": str(torch.__version__),
             "pyarrow": pyarrow.__version__,
             "device": encoder.device.type,
         },
