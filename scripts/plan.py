@@ -230,8 +230,10 @@ def scan_rate(width: int, cores: int, megabytes: int = 400) -> float:
     """Bytes a second of the dot products of one query with many vectors, so many cores together."""
     vectors = torch.ones(megabytes * 10**6 // (4 * width), width)  # not zeros: all would be a page
     query = torch.ones(width)
-    torch.set_num_threads(cores)
-    return 4 * vectors.numel() / min(timed(lambda: vectors @ query) for _ in range(7))
+    with contextlib.ExitStack() as stack:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(cores)
+        return 4 * vectors.numel() / min(timed(lambda: vectors @ query) for _ in range(7))
 
 
 def read_sample(path: str | None, column: str | None, encoder: SentenceEncoder) -> list[str]:
