@@ -24,6 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("readme")
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*")
 @pytest.mark.parametrize("snippet", SNIPPETS, ids=NAMES)
 def test_snippet_prints_what_it_says(
     snippet: str, encoder: SentenceEncoder, folder: Path, monkeypatch: pytest.MonkeyPatch
