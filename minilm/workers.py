@@ -7,6 +7,7 @@ and a process that the system kills for its memory shall not end it: a new one t
 its job. Only a job that kills one process after the other is an error.
 """
 
+import itertools
 import signal
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from minilm.encoder import SentenceEncoder
 
 __all__ = ["Answer", "Job", "Workers", "embed"]
+
+_tickets = itertools.count()
 
 _ATTEMPTS = 3  # processes that may die of one job
 _LAST_BREATH = 5.0  # seconds for a process that closed its pipe to end
@@ -135,16 +138,16 @@ class Workers:
         again: deque[Job] = deque()
         deaths: Counter[int] = Counter()
         idle = deque(self._processes)
-        busy: dict[Any, Job] = {}
+        busy: dict[Any, tuple[int, Job]] = {}
         ahead = next(coming, None)
         ready: list[tuple[Job, Any]] = []
         while True:
             while idle and (again or ahead is not None):
                 pipe = idle.popleft()
                 job = again.popleft() if again else cast("Job", ahead)
-                busy[pipe] = job
+                busy[pipe] = next(_tickets), job
                 with suppress(OSError):  # it died: that is seen below
-                    pipe.send(job.texts)
+                    pipe.send((busy[pipe][0], job.texts))
                 if job is ahead:
                     ahead = next(coming, None)
             # Only now: the processes work while whoever gets these writes them.
@@ -153,11 +156,15 @@ class Workers:
             if not busy:
                 return
             for pipe in connection.wait(list(busy)):
-                job = busy.pop(pipe)
+                ticket, job = busy[pipe]
                 try:
-                    ready.append((job, cast("Any", pipe).recv()))
-                    idle.append(pipe)
+                    of_ticket, answer = cast("Any", pipe).recv()
+                    if of_ticket == ticket:  # and not of a call that was left
+                        del busy[pipe]
+                        ready.append((job, answer))
+                        idle.append(pipe)
                 except (EOFError, OSError):
+                    del busy[pipe]
                     deaths[job.key] += 1
                     idle.append(self._replaced(pipe, job, deaths[job.key]))
                     again.append(job)
@@ -205,7 +212,7 @@ def _work(
         trouble = error
     while True:
         try:
-            texts = pipe.recv()
+            ticket, texts = pipe.recv()
         except EOFError:  # the parent is gone
             return
         try:
@@ -214,4 +221,4 @@ def _work(
             answer: Any = embed(encoder, texts, options)
         except Exception as error:
             answer = sendable(error)
-        pipe.send(answer)
+        pipe.send((ticket, answer))
