@@ -11,10 +11,10 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from minilm.check import CheckResult, check_vectors
-from minilm.errors import InputError, InputTypeError
+from minilm.errors import InputError
 from minilm.files import Table, column_of
 from minilm.fingerprint import Fingerprint
-from minilm.inputs import as_texts, check_positive_int, with_progress
+from minilm.inputs import as_many, check_positive_int, with_progress
 from minilm.tasks import Hit, Index
 from minilm.truncation import Cut, warn_of
 
@@ -115,9 +115,7 @@ def search_index(
     Raises:
         InputError, InputTypeError: As in `Index.search` and `encode`.
     """
-    texts, is_single = as_texts(queries, "queries")
-    if is_single:
-        raise InputTypeError("queries is a single text; pass a list of texts", "queries")
+    texts = as_many(queries, "queries")
     prompt = _prompt(encoder, prompt, _QUERY)
     return index.search(
         encoder.encode(texts, prompt=prompt),

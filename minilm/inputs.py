@@ -22,6 +22,7 @@ __all__ = [
     "Row",
     "as_device",
     "as_dtype",
+    "as_many",
     "as_rows",
     "as_texts",
     "check_choice",
@@ -342,3 +343,17 @@ def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
     if dtype is None:
         return torch.float32
     return _DTYPES[check_choice(str(dtype).removeprefix("torch."), _DTYPES, "dtype")]
+
+
+def as_many(texts: Any, argument: str) -> list[str]:
+    """Read several texts, under the name that the caller has for them.
+
+    Raises:
+        InputTypeError: Something is no text; or it is a single one, no list of them.
+        InputError: A text has a lone surrogate.
+    """
+    rows, is_single = as_texts(texts, argument)
+    if is_single:
+        raise InputTypeError(f"{argument} is a single text; pass a list of texts", argument)
+    check_unicode(rows, argument)
+    return rows

@@ -35,6 +35,7 @@ from minilm.similarity import Embeddings
 __all__ = [
     "PRECISIONS",
     "Precision",
+    "as_stored",
     "check_precision",
     "dequantize",
     "has_model_ranges",
@@ -302,6 +303,23 @@ def _range_rows(ranges: Embeddings | None) -> _Array:
     if not np.isfinite(rows).all() or (rows[0] > rows[1]).any():
         raise InputError("ranges is not finite, or ends before it begins", "ranges")
     return rows
+
+
+def as_stored(vectors: _Array, precision: str, place: str = "") -> _Array:
+    """Vectors as a file holds them: floating-point ones as "float32" or "float16", codes as given.
+
+    Raises:
+        InputError: A number is beyond what float16 holds; `place` is what to call the vectors.
+    """
+    if precision not in ("float32", "float16"):
+        return vectors
+    with np.errstate(over="ignore"):  # looked for below
+        vectors = vectors.astype(precision, copy=False)
+    if not np.isfinite(vectors).all():
+        raise InputError(
+            f"{place}numbers are beyond what float16 holds; write float32", "precision"
+        )
+    return vectors
 
 
 def check_precision(precision: str) -> str:

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from minilm import __version__
@@ -33,7 +32,7 @@ from minilm.errors import (
 )
 from minilm.files import DEFAULT_COLUMN
 from minilm.inputs import check_choice, check_positive_int, progress_bar
-from minilm.quantize import PRECISIONS
+from minilm.quantize import PRECISIONS, as_stored
 from minilm.shards import Part, ShardFolder
 from minilm.sources import ON_BAD_ROW, Layout, Shard, find_files, read_shards, survey
 from minilm.truncation import TRUNCATION, Cut, caller_level, warn_of
@@ -331,15 +330,8 @@ class _Run:
         return NotFiniteError(found, f"that is {where}; {error.reason}")
 
     def _write(self, shard: Shard, rows: list[int], answer: Answer) -> Part:
-        vectors = answer.vectors
-        if self.settings["precision"] in ("float32", "float16"):
-            with np.errstate(over="ignore"):  # looked for below
-                vectors = vectors.astype(self.settings["precision"], copy=False)
-            if not np.isfinite(vectors).all():
-                raise InputError(
-                    f"{self._called(shard)}: numbers are beyond what float16 holds; write float32",
-                    "precision",
-                )
+        called = f"{self._called(shard)}: "
+        vectors = as_stored(answer.vectors, self.settings["precision"], called)
         import pyarrow
 
         column = embedding_array(vectors[rows])

@@ -20,11 +20,12 @@ import numpy as np
 import torch
 
 from minilm import hub
-from minilm.adapters.lazy import SECRETS, AdapterOptions, LazyEncoder, as_many
+from minilm.adapters.lazy import SECRETS, AdapterOptions, LazyEncoder
 from minilm.encode import prompt_of
 from minilm.encoder import SentenceEncoder
 from minilm.errors import InputError, InputTypeError, MissingPackageError
 from minilm.fingerprint import Fingerprint, compare
+from minilm.inputs import as_many
 
 try:
     from chromadb.api.types import Documents, EmbeddingFunction

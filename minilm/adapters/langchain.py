@@ -14,10 +14,10 @@ import os
 from typing import Unpack
 
 from minilm import hub
-from minilm.adapters.lazy import AdapterOptions, LazyEncoder, as_many
+from minilm.adapters.lazy import AdapterOptions, LazyEncoder
 from minilm.encoder import SentenceEncoder
 from minilm.errors import MissingPackageError
-from minilm.inputs import check_text
+from minilm.inputs import as_many, check_text
 
 try:
     from langchain_core.embeddings import Embeddings

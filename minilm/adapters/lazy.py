@@ -17,11 +17,11 @@ import numpy as np
 from minilm import hub
 from minilm.encoder import SentenceEncoder
 from minilm.errors import InputTypeError
-from minilm.inputs import as_texts, check_choice, check_positive_int, check_unicode
+from minilm.inputs import as_many, check_choice, check_positive_int
 from minilm.options import LoadOptions, load_options
 from minilm.truncation import TRUNCATION
 
-__all__ = ["SECRETS", "AdapterOptions", "Embedder", "LazyEncoder", "as_many"]
+__all__ = ["SECRETS", "AdapterOptions", "Embedder", "LazyEncoder"]
 
 # Options that are shown and kept nowhere.
 SECRETS = ("token", "use_auth_token")
@@ -183,17 +183,3 @@ class Embedder:
         """
         options = {"show_progress_bar": True} if verbose else {}
         return self.embedding_model.encode(as_many(documents, "documents"), **options)
-
-
-def as_many(texts: Any, argument: str) -> list[str]:
-    """Read texts where a framework passes several, under the name that it has for them.
-
-    Raises:
-        InputTypeError: Something is no text; or it is a single one, no list of them.
-        InputError: A text has a lone surrogate.
-    """
-    rows, is_single = as_texts(texts, argument)
-    if is_single:
-        raise InputTypeError(f"{argument} is a single text; pass a list of texts", argument)
-    check_unicode(rows, argument)
-    return rows

@@ -28,7 +28,7 @@ from minilm.arrow import embedding_array, import_pyarrow, with_fingerprint
 from minilm.encoder import SentenceEncoder
 from minilm.errors import InputError, InputTypeError, MissingPackageError
 from minilm.inputs import check_choice, check_positive_int, check_text, check_unicode
-from minilm.quantize import PRECISIONS
+from minilm.quantize import PRECISIONS, as_stored
 from minilm.sources import ON_BAD_ROW
 from minilm.truncation import EncodeReport
 
@@ -210,12 +210,7 @@ class MiniLMActor:
             self._warns = not report.cut_rows
         else:
             vectors = self._model.encode(texts, precision=self._coded, truncation=self._truncation)
-        if self.precision in ("float32", "float16"):
-            with np.errstate(over="ignore"):  # looked for below
-                vectors = vectors.astype(self.precision, copy=False)
-            if not np.isfinite(vectors).all():
-                raise InputError("numbers are beyond what float16 holds; use float32", "precision")
-        return vectors
+        return as_stored(vectors, self.precision)
 
 
 def _given_by_ray() -> dict[str, Any]:

@@ -19,9 +19,10 @@ import numpy as np
 import torch
 
 from minilm import hub
-from minilm.adapters.lazy import LazyEncoder, as_many
+from minilm.adapters.lazy import LazyEncoder
 from minilm.encoder import SentenceEncoder
 from minilm.errors import InputError, InputTypeError, MissingPackageError
+from minilm.inputs import as_many
 
 try:
     from scipy.sparse import issparse
