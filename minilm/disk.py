@@ -1,7 +1,8 @@
-"""Files that are complete or not there, and folders that one process writes to at a time.
+"""Files that are complete or not there, folders that one process writes to at a time, and names
+that stay within a folder.
 
-In: paths, and what writes. Used wherever something is left on a disk: `files.py`,
-the parts of `shards.py`, the segments of `tasks/segments.py`.
+In: paths, and what writes. Used wherever something is left on a disk, or is looked up under a name
+that a file tells: by `files.py`, the parts of `shards.py`, the segments of `tasks/segments.py`.
 """
 
 import hashlib
@@ -9,12 +10,34 @@ import os
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from typing import IO, Any
 
 from minilm.errors import InputError
 
-__all__ = ["file_sha256", "held", "sync", "sync_folder", "write_atomically"]
+__all__ = ["file_sha256", "held", "inside", "sync", "sync_folder", "write_atomically"]
+
+
+def inside(name: Any) -> str:
+    r"""A path that a file tells of, as one below that file's folder.
+
+    Files come from elsewhere, also from other systems. So this is about names only, the same on
+    every system; what a link of that name on this disk leads to is up to who made the link.
+
+    Args:
+        name: What the file says, such as "1_Pooling" or "a\\b".
+
+    Returns:
+        The same with "/" between its parts; "" for the folder itself.
+
+    Raises:
+        ValueError: It is not a string, or leads outside: it has "..", a root or a drive.
+    """
+    path = PureWindowsPath(name) if isinstance(name, str) else None  # knows both separators
+    # Windows drops blanks and dots at the end: to it ".. " is "..".
+    if path is None or path.anchor or "\0" in name or any(not p.strip(" .") for p in path.parts):
+        raise ValueError(f"{name!r} leads outside the folder")
+    return "/".join(path.parts)
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:

@@ -14,7 +14,6 @@ import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from minilm.bert import BertModel
 from minilm.checkpoint import build_bert, read_checkpoint
 from minilm.config import BertConfig, unsupported
+from minilm.disk import inside
 from minilm.errors import (
     ConfigError,
     InputTypeError,
@@ -191,10 +191,12 @@ def _read_stages(files: ModelFiles) -> dict[str, str]:
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(path, ["is not a list of stages with a type and a path"]) from error
     problems = []
+    as_prefix = []
     for folder in folders:
-        # Both separators, whatever this system's is: the file may come from another one.
-        parts = PureWindowsPath(folder).parts
-        if ".." in parts or PureWindowsPath(folder).anchor or PurePosixPath(folder).is_absolute():
+        try:
+            within = inside(folder)
+            as_prefix.append(f"{within}/" if within else "")
+        except ValueError:
             problems.append(f"path {folder!r} leads outside the model's folder")
     kinds = [kind for kind, _ in stages]
     if tuple(kinds) not in (_STAGES, _STAGES[:2]):
@@ -204,7 +206,6 @@ def _read_stages(files: ModelFiles) -> dict[str, str]:
         )
     if problems:
         raise ConfigError(path, problems)
-    as_prefix = ["".join(part + "/" for part in PureWindowsPath(f).parts) for f in folders]
     return dict(zip(kinds, as_prefix, strict=True))
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from minilm.arrow import fingerprint_in, import_pyarrow
-from minilm.disk import file_sha256, held, sync, sync_folder, write_atomically
+from minilm.disk import file_sha256, held, inside, sync, sync_folder, write_atomically
 from minilm.errors import ConfigError, InputError
 
 __all__ = [
@@ -80,6 +80,8 @@ class Part:
             type(values.get(name)) is not kind for name, kind in kinds.items()
         ):
             raise ValueError("is no record of a part")
+        if not _PART.fullmatch(inside(values["name"])):
+            raise ValueError(f"{values['name']!r} is not the name of a part")
         return cls(**{name: values[name] for name in kinds})
 
 
@@ -263,6 +265,8 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[Part], bool] | None:
         header = json.loads(lines[0])
     except ValueError:
         return None  # killed at the very first line
+    if not isinstance(header, dict):
+        return None
     parts = []
     for line in lines[1:]:
         with suppress(ValueError):  # the last line may be half a line

@@ -9,8 +9,30 @@ from typing import Any
 import pytest
 
 from conftest import ROOT
-from minilm.disk import file_sha256, held, write_atomically
+from minilm.disk import file_sha256, held, inside, write_atomically
 from minilm.errors import InputError
+
+
+# names
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["..", "../a", "a/../../b", "a/..", "..\\a", "a\\..\\b", "/a", "\\a", "C:a", "c:/a",
+     "//host/a/b", "\\\\?\\C:\\a", ".. /a", "...", "a\0b", None, 5, b"a"],
+)  # fmt: skip
+def test_names_that_lead_outside(name: Any) -> None:
+    with pytest.raises(ValueError, match="leads outside the folder"):
+        inside(name)
+
+
+def test_names_that_stay_inside() -> None:
+    given = ["1_Pooling", "a\\b", "a//b/", "", ".", "./a", ".hidden", "a..b", "ä/ü", "a b"]
+    expected = ["1_Pooling", "a/b", "a/b", "", "", "a", ".hidden", "a..b", "ä/ü", "a b"]
+    assert [inside(name) for name in given] == expected
+
+
+# files
 
 
 def test_write_atomically_replaces_and_cleans_up(tmp_path: Path) -> None:

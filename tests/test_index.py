@@ -432,6 +432,25 @@ def without_files(folder: Path) -> None:
     (folder / "segment-00000/vectors.npy").unlink()
 
 
+@pytest.mark.parametrize("name", ["../outside", "/outside", "..\\outside", "C:outside"])
+@pytest.mark.parametrize("of", ["segment", "file"])
+def test_names_that_lead_outside_are_refused(
+    index: Index, tmp_path: Path, of: str, name: str
+) -> None:
+    shutil.copytree(index.folder / "segment-00000", tmp_path / "outside")
+    with (index.folder / "index.json").open() as file:
+        values = json.load(file)
+    [segment] = values["segments"]
+    if of == "segment":
+        segment["name"] = name
+    else:
+        segment["files"][name] = segment["files"].pop("vectors.npy")
+    (index.folder / "index.json").write_text(json.dumps(values))
+    with pytest.raises(ConfigError, match="leads outside the folder") as raised:
+        Index.open(index.folder)
+    assert raised.value.path == index.folder / "index.json"
+
+
 @pytest.mark.parametrize(
     ("damage", "message"),
     [

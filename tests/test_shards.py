@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,23 @@ def test_only_one_process_at_a_time(tmp_path: Path) -> None:
     with ShardFolder(tmp_path):
         assert [path.name for path in tmp_path.iterdir()] == [".lock"]
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["../b/part-00000.parquet", "x.parquet", "part-1.parquet"])
+def test_names_that_are_no_parts_are_refused(tmp_path: Path, name: str) -> None:
+    folder, other = written(tmp_path / "a"), written(tmp_path / "b")
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["parts"][0]["name"] = name
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    for read in (verify_parts, lambda path: ShardFolder(path).__enter__()):
+        with pytest.raises(ConfigError, match=re.escape(name)):
+            read(folder)
+    lines = [manifest, *manifest.pop("parts")]
+    (folder / MANIFEST).unlink()
+    (folder / PROGRESS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with ShardFolder(folder) as again:
+        assert sorted(again.done) == [1, 2]  # as if that line were not there
+    assert len(contents(other)) == 4
 
 
 def test_foreign_folders_are_left_alone(tmp_path: Path) -> None:

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minilm.disk import file_sha256, sync, sync_folder, write_atomically
+from minilm.disk import file_sha256, inside, sync, sync_folder, write_atomically
 from minilm.errors import ConfigError, InputError, InputTypeError
 from minilm.fingerprint import Fingerprint
 from minilm.quantize import model_ranges, quantize_embeddings
@@ -122,10 +122,10 @@ def read_manifest(folder: Path) -> Manifest:
         record = values["fingerprint"]
         segments = tuple(
             _Entry(
-                _typed(entry["name"], str),
+                inside(entry["name"]),
                 _typed(entry["rows"], int),
                 {
-                    name: (_typed(file["bytes"], int), _typed(file["sha256"], str))
+                    inside(name): (_typed(file["bytes"], int), _typed(file["sha256"], str))
                     for name, file in entry["files"].items()
                 },
             )
