@@ -4,8 +4,13 @@ Most tests use the tiny one. Tests of the published weights are skipped where
 `weights/all-MiniLM-L6-v2` is absent (`scripts/fetch_weights` puts it there).
 """
 
+import fcntl
 import json
 import os
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -199,3 +204,27 @@ def reference(published: Path) -> Any:
     if not is_installed():
         pytest.skip("needs the reference: pip install 'minilm[reference]'")
     return load_reference(published, torch.float32).model
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """No file may grow beyond 20 kB, as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@contextmanager
+def another_process(folder: Path, name: str = "lock") -> Iterator[None]:
+    """What another process does that holds a folder; a lock of the system goes with the file that
+    was opened, not with the process.
+    """
+    with (folder / name).open("ab") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+        (folder / name).unlink()

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -15,9 +16,8 @@ import numpy as np
 import pytest
 import torch
 
-from conftest import ROOT
+from conftest import ROOT, another_process
 from minilm import SentenceEncoder, cli, indexing
-from minilm.disk import held
 from minilm.errors import ConfigError, InputError, InputTypeError
 from minilm.files import Table
 from minilm.fingerprint import Fingerprint
@@ -618,16 +618,40 @@ def test_opening_while_another_adds(index: Index, monkeypatch: pytest.MonkeyPatc
     assert len(reader) == 45
 
 
-def test_two_writers(tmp_path: Path, index: Index) -> None:
-    with held(index.folder, segments.LOCK, "folder"), pytest.raises(InputError, match="wait until"):
-        Index.open(index.folder).add(np.ones((1, 16)), ["a"], fingerprint=MODEL)
-    index.add(np.ones((1, 16)), ["a"], fingerprint=MODEL)
+def test_another_process_writes(tmp_path: Path, index: Index) -> None:
     (tmp_path / "new").mkdir()
-    with (
-        held(tmp_path / "new", segments.LOCK, "folder"),
-        pytest.raises(InputError, match="wait until"),
-    ):
+    with another_process(tmp_path / "new", segments.LOCK), pytest.raises(InputError, match="wait"):
         Index.create(tmp_path / "new", MODEL)
+    with another_process(index.folder, segments.LOCK):
+        with pytest.raises(InputError, match="another process is writing there; wait until"):
+            index.add(np.ones((1, 16)), ["a"], fingerprint=MODEL)
+        assert len(found(Index.open(index.folder), np.ones(16), 9)[0]) == 5  # reading needs no lock
+    index.add(np.ones((1, 16)), ["a"], fingerprint=MODEL)
+
+
+def test_threads_that_add_wait_for_each_other(index: Index) -> None:
+    def add(number: int) -> None:
+        for one in (index, Index.open(index.folder)):  # the same object, and one of its own
+            one.add(random(number, 3, 16), [f"{number}"] * 3, fingerprint=MODEL)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(add, range(8)))  # raises what one raised
+    whole = Index.open(index.folder)
+    assert len(whole) == 5 + 8 * 6
+    texts = [whole.row(i)["text"] for i in range(5, len(whole))]
+    assert all(texts.count(f"{number}") == 6 for number in range(8))
+    assert texts[::3] == texts[1::3] == texts[2::3]  # what was added at once lies together
+    whole.verify()
+
+
+def test_rows_that_are_added_while_rows_are_added(index: Index) -> None:
+    def blocks() -> Iterator[tuple[Array, list[str]]]:
+        yield random(1, 1, 16), ["a"]
+        index.add(random(2, 1, 16), ["b"], fingerprint=MODEL)
+
+    with pytest.raises(InputError, match="this thread is writing there already"):
+        index.extend(blocks(), fingerprint=MODEL)
+    assert len(Index.open(index.folder)) == 5
 
 
 def test_a_full_disk_loses_nothing(index: Index, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,12 +6,10 @@ The tests marked `reference` run with whichever version is installed: once with 
 import errno
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -432,19 +430,6 @@ def test_refuses_a_file_in_place_of_the_folder(tiny: Any, tmp_path: Path) -> Non
 
 
 # --- whole or not at all
-
-
-@pytest.fixture
-def small_files() -> Iterator[None]:
-    """No file may grow beyond 20 kB, as on a full disk."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, handler)
 
 
 def test_full_disk_leaves_nothing_of_a_new_folder(

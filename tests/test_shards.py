@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
+from conftest import another_process
 from minilm import shards
 from minilm.arrow import embedding_array
 from minilm.disk import file_sha256, write_atomically
@@ -111,7 +112,7 @@ def test_a_finished_folder_that_was_damaged_is_mended(tmp_path: Path) -> None:
 
 def test_only_one_process_at_a_time(tmp_path: Path) -> None:
     with (
-        ShardFolder(tmp_path),
+        another_process(tmp_path, ".lock"),
         pytest.raises(InputError, match="another process is writing there"),
         ShardFolder(tmp_path),
     ):

@@ -417,7 +417,7 @@ class _Rows:
 
 
 def is_ours(name: str) -> bool:
-    return name == LOCK or _LEFTOVER.fullmatch(name) is not None
+    return name.startswith(LOCK) or _LEFTOVER.fullmatch(name) is not None
 
 
 def remove_leftovers(folder: Path, manifest: Manifest) -> None:
