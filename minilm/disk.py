@@ -1,16 +1,19 @@
-"""Files that are complete or not there, folders that one writer has at a time, and names
-that stay within a folder.
+"""Files that are complete or not there, folders that one writer has at a time, and names that stay
+within a folder.
 
 In: paths, and what writes. Used wherever something is left on a disk, or is looked up under a name
-that a file tells: by `files.py`, the parts of `shards.py`, the segments of `tasks/segments.py`.
+that a file tells: by `outputs.py`, the parts of `shards.py`, the segments of `tasks/segments.py`.
 """
 
 import errno
 import hashlib
+import io
 import os
+import shutil
+import stat
 import threading
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PureWindowsPath
 from typing import IO, Any
@@ -18,11 +21,25 @@ from weakref import WeakValueDictionary
 
 from minilm.errors import InputError
 
-__all__ = ["file_sha256", "held", "inside", "sync", "sync_folder", "write_atomically"]
-
+__all__ = [
+    "file_sha256",
+    "held",
+    "inside",
+    "make_folder",
+    "mount_of",
+    "sync",
+    "sync_folder",
+    "temporary_name",
+    "told_of",
+    "write_atomically",
+    "write_together",
+]
 
 # What a file system answers that has no such call as fsync or flock.
 _HAS_NONE = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOLCK}
+
+
+# --- names
 
 
 def inside(name: Any) -> str:
@@ -47,50 +64,173 @@ def inside(name: Any) -> str:
     return "/".join(path.parts)
 
 
+# --- files
+
+
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Write a file so that it is complete or not there, also beside parallel writers.
+
+    A file that is there keeps its mode and group. A link of that name is replaced, not followed.
 
     Args:
         path: Where it goes; its folder must exist.
         write: Is given the open file, and leaves it open.
 
     Raises:
-        OSError: The folder is missing or may not be written to, or the disk is full.
+        OSError: The folder is missing or may not be written to, or the disk is full. It names
+            `path`, and the disk. What was there before still is.
     """
-    # A name of its own in the same folder: parallel runs don't meet, and the rename is atomic.
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+    write_together({path: write})
+
+
+def write_together(files: Mapping[Path, Callable[[IO[bytes]], object]]) -> None:
+    """Write several files as `write_atomically` does: none gets its name before all are written."""
+    temporaries: dict[Path, Path] = {}
     try:
-        with temporary.open("xb") as file:
-            write(file)
-            sync(file)
-        temporary.replace(path)
+        for path, write in files.items():
+            # In the same folder, so that the rename is atomic.
+            temporary = temporaries[path] = path.with_name(temporary_name(path.name))
+            with told_of(path, temporary), _Numberless(io.FileIO(temporary, "xb")) as file:
+                _keep_attributes(path, temporary)
+                write(file)
+                sync(file)
+        for path, temporary in temporaries.items():
+            with told_of(path, temporary):
+                _take_place(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries.values():
+            temporary.unlink(missing_ok=True)
         raise
+    for folder in {path.parent for path in files}:
+        sync_folder(folder)
+
+
+def temporary_name(name: str) -> str:
+    """A hidden name for what shall become `name`: one of its own, so that parallel runs don't meet,
+    and short, so that each name that a file can have has one.
+    """
+    return f".{name[:24]}.{uuid.uuid4().hex}.part"
+
+
+class _Numberless(io.BufferedWriter):
+    """A file that keeps its descriptor to itself.
+
+    NumPy would write to the descriptor by itself, and of a full disk say only "115200 requested and
+    25568 written".
+    """
+
+    def fileno(self) -> int:
+        raise io.UnsupportedOperation("fileno")
+
+
+@contextmanager
+def told_of(path: Path, temporary: Path) -> Iterator[None]:
+    """An error names the path that is meant, not the hidden one, and the disk if it is full.
+
+    Args:
+        path: What is written.
+        temporary: What it is called until it is whole: a file or a folder.
+    """
+    try:
+        yield
+    except OSError as error:
+        other = error.filename is not None and not str(error.filename).startswith(str(temporary))
+        if other or error.errno is None:
+            raise
+        reason = error.strerror
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            reason += f" (the disk is mounted at {mount_of(path)})"
+        raise OSError(error.errno, reason, str(path)) from error
+
+
+def mount_of(path: Path) -> Path:
+    """The folder at which the disk of a path is mounted."""
+    whole = path.absolute()
+    return next(folder for folder in (*whole.parents, whole) if os.path.ismount(folder))
+
+
+def _keep_attributes(path: Path, temporary: Path) -> None:
+    """Make a file like the one whose place it will take, as if that had been written over."""
+    with suppress(FileNotFoundError):
+        before = path.lstat()
+        if stat.S_ISREG(before.st_mode):
+            if hasattr(os, "chown") and before.st_gid != temporary.stat().st_gid:
+                with suppress(OSError):  # of a group that the user is not in
+                    os.chown(temporary, -1, before.st_gid)
+            shutil.copystat(path, temporary)
+
+
+def _take_place(temporary: Path, path: Path) -> None:
+    try:
+        temporary.replace(path)
+    except OSError as error:
+        # A file that is mounted by itself, as in containers, or another user's in a folder such as
+        # /tmp: it can be written to, and not be replaced.
+        refused = error.errno in (errno.EBUSY, errno.EPERM, errno.EACCES, errno.EXDEV)
+        if not (refused and path.is_file() and os.access(path, os.W_OK)):
+            raise
+        with temporary.open("rb") as source, path.open("r+b") as target:
+            shutil.copyfileobj(source, target)
+            target.truncate()
+            sync(target)
+        temporary.unlink()
 
 
 def sync(file: IO[bytes]) -> None:
-    """Wait until what was written is on the disk."""
+    """Wait until what was written is on the disk, where the system can."""
     file.flush()
-    os.fsync(file.fileno())
+    _sync(getattr(file, "raw", file).fileno())
 
 
 def sync_folder(folder: Path) -> None:
     """Make new names in a folder last, where the system can."""
     if os.name != "posix":
         return
-    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        with suppress(OSError):  # some file systems have no such thing
-            os.fsync(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY)
+    except PermissionError:  # one may write in it, and not list it
+        return
+    try:
+        _sync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sync(descriptor: int) -> None:
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        # There is no such thing here, and what was written is there all the same. Any other error
+        # is one of writing.
+        if error.errno not in _HAS_NONE:
+            raise
+
+
+def make_folder(folder: Path) -> list[Path]:
+    """Make a folder and its parents, so that they last.
+
+    Returns:
+        Those that were not there, from the top down.
+
+    Raises:
+        OSError: One can't be made.
+    """
+    made: list[Path] = []
+    for each in (*reversed(folder.parents), folder):
+        if not each.exists():
+            each.mkdir(exist_ok=True)
+            sync_folder(each.parent)
+            made.append(each)
+    return made
 
 
 def file_sha256(path: Path) -> str:
     """SHA-256 of a file of any size, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# --- folders that are held
 
 
 class _Turn:

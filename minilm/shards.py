@@ -11,7 +11,6 @@ it will be made again. Names that begin with . or _ are passed over by those who
 """
 
 import json
-import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -20,8 +19,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from minilm.arrow import fingerprint_in, import_pyarrow
-from minilm.disk import file_sha256, held, inside, sync, sync_folder, write_atomically
+from minilm.disk import file_sha256, held, inside, make_folder, sync, sync_folder, write_atomically
 from minilm.errors import ConfigError, InputError
+from minilm.outputs import check_folder
 
 __all__ = [
     "MANIFEST",
@@ -119,7 +119,8 @@ class ShardFolder:
             InputError: Another process has it; or there are files that are none of ours.
             OSError: It can't be made, or read.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        check_folder(self.folder, "output")
+        make_folder(self.folder)
         self._hold = held(self.folder, _LOCK, "output")
         self._hold.__enter__()
         try:
@@ -177,7 +178,6 @@ class ShardFolder:
                 write_atomically(
                     self.folder / PROGRESS, lambda file: file.write(text.encode("utf-8"))
                 )
-                sync_folder(self.folder)
 
     def _is_intact(self, part: Part) -> bool:
         path = self.folder / part.name
@@ -199,7 +199,6 @@ class ShardFolder:
         path = self.folder / name
         with self._told_of(name):
             write_atomically(path, lambda file: _write_parquet(file, table))
-            sync_folder(self.folder)
             part = Part(name, table.num_rows, file_sha256(path), **more)
         with self._told_of(PROGRESS), (self.folder / PROGRESS).open("ab") as progress:
             line = json.dumps(asdict(part)) + "\n"
@@ -216,7 +215,6 @@ class ShardFolder:
         text = json.dumps({**(self.header or {}), "parts": parts}, indent=1)
         with self._told_of(MANIFEST):
             write_atomically(self.folder / MANIFEST, lambda file: file.write(f"{text}\n".encode()))
-            sync_folder(self.folder)
             (self.folder / PROGRESS).unlink(missing_ok=True)
             sync_folder(self.folder)
         self.is_complete = True
@@ -231,7 +229,7 @@ class ShardFolder:
                 raise
             raise OSError(
                 error.errno,
-                f"{os.strerror(error.errno)}; {len(self.done):,} parts are written and stay: once "
+                f"{error.strerror}; {len(self.done):,} parts are written and stay: once "
                 "that is mended, the same command goes on",
                 str(self.folder / name),
             ) from error

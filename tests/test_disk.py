@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from conftest import ROOT, another_process
@@ -18,7 +19,10 @@ from minilm.disk import (
     file_sha256,
     held,
     inside,
+    make_folder,
+    sync_folder,
     write_atomically,
+    write_together,
 )
 from minilm.errors import InputError
 
@@ -79,6 +83,122 @@ def test_hash_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"abc" * 100_000)
     expected = hashlib.sha256(b"abc" * 100_000).hexdigest()
     assert file_sha256(tmp_path / "file") == expected
+
+
+@pytest.mark.parametrize("name", ["a" * 255, "ä" * 127, "😀" * 63, "\udcff", "two\nlines", "-"])
+def test_every_name_that_a_file_can_have(tmp_path: Path, name: str) -> None:
+    for contents in (b"one", b"two"):
+        write_atomically(tmp_path / name, lambda file, data=contents: file.write(data))  # type: ignore[misc]
+        assert (tmp_path / name).read_bytes() == contents
+    assert names(tmp_path) == [name]
+
+
+@pytest.mark.parametrize("mode", [0o664, 0o600, 0o640, 0o666])
+def test_a_file_keeps_its_mode(tmp_path: Path, mode: int) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    path.chmod(mode)
+    os.utime(path, (1, 1))
+    write_atomically(path, lambda file: file.write(b"new"))
+    assert path.stat().st_mode & 0o7777 == mode
+    assert path.stat().st_mtime > 1
+    (tmp_path / "plain").write_bytes(b"")
+    write_atomically(tmp_path / "new", lambda file: file.write(b"new"))
+    assert (tmp_path / "new").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root is in any group")
+def test_a_file_keeps_its_group(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"old")
+    os.chown(tmp_path / "file", -1, 4321)
+    write_atomically(tmp_path / "file", lambda file: file.write(b"new"))
+    assert (tmp_path / "file").stat().st_gid == 4321
+
+
+def test_together_or_not_at_all(tmp_path: Path) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    with pytest.raises(OSError, match="No space left") as caught:
+        write_together({one: lambda file: file.write(b"1"), two: failing(errno.ENOSPC)})
+    assert caught.value.filename == str(two)
+    assert "the disk is mounted at /" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+    write_together({one: lambda file: file.write(b"1"), two: lambda file: file.write(b"2")})
+    assert (one.read_bytes(), two.read_bytes()) == (b"1", b"2")
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path, small_files: None) -> None:
+    with pytest.raises(OSError, match="File too large") as caught:  # not "requested and written"
+        write_atomically(tmp_path / "x.npy", lambda file: np.save(file, np.zeros(10_000)))
+    assert (caught.value.errno, caught.value.filename) == (errno.EFBIG, str(tmp_path / "x.npy"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_errors_of_something_else_stay_what_they_are(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError) as caught:
+        write_atomically(tmp_path / "x", lambda file: (tmp_path / "source").read_bytes())
+    assert caught.value.filename == str(tmp_path / "source")
+
+    def late(file: Any) -> None:
+        raise TimeoutError("somebody else")
+
+    with pytest.raises(TimeoutError, match=r"^somebody else$"):
+        write_atomically(tmp_path / "x", late)
+
+
+@pytest.mark.parametrize("number", [errno.EBUSY, errno.EPERM])
+def test_a_file_that_cannot_be_replaced_is_filled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    path = tmp_path / "mounted"
+    monkeypatch.setattr(Path, "replace", failing(number))
+    with pytest.raises(OSError, match=os.strerror(number)) as caught:
+        write_atomically(path, lambda file: file.write(b"new"))
+    assert caught.value.filename == str(path)
+    path.write_bytes(b"old and longer")
+    inode = path.stat().st_ino
+    write_atomically(path, lambda file: file.write(b"new"))
+    assert (path.read_bytes(), path.stat().st_ino) == (b"new", inode)
+    assert names(tmp_path) == ["mounted"]
+
+
+@pytest.mark.parametrize("number", MISSING)
+def test_without_fsync_the_work_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(os, "fsync", failing(number))
+    write_atomically(tmp_path / "file", lambda file: file.write(b"new"))
+    make_folder(tmp_path / "a" / "b")
+    assert (tmp_path / "file").read_bytes() == b"new"
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_a_write_error_of_fsync_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(os, "fsync", failing(number))
+    with pytest.raises(OSError, match=os.strerror(number)):
+        write_atomically(tmp_path / "file", lambda file: file.write(b"new"))
+    with pytest.raises(OSError, match=os.strerror(number)):
+        sync_folder(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_renamed_and_made_is_synced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, fsync = [], os.fsync
+
+    def watch(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", watch)
+    assert make_folder(tmp_path / "a" / "b") == [tmp_path / "a", tmp_path / "a" / "b"]
+    assert synced == [tmp_path, tmp_path / "a"]
+    write_atomically(tmp_path / "a" / "file", lambda file: file.write(b"new"))
+    assert synced[2].name.startswith(".file.")
+    assert synced[3:] == [tmp_path / "a"]
+    assert make_folder(tmp_path / "a") == []
 
 
 # who has a folder

@@ -668,6 +668,30 @@ def test_a_full_disk_loses_nothing(index: Index, monkeypatch: pytest.MonkeyPatch
     assert found(index, queries) == found(Index.open(index.folder), queries) == before
 
 
+def test_a_full_disk_names_the_index(index: Index, small_files: None) -> None:
+    with pytest.raises(OSError, match="File too large") as raised:
+        index.add(random(27, 1000, 16), texts(1000), fingerprint=MODEL)
+    assert raised.value.filename == str(index.folder)
+    assert names(index.folder) == ["index.json", "segment-00000"]
+    with pytest.raises(OSError, match="of another thing"):
+        index.extend(_failing(), fingerprint=MODEL)
+
+
+def _failing() -> Iterator[Any]:
+    yield random(0, 1, 16), ["a"]
+    raise TimeoutError("of another thing")
+
+
+def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for path in (tmp_path / "file", tmp_path / "file" / "index"):
+        with pytest.raises(InputError, match="is a file; pass a folder") as raised:
+            Index.create(path, MODEL)
+        assert raised.value.argument == "folder"
+    with pytest.raises(InputError, match="File name too long"):
+        Index.create(tmp_path / ("x" * 256), MODEL)
+
+
 # memory
 
 

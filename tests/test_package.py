@@ -22,7 +22,7 @@ PACKAGE = ROOT / "minilm"
 LEVELS = [
     {"errors"},
     {"config", "disk"},
-    {"bert", "pooling", "inputs", "hub"},
+    {"bert", "pooling", "inputs", "hub", "outputs"},
     {"similarity", "tokenizer", "checkpoint", "eval_mode", "kernels"},
     {"options", "quantize", "files", "tasks.search", "packed", "truncation"},
     {"folder", "trace", "save", "compute", "arrow"}

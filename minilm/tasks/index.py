@@ -35,10 +35,11 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from minilm.disk import file_sha256, held
+from minilm.disk import file_sha256, held, sync_folder
 from minilm.errors import ConfigError, InputError, InputTypeError
 from minilm.fingerprint import Fingerprint, compare
 from minilm.inputs import check_choice, check_positive_int
+from minilm.outputs import check_folder
 from minilm.quantize import has_model_ranges
 from minilm.similarity import Embeddings, cos_sim
 from minilm.tasks.rescoring import ROWS, by_codes, rescore
@@ -144,7 +145,10 @@ class Index:
         _check_int8(fingerprint, codes)
         dimension = None if fingerprint is None else fingerprint.dimension
         manifest = Manifest(fingerprint, dimension, column, tuple(dict.fromkeys(codes)), 0, ())
+        if path.parent.exists():  # else what comes next says that it is missing
+            check_folder(path, "folder")
         path.mkdir(exist_ok=True)
+        sync_folder(path.parent)
         with held(path, LOCK, "folder"):
             foreign = [each.name for each in path.iterdir() if not is_ours(each.name)]
             if foreign:

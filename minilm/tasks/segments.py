@@ -9,7 +9,6 @@ import json
 import mmap
 import re
 import shutil
-import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
@@ -22,7 +21,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minilm.disk import file_sha256, inside, sync, sync_folder, write_atomically
+from minilm.disk import (
+    file_sha256,
+    inside,
+    sync,
+    sync_folder,
+    temporary_name,
+    told_of,
+    write_atomically,
+)
 from minilm.errors import ConfigError, InputError, InputTypeError
 from minilm.fingerprint import Fingerprint
 from minilm.quantize import model_ranges, quantize_embeddings
@@ -53,9 +60,7 @@ FORMAT = "minilm index"
 FORMAT_VERSION = 1
 MANIFEST = "index.json"
 LOCK = "index.lock"
-_LEFTOVER = re.compile(
-    r"segment-\d{5,}|\.segment-\d{5,}\.[0-9a-f]{32}\.part|\.index\.json\..*\.part"
-)
+_LEFTOVER = re.compile(r"segment-\d{5,}|\.(segment-\d{5,}|index\.json|trial)\.[0-9a-f]{32}\.part")
 _SMALL = 2**16  # rows up to which a segment becomes part of the next: 100 MB of vectors
 _COPIED = 4096  # rows of it copied at a time
 _HEADER = 128  # bytes of an .npy file before its numbers
@@ -157,7 +162,6 @@ def commit(folder: Path, manifest: Manifest) -> None:
     """Replace index.json: from here on the index is the new one."""
     contents = manifest.to_json().encode()
     write_atomically(folder / MANIFEST, lambda file: file.write(contents))
-    sync_folder(folder)
 
 
 # --- one segment
@@ -335,42 +339,51 @@ def _write_segment(
     Raises:
         OSError: It can't be written; nothing of it is left.
     """
-    temporary = folder / f".{name}.{uuid.uuid4().hex}.part"
-    temporary.mkdir()
+    temporary = folder / temporary_name(name)
     try:
-        count, size = 0, 0
-        with ExitStack() as stack:
-            arrays: dict[str, _Rows] = {}
-
-            def write(kind: str, values: _Array) -> None:
-                if kind not in arrays:
-                    arrays[kind] = stack.enter_context(_Rows(temporary / f"{kind}.npy", values))
-                arrays[kind].write(values)
-
-            lines_file = stack.enter_context((temporary / "rows.jsonl").open("xb"))
-            write("offsets", np.zeros(1, np.int64))
-            for vectors, lines in blocks:
-                write("vectors", vectors)
-                lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
-                write("lengths", lengths.astype(np.float32))
-                for code in manifest.codes:
-                    write(code, _codes_of(vectors, code))
-                lines_file.writelines(lines)
-                ends = size + np.cumsum([len(line) for line in lines], dtype=np.int64)
-                write("offsets", ends)
-                count, size = count + len(lines), int(ends[-1])
-            sync(lines_file)
-        files = {
-            path.name: (path.stat().st_size, file_sha256(path))
-            for path in sorted(temporary.iterdir())
-        }
-        sync_folder(temporary)
-        temporary.rename(folder / name)
-        sync_folder(folder)
+        with told_of(folder, temporary):
+            temporary.mkdir()
+            count = _write_files(temporary, blocks, manifest)
+            files = {
+                path.name: (path.stat().st_size, file_sha256(path))
+                for path in sorted(temporary.iterdir())
+            }
+            sync_folder(temporary)
+            temporary.rename(folder / name)
+            sync_folder(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return _Entry(name, count, files)
+
+
+def _write_files(
+    folder: Path, blocks: Iterable[tuple[_Array, list[bytes]]], manifest: Manifest
+) -> int:
+    """The files of a segment, and how many rows they have."""
+    count, size = 0, 0
+    with ExitStack() as stack:
+        arrays: dict[str, _Rows] = {}
+
+        def write(kind: str, values: _Array) -> None:
+            if kind not in arrays:
+                arrays[kind] = stack.enter_context(_Rows(folder / f"{kind}.npy", values))
+            arrays[kind].write(values)
+
+        lines_file = stack.enter_context((folder / "rows.jsonl").open("xb"))
+        write("offsets", np.zeros(1, np.int64))
+        for vectors, lines in blocks:
+            write("vectors", vectors)
+            lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
+            write("lengths", lengths.astype(np.float32))
+            for code in manifest.codes:
+                write(code, _codes_of(vectors, code))
+            lines_file.writelines(lines)
+            ends = size + np.cumsum([len(line) for line in lines], dtype=np.int64)
+            write("offsets", ends)
+            count, size = count + len(lines), int(ends[-1])
+        sync(lines_file)
+    return count
 
 
 def _codes_of(vectors: _Array, precision: str) -> _Array:
