@@ -6,11 +6,13 @@ usage, 130 interrupted.
 """
 
 import argparse
+import errno
 import io
 import os
 import sys
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,9 @@ examples:
 }
 
 
+_ERRORS_OF_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line.
 
@@ -138,7 +143,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         commands.tell(f"minilm: {error}")
         return 1
     except OSError as error:
-        commands.tell(f"minilm: {error.filename or 'system'}: {error.strerror or error}")
+        name = error.filename
+        if name is None and error.errno in _ERRORS_OF_WRITING:  # whatever else is written says so
+            name = "standard output"
+            # What is left of it goes nowhere: Python would say so once more at exit.
+            with suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        commands.tell(f"minilm: {name or 'system'}: {error.strerror or error}")
         return 1
     return code or 0
 
@@ -204,8 +215,8 @@ def _parser() -> argparse.ArgumentParser:
         "-o",
         "--output",
         metavar="OUT",
-        help=f"its suffix chooses the form: {', '.join(SUFFIXES)} (default: jsonl on standard "
-        "output); without a suffix, or with / at its end, it is a folder of Parquet files",
+        help=f"its suffix chooses the form: {', '.join(SUFFIXES)} (default, and -: jsonl on "
+        "standard output); without a suffix, or with / at its end, it is a folder of Parquet files",
     )
     encode.add_argument(
         "--embedding-column",
@@ -324,9 +335,9 @@ def _parser() -> argparse.ArgumentParser:
     dedup.add_argument(
         "-o",
         "--output",
-        type=Path,
         metavar="OUT",
-        help=f"write the rows that stay; its suffix chooses the form: {', '.join(ROW_SUFFIXES)}",
+        help=f"write the rows that stay; its suffix chooses the form: {', '.join(ROW_SUFFIXES)}; - "
+        "prints them, as jsonl, in place of the pairs",
     )
     dedup.set_defaults(run=commands.dedup)
 
@@ -345,8 +356,8 @@ def _parser() -> argparse.ArgumentParser:
         "tokens",
     )
     explain.add_argument("--json", action="store_true", help="print everything as JSON instead")
-    explain.add_argument("--png", type=Path, metavar="FILE", help="also draw all pairs")
-    explain.add_argument("--html", type=Path, metavar="FILE", help="also write them as a page")
+    explain.add_argument("--png", metavar="FILE", help="also draw all pairs")
+    explain.add_argument("--html", metavar="FILE", help="also write them as a page")
     explain.set_defaults(run=commands.explain)
 
     tour = command("tour", "a page that shows how two texts become their similarity", model)
@@ -355,10 +366,9 @@ def _parser() -> argparse.ArgumentParser:
     tour.add_argument(
         "-o",
         "--output",
-        type=Path,
         metavar="FILE",
-        default=Path("tour.html"),
-        help="(default: %(default)s)",
+        default="tour.html",
+        help="- is standard output (default: %(default)s)",
     )
     tour.set_defaults(run=commands.tour)
 
@@ -430,7 +440,6 @@ def _parser() -> argparse.ArgumentParser:
     download.add_argument(
         "-o",
         "--output",
-        type=Path,
         metavar="FOLDER",
         help=f"(default: {hub.WEIGHTS_FOLDER.as_posix()})",
     )
@@ -478,9 +487,7 @@ def _add_index(command: Any, model: argparse.ArgumentParser) -> None:
             default="warn",
             help="as for encode",
         )
-    build.add_argument(
-        "-o", "--output", type=Path, metavar="INDEX", required=True, help="the new folder"
-    )
+    build.add_argument("-o", "--output", metavar="INDEX", required=True, help="the new folder")
     build.add_argument(
         "--codes",
         action="append",

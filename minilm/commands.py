@@ -9,25 +9,37 @@ import html
 import json
 import os
 import re
+import shutil
 import sys
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minilm import __version__, hub
-from minilm.disk import write_atomically
 from minilm.errors import InputError
 from minilm.files import (
     ROW_SUFFIXES,
     SUFFIXES,
     Table,
+    check_rows,
+    form_of,
     is_utf8,
     read_table,
+    sidecars_of,
     write_jsonl,
     write_rows,
     write_table,
 )
 from minilm.foreign import read_texts, read_vectors, run_onnx
+from minilm.outputs import (
+    check_folder,
+    check_output,
+    check_room,
+    is_standard_output,
+    is_stream,
+    write_output,
+)
 
 if TYPE_CHECKING:
     from minilm.encoder import SentenceEncoder
@@ -54,10 +66,8 @@ __all__ = [
 
 def encode(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Texts to vectors."""
-    output = None if options.output is None else Path(options.output)
-    if output is not None and (
-        not output.suffix or output.is_dir() or options.output.endswith(("/", os.sep))
-    ):
+    output = None if options.output in (None, "-") else Path(options.output)
+    if output is not None and _means_folder(options.output):
         _encode_files(options, parser)
         return
     for name in ("shard_rows", "on_bad_row", "workers", "overwrite"):
@@ -65,15 +75,19 @@ def encode(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None
             parser.error(f"argument --{name.replace('_', '-')}: goes with -o FOLDER")
     if options.precision == "float16":
         parser.error("argument --precision: float16 goes with -o FOLDER")
-    if output is not None and output.suffix not in SUFFIXES:
-        parser.error(
-            f"argument -o: {output} has no suffix of {', '.join(SUFFIXES)}; put / at the end of a "
-            "folder"
-        )
     if output is not None:
-        _check_writable(output, "-o")
+        if form_of(output) not in SUFFIXES:
+            parser.error(
+                f"argument -o: {output} has no suffix of {', '.join(SUFFIXES)}; put / at the end "
+                "of a folder"
+            )
+        check_output(output, "-o", sidecars_of(output))
     table = _texts(options.text, options.files or ([] if options.text else ["-"]), options.column)
     encoder = _load(options)
+    if output is not None:
+        width = encoder.bert.config.hidden_size
+        width = min(options.truncate_dim or encoder.truncate_dim or width, width)
+        check_room(output, len(table.texts) * width * _BITS[options.precision] // 8)
     embeddings = encoder.encode(
         table.texts,
         prompt=options.prompt,
@@ -94,7 +108,46 @@ def encode(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None
         normalize_embeddings=options.normalize,
         precision=options.precision,
     )
-    write_table(output, table, embeddings, record.to_json(), options.embedding_column)
+    made = (table, embeddings, record.to_json(), options.embedding_column)
+    try:
+        write_table(output, *made)
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        kept = _kept_elsewhere(lambda path: write_table(path, *made), form_of(output))
+        raise OSError(error.errno, f"{error.strerror}; {kept}", error.filename) from error
+
+
+# The fewest bits of a number in a file. As text it has 16 and more.
+_BITS = {"float32": 32, "int8": 8, "uint8": 8, "binary": 1, "ubinary": 1}
+
+
+def _kept_elsewhere(write: Callable[[Path], object], suffix: str) -> str:
+    """Write what took long to compute to where there is room, and say where that is."""
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="minilm-"))
+        try:
+            write(folder / f"embeddings{suffix}")
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+    except OSError as error:
+        return f"{tempfile.gettempdir()} has no room for the vectors either: {error.strerror}"
+    return f"the vectors are kept in {folder / f'embeddings{suffix}'}"
+
+
+_ENDS_OF_FOLDERS = ("/", "/.", os.sep, os.sep + ".")
+
+
+def _means_folder(output: str) -> bool:
+    path = Path(output)
+    if is_stream(path) or path.name in SUFFIXES:
+        return False
+    return (
+        output.endswith(_ENDS_OF_FOLDERS)
+        or not path.suffix
+        or (path.suffix not in SUFFIXES and path.is_dir())
+    )
 
 
 def _encode_files(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -103,6 +156,7 @@ def _encode_files(options: argparse.Namespace, parser: argparse.ArgumentParser) 
 
     if options.text or not options.files or "-" in options.files:
         parser.error("argument -o: a folder is written from files; name them")
+    _folder(options.output, "-o", parser)
     keep_few_kernels()
     chosen = {
         name: getattr(options, name)
@@ -196,19 +250,21 @@ def dedup(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Print the texts that say the same as an earlier one, and write the others."""
     from minilm.tasks import near_duplicates
 
-    output: Path | None = options.output
-    if output is not None and output.suffix not in ROW_SUFFIXES:
+    output = _file(options.output, "-o", options, parser)
+    if output is not None and form_of(output) not in ROW_SUFFIXES:
         parser.error(f"argument -o: {output} has no suffix of {', '.join(ROW_SUFFIXES)}")
-    if output is not None:
-        _check_writable(output, "-o")
     table = read_table(options.files or ["-"], options.column)
+    if output is not None:
+        check_rows(output, table)
     texts, embeddings = _embedded(options, table)
     found = near_duplicates(embeddings, options.threshold, show_progress_bar=sys.stderr.isatty())
     if output is not None:
         gone = {each.row for each in found}
         stay = [row for row in range(len(texts)) if row not in gone]
         write_rows(output, Table([texts[row] for row in stay], [table.rows[row] for row in stay]))
-    if options.json:
+    if _is_printed(output):
+        pass
+    elif options.json:
         _print_json(
             [each._asdict() | {"texts": [texts[each.row], texts[each.of]]} for each in found]
         )
@@ -238,11 +294,13 @@ def index_build(options: argparse.Namespace, parser: argparse.ArgumentParser) ->
     """Make an index of texts."""
     from minilm.indexing import build_index
 
-    _check_writable(options.output, "-o")
+    output = _folder(options.output, "-o", parser)
+    if not output.parent.exists():
+        raise InputError(f"{output}: there is no {output.parent} that it can be made in", "-o")
     table = read_table(options.files or ["-"], options.column)
     index = build_index(
         _load(options),
-        options.output,
+        output,
         table,
         column=options.column,
         prompt=options.prompt,
@@ -250,7 +308,7 @@ def index_build(options: argparse.Namespace, parser: argparse.ArgumentParser) ->
         codes=options.codes,
         show_progress_bar=sys.stderr.isatty(),
     )
-    tell(f"{options.output}: {len(index):,} rows")
+    tell(f"{output}: {len(index):,} rows")
 
 
 def index_add(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -344,22 +402,25 @@ def _check_folder(options: argparse.Namespace, parser: argparse.ArgumentParser) 
 
 def explain(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Print a similarity, word by word."""
-    outputs: tuple[Path | None, Path | None] = (options.png, options.html)
-    for output, argument in zip(outputs, ("--png", "--html"), strict=True):
-        if output is not None:
-            _check_writable(output, argument)
+    png, page = (
+        _file(name, argument, options, parser)
+        for name, argument in ((options.png, "--png"), (options.html, "--html"))
+    )
+    if png is not None and png == page:
+        parser.error("argument --html: is the file of --png too; choose another name")
     encoder = _load(options)
     explanation = encoder.explain(
         options.a, options.b, by=options.by, dtype=options.dtype or "float64"
     )
     title = " / ".join(_one_line(text) or '""' for text in explanation.texts)
-    png, page = outputs
     if png is not None:
-        write_atomically(png, explanation.to_png)
+        write_output(png, explanation.to_png)
     if page is not None:
         head = f'<!doctype html>\n<meta charset="utf-8">\n<title>{html.escape(title)}</title>\n'
         contents = f"{head}{explanation.to_html()}\n".encode()
-        write_atomically(page, lambda file: file.write(contents))
+        write_output(page, lambda file: file.write(contents))
+    if _is_printed(png) or _is_printed(page):
+        return
     if options.json:
         print(json.dumps(explanation.to_dict(), ensure_ascii=not is_utf8(sys.stdout)))
         return
@@ -377,10 +438,10 @@ def tour(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Write the page."""
     from minilm.tour import tour
 
-    output: Path = options.output
-    _check_writable(output, "-o")
+    output = _file(options.output, "-o", options, parser)
+    assert output is not None
     page = tour(_load(options), options.a, options.b).encode()
-    write_atomically(output, lambda file: file.write(page))
+    write_output(output, lambda file: file.write(page))
     tell(f"{output}: {len(page) / 1e6:.1f} MB; open it in a browser")
 
 
@@ -437,7 +498,8 @@ def parity(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         report = compare_stages_file(options.golden, options.against_stages)
         print(json.dumps(report.to_dict(), indent=2) if options.json else report.table())
         return 0 if report.passed else 1
-    written = write_golden(_load(options), options.golden)
+    folder = _folder(str(options.golden), "--golden", parser)
+    written = write_golden(_load(options), folder)
     sizes = {str(path): path.stat().st_size for path in written}
     if options.json:
         print(json.dumps(sizes, indent=2))
@@ -467,13 +529,37 @@ def _parity_against(options: argparse.Namespace) -> int:
 
 def download(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Put the published files into a folder."""
+    if options.output in ("", "-"):
+        parser.error("argument -o: the files go into a folder; name one")
     hub.download(options.output, source=options.source, report=tell)
 
 
-def _check_writable(output: Path, argument: str) -> None:
-    """Say that a result can't be written before the work is done for nothing."""
-    if not os.access(output.parent, os.W_OK):
-        raise InputError(f"{output}: {output.parent} is no folder that can be written to", argument)
+def _file(
+    name: str | None, argument: str, options: argparse.Namespace, parser: argparse.ArgumentParser
+) -> Path | None:
+    """The file of an argument, once it is known that it can be written; - is standard output."""
+    if name is None:
+        return None
+    if not name or name.endswith(_ENDS_OF_FOLDERS):
+        parser.error(f"argument {argument}: {name!r} is not the name of a file")
+    path = Path("/dev/stdout" if name == "-" else name)
+    if _is_printed(path) and getattr(options, "json", False):
+        parser.error(f"argument {argument}: standard output has what --json prints; name a file")
+    check_output(path, argument)
+    return path
+
+
+def _folder(name: str, argument: str, parser: argparse.ArgumentParser) -> Path:
+    """The folder of an argument, once it is known that it can be written into."""
+    if name in ("", "-"):
+        parser.error(f"argument {argument}: {name!r} is not the name of a folder")
+    check_folder(Path(name), argument)
+    return Path(name)
+
+
+def _is_printed(output: Path | None) -> bool:
+    """Whether what is written takes the place of what would be printed."""
+    return output is not None and is_standard_output(output)
 
 
 def _load(options: argparse.Namespace) -> "SentenceEncoder":

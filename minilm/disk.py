@@ -137,7 +137,7 @@ def told_of(path: Path, temporary: Path) -> Iterator[None]:
         other = error.filename is not None and not str(error.filename).startswith(str(temporary))
         if other or error.errno is None:
             raise
-        reason = error.strerror
+        reason = error.strerror or str(error)
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             reason += f" (the disk is mounted at {mount_of(path)})"
         raise OSError(error.errno, reason, str(path)) from error

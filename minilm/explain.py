@@ -15,6 +15,7 @@ add up to the whole, to rounding) or "Measurement." (something was changed and c
 
 import html
 import math
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -27,6 +28,7 @@ from torch import Tensor, nn
 
 from minilm import inputs, pooling
 from minilm.errors import InputError, MissingPackageError
+from minilm.outputs import write_output
 from minilm.trace import Encoder, Trace, aligned, traces
 
 __all__ = [
@@ -186,6 +188,7 @@ class Explanation:
 
         Raises:
             MissingPackageError: matplotlib is not installed.
+            OSError: It can't be written; what was there before still is.
         """
         try:
             from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -219,7 +222,11 @@ class Explanation:
                 )
         axes.set_xlabel(f"cosine similarity {self.similarity:.4f}: the sum of all cells")
         figure.colorbar(image, ax=axes)
-        figure.savefig(path, dpi=min(150, 6000 / max(size)), format="png")
+        dpi = min(150, 6000 / max(size))
+        if isinstance(path, str | os.PathLike):
+            write_output(Path(path), lambda file: figure.savefig(file, dpi=dpi, format="png"))
+        else:
+            figure.savefig(path, dpi=dpi, format="png")
 
 
 def explain(

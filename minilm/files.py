@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from minilm.errors import InputError
+from minilm.outputs import is_stream, write_output
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,12 +29,15 @@ __all__ = [
     "SUFFIXES",
     "VECTOR_FIELDS",
     "Table",
+    "check_rows",
     "column_of",
     "csv_rows",
+    "form_of",
     "is_utf8",
     "read_lines",
     "read_table",
     "sidecar_path",
+    "sidecars_of",
     "write_jsonl",
     "write_rows",
     "write_table",
@@ -253,7 +257,8 @@ def write_table(
     numbers.
 
     Args:
-        output: The file.
+        output: The file; or a stream, see `minilm.outputs.is_stream`, beside which nothing is
+            written.
         table: n rows.
         embeddings: `[n, d]`.
         fingerprint: Which model made them, as JSON: in `.npz` under `fingerprint_json`, in
@@ -265,12 +270,13 @@ def write_table(
         InputError: The rows have something else of that name.
         OSError: The file can't be written; what was there before still is.
     """
-    from minilm.disk import write_atomically
+    suffix = form_of(output)
+    if suffix in (".jsonl", ".csv"):
+        _check_free(table, column, embeddings.shape[1] if suffix == ".csv" else 0)
 
     def write(file: IO[bytes]) -> None:
         import numpy as np
 
-        suffix = output.suffix
         if suffix == ".npy":
             np.save(file, embeddings)
         elif suffix == ".npz":
@@ -296,13 +302,20 @@ def write_table(
             write_text(text_file, table, embeddings, column)
             text_file.detach()  # flushed, and left open
 
-    if output.suffix in (".jsonl", ".csv"):
-        _check_free(table, column, embeddings.shape[1] if output.suffix == ".csv" else 0)
-    write_atomically(output, write)
-    if fingerprint is not None and output.suffix not in (".npz", ".safetensors"):
-        write_atomically(
-            sidecar_path(output), lambda file: file.write(fingerprint.encode() + b"\n")
-        )
+    beside = {}
+    if fingerprint is not None:
+        beside = dict.fromkeys(sidecars_of(output), fingerprint.encode() + b"\n")
+    write_output(output, write, beside)
+
+
+def form_of(output: Path) -> str:
+    """The form that a file is written in: its suffix. A stream without one gets .jsonl."""
+    return ".jsonl" if not output.suffix and is_stream(output) else output.suffix
+
+
+def sidecars_of(output: Path) -> list[Path]:
+    """What `write_table` writes beside a file that has no place for a fingerprint."""
+    return [] if output.suffix in (".npz", ".safetensors") else [sidecar_path(output)]
 
 
 def sidecar_path(path: str | Path) -> Path:
@@ -352,22 +365,14 @@ def write_rows(output: Path, table: Table) -> None:
         InputError: There is no such form; or a text has a line break, which `.txt` can't hold.
         OSError: The file can't be written; what was there before still is.
     """
-    from minilm.disk import write_atomically
-
-    if output.suffix not in ROW_SUFFIXES:
-        raise InputError(f"{output}: has no suffix of {', '.join(ROW_SUFFIXES)}", str(output))
-    if output.suffix == ".txt":
-        for row, text in enumerate(table.texts):
-            if "\n" in text or text.endswith("\r"):
-                raise InputError(
-                    f"{output}: the text of row {row} has a line break; write .jsonl", str(output)
-                )
+    check_rows(output, table)
+    suffix = form_of(output)
 
     def write(file: IO[bytes]) -> None:
         text_file = io.TextIOWrapper(file, encoding="utf-8", newline="")
-        if output.suffix == ".jsonl":
+        if suffix == ".jsonl":
             text_file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in table.rows)
-        elif output.suffix == ".csv":
+        elif suffix == ".csv":
             names = _columns(table)
             writer = csv.writer(text_file)
             writer.writerow(names)
@@ -376,7 +381,20 @@ def write_rows(output: Path, table: Table) -> None:
             text_file.writelines(text + "\n" for text in table.texts)
         text_file.detach()  # flushed, and left open
 
-    write_atomically(output, write)
+    write_output(output, write)
+
+
+def check_rows(output: Path, table: Table) -> None:
+    """Find out whether `write_rows` has a form for these rows. Errors as there."""
+    suffix = form_of(output)
+    if suffix not in ROW_SUFFIXES:
+        raise InputError(f"{output}: has no suffix of {', '.join(ROW_SUFFIXES)}", str(output))
+    if suffix == ".txt":
+        for row, text in enumerate(table.texts):
+            if "\n" in text or text.endswith("\r"):
+                raise InputError(
+                    f"{output}: the text of row {row} has a line break; write .jsonl", str(output)
+                )
 
 
 def _columns(table: Table) -> list[str]:

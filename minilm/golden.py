@@ -23,10 +23,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from minilm import __version__
-from minilm.disk import write_atomically
+from minilm.disk import make_folder, write_atomically
 from minilm.encoder import SentenceEncoder
 from minilm.errors import InputError, TruncationWarning
 from minilm.fingerprint import METADATA_KEY
+from minilm.outputs import check_folder
 from minilm.trace import Trace, traces
 
 __all__ = [
@@ -208,13 +209,12 @@ def write_golden(
         `README.txt` and `golden.json`.
 
     Raises:
-        InputError: `folder` is a file, or the encoder computes in 16 bits.
-        OSError: It can't be written to.
+        InputError: `folder` is a file or can't be written to, or the encoder computes in 16 bits.
+        OSError: The disk is full, or the like.
     """
     if encoder.dtype not in (torch.float32, torch.float64):
         raise InputError(f"encoder computes in {encoder.dtype}; load it in float32", "encoder")
-    if folder.exists() and not folder.is_dir():
-        raise InputError(f"{folder} is a file; pass a folder", "--golden")
+    check_folder(folder, "--golden")
     stages = stage_names(encoder.bert.config.num_hidden_layers)
     files: dict[str, dict[str, Any]] = {}
     found: dict[str, list[Trace]] = {}
@@ -235,7 +235,7 @@ def write_golden(
     index = _index(encoder, texts, stages, found) | {"files": files}
     as_json = json.dumps(index, ensure_ascii=False, indent=1).encode() + b"\n"
     contents[README] = _readme(index).encode()
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     for name, data in (*contents.items(), (INDEX, as_json)):
         write_atomically(folder / name, lambda file, data=data: file.write(data))  # type: ignore[misc]
     return [folder / name for name in (*contents, INDEX)]

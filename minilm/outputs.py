@@ -18,13 +18,21 @@ import stat
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import IO
 
 from minilm.disk import mount_of, temporary_name, write_together
 from minilm.errors import InputError
 
-__all__ = ["check_folder", "check_output", "check_room", "is_stream", "write_output"]
+__all__ = [
+    "check_folder",
+    "check_output",
+    "check_room",
+    "is_standard_output",
+    "is_stream",
+    "write_output",
+]
 
 _STANDARD = {"/dev/stdin": 0, "/dev/stdout": 1, "/dev/stderr": 2}
 _DESCRIPTOR = re.compile(r"/(?:dev|proc/self)/fd/(\d+)")
@@ -69,8 +77,8 @@ def check_folder(folder: Path, argument: str) -> None:
     try:
         if not place.is_dir():
             link = place.is_symlink() and not place.exists()
-            problem = "is a link that leads nowhere" if link else "is a file"
-            raise InputError(f"{place}: {problem}; pass a folder", argument)
+            found = "is a link that leads nowhere" if link else "is a file"
+            raise InputError(f"{place}: {found}; pass a folder", argument)
         names = [place / each.name for each in (*folder.parents, folder)]
         for each in (*names, folder / ("x" * 100)):
             with suppress(FileNotFoundError):
@@ -116,6 +124,11 @@ def is_stream(path: Path) -> bool:
     except (OSError, ValueError):
         return False
     return stat.S_ISFIFO(mode) or stat.S_ISCHR(mode)
+
+
+def is_standard_output(path: Path) -> bool:
+    """Whether a path stands for standard output."""
+    return _descriptor(path) == 1
 
 
 def _problem(path: Path) -> str | None:
@@ -178,10 +191,11 @@ def write_output(
         OSError: It can't be written, the disk is full; it names `path`.
     """
     if not is_stream(path):
-        files = {_target(path): write}
-        for other, contents in (beside or {}).items():
-            files[_target(other)] = lambda file, contents=contents: file.write(contents)
-        write_together(files)
+        others = {
+            _target(other): partial(_write_bytes, contents)
+            for other, contents in (beside or {}).items()
+        }
+        write_together({_target(path): write, **others})
         return
     buffer = io.BytesIO()  # some forms are written by seeking, which a pipe can't do
     write(buffer)
@@ -190,12 +204,20 @@ def write_output(
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()
+        if number == 1 and hasattr(sys.stdout, "buffer"):  # whatever a caller has put there
+            sys.stdout.buffer.write(buffer.getbuffer())
+            sys.stdout.flush()
+            return
         with path.open("wb") if number is None else os.fdopen(os.dup(number), "wb") as file:
             file.write(buffer.getbuffer())
     except BrokenPipeError:
         raise
     except OSError as error:
         raise OSError(error.errno or errno.EIO, _reason(error), str(path)) from error
+
+
+def _write_bytes(contents: bytes, file: IO[bytes]) -> None:
+    file.write(contents)
 
 
 def _target(path: Path) -> Path:
@@ -207,7 +229,9 @@ def _descriptor(path: Path) -> int | None:
     """Which open file of this process a path stands for, if any. Opened by that name, a file that
     standard output is appended to would lose what is in it.
     """
-    text = os.path.abspath(path)  # noqa: PTH100  # Path.absolute keeps ".."
+    text = path.as_posix()
+    if text not in _STANDARD:
+        text = os.path.abspath(path)  # noqa: PTH100  # Path.absolute keeps ".."
     for _ in range(_LINKS):
         found = _DESCRIPTOR.fullmatch(text)
         if found or text in _STANDARD:

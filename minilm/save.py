@@ -16,7 +16,6 @@ import errno
 import json
 import os
 import shutil
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from minilm import __version__
 from minilm.bert import BertEmbeddings, BertFeedForward, BertLayer, BertModel, BertSelfAttention
 from minilm.checkpoint import published_name, published_shapes, read_unused
+from minilm.disk import temporary_name
 from minilm.errors import (
     InputError,
     InputTypeError,
@@ -381,7 +381,7 @@ def _write(target: Path, contents: Mapping[str, bytes]) -> None:
             folder.mkdir(exist_ok=True)
             made.append(folder)
     is_new = not target.is_dir()
-    name = f".{target.name}.{uuid.uuid4().hex}.part"
+    name = temporary_name(target.name)
     staging = target.with_name(name) if is_new else target / name
     try:
         staging.mkdir()
@@ -436,6 +436,8 @@ def _replace_files(staging: Path, target: Path, files: Sequence[str]) -> None:
             if os.path.lexists(old):
                 before.mkdir(exist_ok=True)
                 _keep(old, kept)
+                if not old.is_symlink():
+                    shutil.copymode(old, new)
                 new.replace(old)
                 undo.append(lambda kept=kept, old=old: kept.replace(old))  # type: ignore[misc]
             else:

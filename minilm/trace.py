@@ -43,6 +43,7 @@ from minilm import bert, inputs, pooling
 from minilm.errors import TraceKeyError, TruncationWarning
 from minilm.eval_mode import eval_mode
 from minilm.kernels import fast_products
+from minilm.outputs import write_output
 from minilm.tokenizer import WordPieceTokenizer
 
 __all__ = ["Source", "Trace", "TraceEntry", "trace"]
@@ -241,7 +242,8 @@ class Trace(Mapping[str, Any]):
             for name, entry in self.entries.items()
             if isinstance(entry.tensor, Tensor)
         }
-        safetensors.torch.save_file(tensors, path, metadata)
+        data = safetensors.torch.save(tensors, metadata)
+        write_output(Path(path), lambda file: file.write(data))
 
 
 def aligned(rows: Sequence[tuple[str, ...]], right: Sequence[int]) -> list[str]:
