@@ -38,6 +38,8 @@ the command line and `commands.py` what it does.
 
 import importlib
 import logging
+import sys
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -127,11 +129,36 @@ __all__ = [
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 
+# Names that need a package of an extra, and the package. Where it is not installed there is no such
+# name: `from minilm import *` would stop at it.
+_NEEDS = {"MiniLMVectorizer": "sklearn"}
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except (ImportError, ValueError):  # a finder, or what is imported already, says so
+        return False
+
+
+for _name, _package in _NEEDS.items():
+    if not _is_installed(_package):
+        __all__.remove(_name)
+
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    try:
+        module = importlib.import_module(f"{__name__}.{_HOMES[name]}")
+    except ImportError as error:
+        # Python's own import, which asks first whether the name is there, would take an
+        # AttributeError for "no", and say nothing of what to install.
+        is_import = sys._getframe(1).f_globals.get("__name__") == "importlib._bootstrap"
+        if name not in _NEEDS or is_import:
+            raise
+        raise AttributeError(str(error)) from error
+    value = getattr(module, name)
     globals()[name] = value
     return value
 

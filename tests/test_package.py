@@ -153,10 +153,35 @@ def test_an_adapter_imports_its_own_framework_only(path: Path) -> None:
 def test_public_names_are_those_of_all() -> None:
     for name in minilm.__all__:
         assert getattr(minilm, name) is not None
-    assert set(minilm.__all__) == set(minilm._HOMES) | {"__version__"}
+    missing = {name for name in minilm._NEEDS if not hasattr(minilm, name)}
+    assert set(minilm.__all__) == set(minilm._HOMES) - missing | {"__version__"}
     assert set(minilm.__all__) <= set(dir(minilm))
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
         minilm.nonsense  # noqa: B018
+
+
+def test_names_whose_package_is_missing_are_not_there() -> None:
+    code = """
+import inspect, pydoc, sys
+sys.modules["sklearn"] = None
+import minilm
+from minilm import *
+assert SentenceEncoder and "MiniLMVectorizer" not in globals()
+assert not hasattr(minilm, "MiniLMVectorizer") and "MiniLMVectorizer" not in dir(minilm)
+assert all(hasattr(minilm, name) for name in dir(minilm))
+assert "SentenceEncoder" in dict(inspect.getmembers(minilm))
+assert "SentenceEncoder" in pydoc.render_doc(minilm)
+try:
+    minilm.MiniLMVectorizer
+except AttributeError as error:
+    print(error)
+try:
+    from minilm import MiniLMVectorizer
+except ImportError as error:
+    print(error)
+"""
+    hint = 'minilm.adapters.sklearn needs scikit-learn: pip install "minilm[sklearn]"'
+    assert run_python(code).splitlines() == [hint, hint]
 
 
 @pytest.mark.parametrize("path", [path for path in FILES if path.stem != "__main__"], ids=name_of)
