@@ -356,10 +356,16 @@ def _end(source: Source) -> int:
     return source.line + source.text.count("\n") + 1
 
 
-def _function(function: Callable[..., Any], start: str = "", lines: int = 0) -> Source:
-    """The lines of a live function, from the one that begins with `start` on."""
+def _function(function: Callable[..., Any], start: str, lines: int = 0) -> Source:
+    """The lines of a live function, from the one that begins with `start` on.
+
+    Raises:
+        LookupError: No line of it does: the code has changed, and the page would quote another.
+    """
     found, first = inspect.getsourcelines(function)
-    at = next((i for i, line in enumerate(found) if line.strip().startswith(start)), 0)
+    at = next((i for i, line in enumerate(found) if line.strip().startswith(start)), None)
+    if at is None:
+        raise LookupError(f"{function.__qualname__} has no line that begins with {start!r}")
     chosen = found[at : at + lines] if lines else found[at:]
     name = Path(inspect.getsourcefile(function) or "").name
     return Source(f"minilm/{name}", first + at, textwrap.dedent("".join(chosen)).rstrip("\n"))
@@ -558,12 +564,9 @@ def _sources(scene: _Scene) -> dict[str, list[Source]]:
     def of(*names: str) -> list[Source]:
         return [scene.a.entries[name].source for name in names]
 
-    tokenize = tokenizer.WordPieceTokenizer.__call__
+    tokenize = tokenizer.WordPieceTokenizer._encode
     return {
-        "text": [
-            _function(tokenize, "encodings = encode_batch", 1),
-            _function(tokenize, "input_ids = [", 1),
-        ],
+        "text": [_function(tokenize, "for encoding in encode_batch(", 2)],
         "embeddings": of("embeddings.sum", "embeddings.layer_norm.output"),
         "qkv": of(*(f"{layer}.attention.{name}" for name in ("query", "key", "value"))),
         "cell": of(*(f"{layer}.attention.{x}" for x in ("scores", "probabilities", "context"))),

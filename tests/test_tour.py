@@ -25,7 +25,7 @@ from conftest import ROOT
 from minilm import ClsPooling, MeanPooling, Normalize, SentenceEncoder, cli
 from minilm.errors import InputError, InputTypeError
 from minilm.explain import explain, explain_deletions
-from minilm.tour import MOST_TOKENS, tour
+from minilm.tour import MOST_TOKENS, _function, tour
 
 A = "The weather is lovely today."
 B = "It's so sunny outside!"
@@ -265,6 +265,38 @@ def test_quoted_source_is_the_installed_one(page: str) -> None:
         lines = (ROOT / file).read_text(encoding="utf-8").splitlines()[int(line) - 1 :]
         quoted = html.unescape(text).splitlines()
         assert quoted == textwrap.dedent("\n".join(lines[: len(quoted)])).splitlines()
+
+
+# What the lines that a step quotes have to do.
+QUOTED = {
+    "text": ["encode_batch(", "encoding.ids"],
+    "embeddings": ["self.word_embeddings(", "self.position_embeddings(", "self.layer_norm("],
+    "qkv": ["self.query(", "self.key(", "self.value("],
+    "cell": ["math.sqrt(", ".softmax(", "probabilities, value)"],
+    "heads": ["for layer in self.layers", "layer(hidden_states"],
+    "feed-forward": ["self.attention_layer_norm(", "F.gelu(", "self.feed_forward_layer_norm("],
+    "path": ["hidden_states + self.attention(", "hidden_states + self.feed_forward("],
+    "pooling": ["token_embeddings * mask", "mask.sum(dim=1)"],
+    "length": ["F.normalize("],
+    "pair": ["left @ right.T"],
+    "limits": ["self.hidden_states @ self.embedding", "share - similarity * side.projection()"],
+    "run": ["self.bert(", "self.pooling", "self.normalize("],
+}
+
+
+def test_quotes_are_of_the_code_that_they_are_about(page: str) -> None:
+    sections = re.findall(r'<section[^>]* id="(.*?)"(.*?)</section>', page, re.S)
+    assert [name for name, _ in sections] == list(QUOTED)
+    for name, section in sections:
+        codes = re.findall(r"<pre><code>(.*?)</code>", section, re.S)
+        quoted = html.unescape("\n".join(codes))
+        assert [part for part in QUOTED[name] if part not in quoted] == [], name
+        assert not re.search(r"^ *(async )?def ", quoted, re.M), name  # what is done, and not where
+
+
+def test_a_quote_whose_code_has_changed_is_an_error() -> None:
+    with pytest.raises(LookupError, match=r"as_shown has no line that begins with 'gone = '"):
+        _function(as_shown, "gone = ")
 
 
 def test_lines_of_python_are_true(
