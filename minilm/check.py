@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from minilm import inputs
 from minilm.causes import diagnose
@@ -168,7 +168,7 @@ def check_vectors(
             normalize=recorded.normalize,
         )
     elif own.dimension < width <= encoder.bert.config.hidden_size:
-        own = replace(own, dimension=width)
+        own = own.of_call(truncate_dim=width)
     made = _Making(encoder, own)
     result = CheckResult(
         verdict="model",
@@ -279,7 +279,8 @@ class _Making:
             "prompt": record.prompt,
             "truncation": "chunk" if record.truncation == "chunk" else "silent",
             "truncate_dim": record.dimension,
-            "normalize_embeddings": record.normalize and record.dimension < full,
+            "normalize_embeddings": record.normalize
+            and (record.dimension < full or isinstance(encoder.normalize, nn.Identity)),
         }
         self.ranges: np.ndarray[Any, Any] | None = None
         if self.precision in ("int8", "uint8"):

@@ -101,7 +101,7 @@ def encode(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None
     if output is None:
         write_jsonl(sys.stdout, table, embeddings, options.embedding_column)
         return
-    record = encoder.fingerprint().of_call(
+    record = encoder.fingerprint(
         prompt=options.prompt,
         truncation=options.truncation,
         truncate_dim=options.truncate_dim,

@@ -46,12 +46,18 @@ if hasattr(os, "register_at_fork"):
 
 @dataclass(frozen=True)
 class Plan:
-    """What one call asks to be computed; it can be sent to another process."""
+    """What one call does: its arguments, and the encoder's settings as they were when it began.
+
+    It can be sent to another process, and whatever other threads set meanwhile, a call keeps to it.
+    """
 
     prompt: str
     output_value: Literal["sentence_embedding", "token_embeddings"] | None
     truncation: str
+    max_seq_length: int
     width: int  # numbers of each sentence vector to keep
+    normalize: bool  # whether those are scaled to length 1 in the end, whatever the model does
+    precision: str  # what they are rounded to
     batch_size: int | None
     token_budget: int | None  # tokens of a pass; None for what suits the device
     spans: bool  # which characters were read is asked for
@@ -82,13 +88,13 @@ class Outcome:
 def read(
     encoder: "SentenceEncoder",
     rows: list[Row],
+    limit: int,
     truncation: str,
     argument: str,
     first_row: int = 0,
     spans: bool = False,
 ) -> Tokens:
-    """Tokenize, and say what was cut."""
-    limit = encoder.max_seq_length
+    """Tokenize, up to a limit, and say what was cut."""
     tokens = encoder._tokenizer(rows, limit, return_offsets=spans, argument=argument)
     if tokens.token_type_ids is not None and encoder.bert.config.type_vocab_size < 2:
         raise InputError(f"{argument} has pairs of texts, which this model can't tell", argument)
@@ -105,7 +111,15 @@ def run(encoder: "SentenceEncoder", rows: list[Row], plan: Plan) -> Outcome:
     global _in_use
     _in_use = True
     prefixed = with_prompt(rows, plan.prompt)
-    tokens = read(encoder, prefixed, plan.truncation, plan.argument, plan.first_row, plan.spans)
+    tokens = read(
+        encoder,
+        prefixed,
+        plan.max_seq_length,
+        plan.truncation,
+        plan.argument,
+        plan.first_row,
+        plan.spans,
+    )
     kept = list(map(len, tokens.input_ids))
     spans = None
     if tokens.offsets is not None:
@@ -228,9 +242,9 @@ def _chunked(
         text, place = rows[row], f"{plan.argument}[{plan.first_row + row}]"
         if not isinstance(text, str):
             raise InputError(f"{place} is a pair, which can't be read in windows", place)
-        spans = windows_of(encoder, text, plan.prompt, place)
+        spans = windows_of(encoder, text, plan.prompt, plan.max_seq_length, place)
         parts = [plan.prompt + text[start:end] for start, end in spans]
-        of_windows = encoder._tokenizer(parts, encoder.max_seq_length)
+        of_windows = encoder._tokenizer(parts, plan.max_seq_length)
         first, *others = of_windows.input_ids
         ids[row] = first
         places[row] = [row, *range(len(ids), len(ids) + len(others))]
@@ -252,16 +266,18 @@ def _chunked(
     return vectors[: len(rows), : plan.width].contiguous()
 
 
-def windows_of(encoder: "SentenceEncoder", text: str, prompt: str, place: str) -> list[Span]:
-    """The spans of a text's windows; `place` is what to call it in an error."""
+def windows_of(
+    encoder: "SentenceEncoder", text: str, prompt: str, limit: int, place: str
+) -> list[Span]:
+    """The spans of a text's windows of so many tokens; `place` is what to call it in an error."""
     specials = encoder._tokenizer(prompt).token_counts[0]
-    if specials >= encoder.max_seq_length:
+    if specials >= limit:
         raise InputError(
-            f"prompt has {specials} tokens, of {encoder.max_seq_length} that the model reads: "
-            f"there is no room for {place}",
+            f"prompt has {specials} tokens, of {limit} that the model reads: there is no room for "
+            f"{place}",
             "prompt",
         )
-    return split(encoder._tokenizer, text, prompt, encoder.max_seq_length)
+    return split(encoder._tokenizer, text, prompt, limit)
 
 
 def _check_finite(encoder: "SentenceEncoder", outcome: Outcome, tokens: Tokens, plan: Plan) -> None:

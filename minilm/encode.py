@@ -9,8 +9,9 @@ vectors get the form that was asked for (`_finish`).
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal, Unpack, cast, overload
 
 import numpy as np
@@ -49,9 +50,12 @@ if TYPE_CHECKING:
     from minilm.encoder import SentenceEncoder
     from minilm.process_pool import ProcessPool
 
-__all__ = ["Encode", "prompt_of"]
+__all__ = ["PLACES", "Encode", "prompt_for", "prompt_of"]
 
-_DOCUMENT = ("document", "passage", "corpus")  # what a prompt for documents may be called
+# What the prompts for the two sides of a search may be called, and which goes before which.
+_PROMPT_NAMES = {"query": ("query",), "document": ("document", "passage", "corpus")}
+# The options of a call that say where to compute.
+PLACES = ("device", "pool", "chunk_size")
 _MISSING = object()
 
 logger = logging.getLogger(__name__)
@@ -159,59 +163,30 @@ class Encode:
             NotFiniteError: Vectors have NaN or infinity in them.
             WorkerError: A process of the pool died.
         """
-        if unknown:
-            names = ", ".join(unknown)
-            raise InputTypeError(f"encode has no argument {names}", next(iter(unknown)))
         given, argument = _one_of(sentences, inputs)
         rows, is_single = as_rows(given, argument)
-        encoder = _encoder(self)
-        to_numpy = convert_to_numpy and not convert_to_tensor
-        precision = check_precision("float32" if precision is None else precision)
-        if precision != "float32" and output_value != "sentence_embedding":
-            raise InputError(
-                f"precision is {precision!r}, which is for output_value='sentence_embedding'",
-                "precision",
-            )
-        if truncate_dim is None:
-            truncate_dim = self.truncate_dim
-        else:
-            check_positive_int(truncate_dim, "truncate_dim")
-        full = encoder.bert.config.hidden_size
-        if output_value is not None:
-            check_choice(output_value, ("sentence_embedding", "token_embeddings"), "output_value")
-        check_choice(truncation, TRUNCATION, "truncation")
-        if truncation == "chunk" and output_value != "sentence_embedding":
-            raise InputError(
-                "truncation is 'chunk', which is for output_value='sentence_embedding'",
-                "truncation",
-            )
-        batch_limits(encoder.device, encoder.dtype, batch_size, token_budget)  # refuses bad ones
-        plan = Plan(
-            prompt=self._prompt(prompt, prompt_name),
-            output_value=output_value,
-            truncation=truncation,
-            width=full if truncate_dim is None else min(truncate_dim, full),
+        plan = self._plan(
+            argument,
+            prompt_name=prompt_name,
+            prompt=prompt,
             batch_size=batch_size,
-            token_budget=token_budget,
-            spans=return_report,
-            on_device=not to_numpy,
             show_progress_bar=show_progress_bar,
-            argument=argument,
-            first_row=getattr(given, "first_row", 0),
+            output_value=output_value,
+            precision=precision,
+            normalize_embeddings=normalize_embeddings,
+            truncate_dim=truncate_dim,
+            truncation=truncation,
+            return_report=return_report,
+            token_budget=token_budget,
+            **unknown,
         )
-        outcome = self._compute(rows, plan, device, pool, chunk_size)
-        values = outcome.values
-        if output_value == "sentence_embedding":
-            values = self._finish(values, normalize_embeddings, precision, truncate_dim, to_numpy)
-            if not to_numpy and not convert_to_tensor:
-                values = list(values)
+        as_numpy = convert_to_numpy and not convert_to_tensor
+        plan = replace(plan, on_device=not as_numpy)
+        values, report = self._run(rows, plan, device, pool, chunk_size)
+        if output_value == "sentence_embedding" and not convert_to_numpy and not convert_to_tensor:
+            values = list(values)
         result = values[0] if is_single else values
-        if not return_report:
-            return result
-        kept, spans = tuple(outcome.kept), tuple(outcome.spans or ())
-        return result, EncodeReport(
-            tuple(outcome.token_counts), kept, spans, tuple(outcome.windows)
-        )
+        return (result, report) if return_report else result
 
     def encode_query(
         self,
@@ -222,9 +197,7 @@ class Encode:
         **options: Any,
     ) -> Any:
         """`encode`, with the prompt "query" if there is one and no other is asked for."""
-        return self._encode_as(
-            "query", ("query",), sentences, prompt_name, prompt, positional, options
-        )
+        return self._encode_as("query", sentences, prompt_name, prompt, positional, options)
 
     def encode_document(
         self,
@@ -235,14 +208,11 @@ class Encode:
         **options: Any,
     ) -> Any:
         """`encode`, with the prompt "document", "passage" or "corpus": the first that there is."""
-        return self._encode_as(
-            "document", _DOCUMENT, sentences, prompt_name, prompt, positional, options
-        )
+        return self._encode_as("document", sentences, prompt_name, prompt, positional, options)
 
     def _encode_as(
         self,
         task: str,
-        names: Sequence[str],
         sentences: Any,
         prompt_name: str | None,
         prompt: str | None,
@@ -250,7 +220,7 @@ class Encode:
         options: dict[str, Any],
     ) -> Any:
         if prompt_name is None and prompt is None:
-            prompt_name = next((name for name in names if name in self.prompts), None)
+            prompt_name = prompt_for(task, self.prompts)
         if sentences is not _MISSING:
             options["sentences"] = sentences
         if len(positional) > len(_POSITIONAL):
@@ -277,14 +247,27 @@ class Encode:
         Yields:
             One vector `[384]` for each text, in order.
         """
-        if options.get("precision") in ("int8", "uint8") and self._ranges(None) is None:
+        check_positive_int(window, "window")
+        given: dict[str, Any] = dict(options)
+        places = {name: given.pop(name, None) for name in PLACES}
+        as_numpy = given.pop("convert_to_numpy", True) and not given.pop("convert_to_tensor", False)
+        plan = replace(self._plan("sentences", **given), on_device=not as_numpy)
+        if plan.spans:
+            raise InputError("return_report: a stream has no report; call encode", "return_report")
+        if plan.precision in ("int8", "uint8") and self._ranges(plan.width) is None:
             raise InputError(
                 "precision: this model has no fixed ranges, and those of one window would not be "
                 "those of the next; stream float32 and use minilm.util.quantize_embeddings",
                 "precision",
             )
-        for texts in windows(sentences, check_positive_int(window, "window")):
-            yield from self.encode(texts, **options)
+        return self._stream(windows(sentences, window), plan, places)
+
+    def _stream(
+        self, windows: Iterable[list[Row]], plan: Plan, places: dict[str, Any]
+    ) -> Iterator[np.ndarray[Any, Any]]:
+        for rows in windows:
+            yield from self._run(rows, plan, **places)[0]
+            plan = replace(plan, first_row=plan.first_row + len(rows))
 
     def encode_windows(
         self, text: str, *, prompt_name: str | None = None, prompt: str | None = None
@@ -305,12 +288,12 @@ class Encode:
             InputTypeError, InputError: As in `encode`; also if the prompt leaves no room.
         """
         check_unicode([check_text(text, "text")], "text")
-        prefix = self._prompt(prompt, prompt_name)
-        spans = windows_of(_encoder(self), text, prefix, "text")
-        parts = [text[start:end] for start, end in spans]
-        vectors, report = self.encode(
-            parts, prompt=prefix, return_report=True, truncate_dim=self._full_width
+        plan = self._plan(
+            "text", prompt=prompt, prompt_name=prompt_name, truncate_dim=self._full_width
         )
+        spans = windows_of(_encoder(self), text, plan.prompt, plan.max_seq_length, "text")
+        parts = [text[start:end] for start, end in spans]
+        vectors, report = self._run([*parts], plan)
         counts = report.token_counts
         return [
             TextWindow(start, end, part, count, vector)
@@ -373,7 +356,7 @@ class Encode:
 
     def _features(self, rows: list[Row], argument: str = "sentences") -> dict[str, Tensor]:
         encoder = _encoder(self)
-        tokens = read(encoder, rows, "warn", argument, 0)
+        tokens = read(encoder, rows, encoder.max_seq_length, "warn", argument)
         return encoder._tokenizer.pad(tokens.input_ids, encoder.device, tokens.token_type_ids)
 
     # --- several processes
@@ -429,7 +412,7 @@ class Encode:
     def get_sentence_embedding_dimension(self) -> int:
         """The width of an embedding: 384, or less with `truncate_dim`."""
         full = self._full_width
-        return full if self.truncate_dim is None else min(self.truncate_dim, full)
+        return min(self.truncate_dim or full, full)
 
     def get_embedding_dimension(self) -> int:
         """The same under the name that sentence-transformers 6 has for it."""
@@ -443,6 +426,74 @@ class Encode:
 
     # --- the parts of a call
 
+    def _plan(
+        self,
+        argument: str,
+        *,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        batch_size: int | None = None,
+        show_progress_bar: bool | None = None,
+        output_value: Any = "sentence_embedding",
+        precision: str | None = "float32",
+        normalize_embeddings: bool = False,
+        truncate_dim: int | None = None,
+        truncation: str = "warn",
+        return_report: bool = False,
+        token_budget: int | None = None,
+        task: str | None = None,
+        **unknown: Any,
+    ) -> Plan:
+        """Read the arguments of a call, and the settings, once: what it will do.
+
+        Args:
+            argument: What the user called the texts.
+            prompt_name: As in `encode`; so are the others.
+
+        Raises:
+            InputTypeError, InputError: As in `encode`.
+        """
+        if unknown:
+            names = ", ".join(unknown)
+            raise InputTypeError(f"encode has no argument {names}", next(iter(unknown)))
+        encoder = _encoder(self)
+        precision = check_precision("float32" if precision is None else precision)
+        if precision != "float32" and output_value != "sentence_embedding":
+            raise InputError(
+                f"precision is {precision!r}, which is for output_value='sentence_embedding'",
+                "precision",
+            )
+        if truncate_dim is None:
+            truncate_dim = self.truncate_dim
+        else:
+            check_positive_int(truncate_dim, "truncate_dim")
+        full = self._full_width
+        if output_value is not None:
+            check_choice(output_value, ("sentence_embedding", "token_embeddings"), "output_value")
+        check_choice(truncation, TRUNCATION, "truncation")
+        if truncation == "chunk" and output_value != "sentence_embedding":
+            raise InputError(
+                "truncation is 'chunk', which is for output_value='sentence_embedding'",
+                "truncation",
+            )
+        batch_limits(encoder.device, encoder.dtype, batch_size, token_budget)  # refuses bad ones
+        return Plan(
+            prompt=self._prompt(prompt, prompt_name),
+            output_value=output_value,
+            truncation=truncation,
+            max_seq_length=encoder.max_seq_length,
+            width=full if truncate_dim is None else min(truncate_dim, full),
+            normalize=bool(normalize_embeddings),
+            precision=precision,
+            batch_size=batch_size,
+            token_budget=token_budget,
+            spans=return_report,
+            on_device=False,
+            show_progress_bar=show_progress_bar,
+            argument=argument,
+            first_row=0,
+        )
+
     def _prompt(self, prompt: str | None, name: str | None) -> str:
         """What to put in front of every text."""
         if prompt is not None:
@@ -455,6 +506,23 @@ class Encode:
         if name is None:
             name = self.default_prompt_name
         return "" if name is None else prompt_of(self.prompts, name, "prompt_name")
+
+    def _run(
+        self,
+        rows: list[Row],
+        plan: Plan,
+        device: str | torch.device | Sequence[str | torch.device] | None = None,
+        pool: Any = None,
+        chunk_size: int | None = None,
+    ) -> tuple[Any, EncodeReport]:
+        """Do what a plan says: the values of the rows, and what was read of them."""
+        outcome = self._compute(rows, plan, device, pool, chunk_size)
+        values = outcome.values
+        if plan.output_value == "sentence_embedding":
+            values = self._finish(values, plan)
+        kept, spans = tuple(outcome.kept), tuple(outcome.spans or ())
+        counts, windows = tuple(outcome.token_counts), tuple(outcome.windows)
+        return values, EncodeReport(counts, kept, spans, windows)
 
     def _compute(
         self,
@@ -488,24 +556,18 @@ class Encode:
         width = self._full_width if truncate_dim is None else min(truncate_dim, self._full_width)
         return model_ranges(width, unit_after_truncation=normalized)
 
-    def _finish(
-        self,
-        vectors: Tensor,
-        normalize: bool,
-        precision: str,
-        truncate_dim: int | None,
-        to_numpy: bool,
-    ) -> Any:
+    def _finish(self, vectors: Tensor, plan: Plan) -> Any:
         """Normalized, in few bits, as an array: as far as wanted."""
-        if normalize:
+        if plan.normalize:
             vectors = Normalize()(vectors)
-        if precision != "float32":
+        if plan.precision != "float32":
             ranges = None
-            if precision in ("int8", "uint8"):
-                ranges = self._ranges(truncate_dim, normalize)
-            codes = quantize_embeddings(vectors.float().cpu().numpy(), precision, ranges=ranges)
-            return codes if to_numpy else torch.from_numpy(codes).to(_encoder(self).device)
-        if not to_numpy:
+            if plan.precision in ("int8", "uint8"):
+                ranges = self._ranges(plan.width, plan.normalize)
+            floats = vectors.float().cpu().numpy()
+            codes = quantize_embeddings(floats, plan.precision, ranges=ranges)
+            return torch.from_numpy(codes).to(_encoder(self).device) if plan.on_device else codes
+        if plan.on_device:
             return vectors
         return (vectors.float() if vectors.dtype == torch.bfloat16 else vectors).numpy()
 
@@ -527,6 +589,11 @@ def _one_of(sentences: Any, inputs: Any) -> tuple[Any, str]:
         how = "pass texts" if sentences is _MISSING else "both name the texts; pass one of them"
         raise InputTypeError(f"sentences or inputs: {how}", "sentences")
     return (inputs, "inputs") if sentences is _MISSING else (sentences, "sentences")
+
+
+def prompt_for(task: str, prompts: Collection[str]) -> str | None:
+    """The name of the prompt for one side of a search, "query" or "document"; None without one."""
+    return next((name for name in _PROMPT_NAMES[task] if name in prompts), None)
 
 
 def prompt_of(prompts: dict[str, str], name: Any, argument: str) -> str:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from minilm import folder, hub, inputs
-from minilm.encode import Encode, prompt_of
+from minilm.encode import PLACES, Encode, prompt_of
 from minilm.errors import InputError, InputTypeError
 from minilm.eval_mode import eval_mode
-from minilm.fingerprint import Fingerprint, fingerprint
+from minilm.fingerprint import Fingerprint, fingerprint_of
+from minilm.inputs import EncodeOptions
 from minilm.inside import LookInside
 from minilm.kernels import accelerate, fast_products
 from minilm.options import DEFAULT_PROMPTS, LoadOptions, load_options
@@ -275,9 +276,18 @@ class SentenceEncoder(Encode, LookInside, nn.Module):
 
     save = save_pretrained
 
-    def fingerprint(self) -> Fingerprint:
-        """Which model this is, as a record to keep with its vectors: see `minilm.fingerprint`."""
-        return fingerprint(self)
+    def fingerprint(self, **options: Unpack[EncodeOptions]) -> Fingerprint:
+        """Which model this is, as a record to keep with the vectors that `encode(texts, **options)`
+        gives: see `minilm.fingerprint`.
+
+        Args:
+            options: As in `encode`; those that change no vector have no effect.
+
+        Raises:
+            InputTypeError, InputError: As in `encode`; or as in `minilm.fingerprint.fingerprint`.
+        """
+        given: dict[str, Any] = {n: value for n, value in options.items() if n not in PLACES}
+        return fingerprint_of(self, self._plan("sentences", **given))
 
     def __iter__(self) -> Iterator[nn.Module]:
         """The stages in order; those that do nothing left out."""

@@ -15,7 +15,7 @@ import json
 import sys
 import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from minilm import __version__, hub
 from minilm.arrow import fingerprint_in, import_pyarrow
 from minilm.checkpoint import read_checkpoint
+from minilm.compute import Plan
 from minilm.errors import (
     ConfigError,
     InputError,
@@ -46,6 +47,7 @@ __all__ = [
     "Verdict",
     "compare",
     "fingerprint",
+    "fingerprint_of",
     "read_fingerprint",
     "sidecar_path",
 ]
@@ -100,10 +102,13 @@ class Fingerprint:
     precision: str = "float32"
     package_version: str = __version__
     format_version: int = FORMAT_VERSION
+    # Of a record that `fingerprint` has just made: what the model's own width is, and whether its
+    # whole vectors have length 1. Its `truncate_dim` is only what a call does that says nothing.
+    _whole: tuple[int, bool] | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
         """The record as an object for JSON; the keys always in the same order."""
-        return asdict(self)
+        return {name: value for name, value in asdict(self).items() if name != "_whole"}
 
     def to_json(self) -> str:
         """The record as JSON, in one line."""
@@ -119,7 +124,7 @@ class Fingerprint:
         problems: list[str] = (
             [] if isinstance(values, Mapping) else [f"is a {type(values).__name__}"]
         )
-        known = {field.name: field.type for field in fields(cls)}
+        known = {each.name: each.type for each in fields(cls) if each.name != "_whole"}
         for name, kind in known.items() if not problems else ():
             if name not in values:
                 problems.append(f"{name} is missing")
@@ -151,14 +156,25 @@ class Fingerprint:
         normalize_embeddings: bool = False,
         precision: str | None = "float32",
     ) -> "Fingerprint":
-        """The record of vectors that `encode` gave with these arguments."""
-        dimension = self.dimension if truncate_dim is None else min(truncate_dim, self.dimension)
+        """The record of vectors that `encode` gave with these arguments.
+
+        Args:
+            prompt, truncation, truncate_dim, normalize_embeddings, precision: As in `encode`; what
+                is not given is as the model has it. See also `SentenceEncoder.fingerprint`, which
+                takes all of them. A record that was read from a file knows no width but its own.
+        """
+        width, normalizes = self._whole or (self.dimension, self.normalize)
+        dimension = self.dimension if truncate_dim is None else min(truncate_dim, width)
+        if dimension == self.dimension:
+            normalizes = self.normalize
+        elif dimension != width:
+            normalizes = False  # what is left of a vector of length 1 is shorter
         return replace(
             self,
             prompt=self.prompt if prompt is None else prompt,
             truncation="chunk" if truncation == "chunk" else "cut",
             dimension=dimension,
-            normalize=normalize_embeddings or (self.normalize and dimension == self.dimension),
+            normalize=bool(normalize_embeddings) or normalizes,
             precision=precision or "float32",
         )
 
@@ -180,7 +196,7 @@ def fingerprint(encoder: Encoder) -> Fingerprint:
     """Record which model an encoder is, as it is now.
 
     The same model gives the same record in every process and on every machine. What a call of
-    `encode` is given besides is added by `Fingerprint.of_call`. Hooks are not seen.
+    `encode` is given besides is in that of `fingerprint_of`. Hooks are not seen.
 
     Raises:
         InputError: It has modules that are not ours, of which nothing can be said.
@@ -192,10 +208,11 @@ def fingerprint(encoder: Encoder) -> Fingerprint:
             "encoder",
         )
     config = encoder.bert.config
+    normalizes = not isinstance(encoder.normalize, nn.Identity)
     tensors = _digest_tensors(encoder.bert.state_dict())
     from_file = _file_sha256(encoder)
     default, width = encoder.default_prompt_name, config.hidden_size
-    dimension = width if encoder.truncate_dim is None else min(width, encoder.truncate_dim)
+    dimension = min(width, encoder.truncate_dim or width)
     return Fingerprint(
         model=_model_name(encoder),
         weights_sha256=from_file or f"tensors:{tensors}",
@@ -206,12 +223,25 @@ def fingerprint(encoder: Encoder) -> Fingerprint:
             f"eps {config.layer_norm_eps!r}"
         ),
         pooling="cls" if isinstance(encoder.pooling, ClsPooling) else "mean",
-        normalize=not isinstance(encoder.normalize, nn.Identity) and dimension == width,
+        normalize=normalizes and dimension == width,
         max_seq_length=encoder.max_seq_length,
         dimension=dimension,
         dtype=str(encoder.dtype).removeprefix("torch."),
         prompt="" if default is None else encoder.prompts[default],
+        _whole=(width, normalizes),
     )
+
+
+def fingerprint_of(encoder: Encoder, plan: Plan) -> Fingerprint:
+    """The record of the vectors that a call makes by its plan. Errors as in `fingerprint`."""
+    record = fingerprint(encoder).of_call(
+        prompt=plan.prompt,
+        truncation=plan.truncation,
+        truncate_dim=plan.width,
+        normalize_embeddings=plan.normalize,
+        precision=plan.precision,
+    )
+    return replace(record, max_seq_length=plan.max_seq_length)
 
 
 def _model_name(encoder: Encoder) -> str:

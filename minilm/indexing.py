@@ -8,13 +8,16 @@ of a search, in blocks, so that memory holds the vectors of some thousand texts 
 import json
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from minilm.check import CheckResult, check_vectors
+from minilm.compute import Plan
+from minilm.encode import prompt_for
 from minilm.errors import InputError
 from minilm.files import Table, column_of
-from minilm.fingerprint import Fingerprint
-from minilm.inputs import as_many, check_positive_int, with_progress
+from minilm.fingerprint import fingerprint_of
+from minilm.inputs import as_many, as_rows, check_positive_int, with_progress
 from minilm.tasks import Hit, Index
 from minilm.truncation import Cut, warn_of
 
@@ -23,9 +26,6 @@ if TYPE_CHECKING:
 
 __all__ = ["add_to_index", "build_index", "check_index", "search_index", "text_of"]
 
-# What the prompts for the two sides of a search may be called.
-_DOCUMENT = ("document", "passage", "corpus")
-_QUERY = ("query",)
 _BLOCK = 4096  # texts of which the index is given the vectors at a time
 
 
@@ -56,11 +56,11 @@ def build_index(
         InputError, OSError: As in `Index.create` and `encode`; an empty folder is left at most.
     """
     name = column_of(list(table.rows[0]), column, "", "") if table.rows else column or "text"
-    prompt = _prompt(encoder, prompt, _DOCUMENT)
+    plan = _plan(encoder, "document", prompt, truncation)
     return Index.create(
         folder,
-        _record(encoder, prompt, truncation),
-        _blocks(encoder, table, name, prompt, truncation, show_progress_bar),
+        fingerprint_of(encoder, plan),
+        _blocks(encoder, table, name, plan, show_progress_bar),
         column=name,
         codes=codes,
     )
@@ -86,10 +86,10 @@ def add_to_index(
         InputError: It was made by another model; a row has something else under that name; or as
             in `Index.add` and `encode`.
     """
-    prompt = _prompt(encoder, prompt, _DOCUMENT)
+    plan = _plan(encoder, "document", prompt, truncation)
     index.extend(
-        _blocks(encoder, table, index.column, prompt, truncation, show_progress_bar),
-        fingerprint=_record(encoder, prompt, truncation),
+        _blocks(encoder, table, index.column, plan, show_progress_bar),
+        fingerprint=fingerprint_of(encoder, plan),
     )
 
 
@@ -116,11 +116,11 @@ def search_index(
         InputError, InputTypeError: As in `Index.search` and `encode`.
     """
     texts = as_many(queries, "queries")
-    prompt = _prompt(encoder, prompt, _QUERY)
+    plan = _plan(encoder, "query", prompt)
     return index.search(
-        encoder.encode(texts, prompt=prompt),
+        encoder._run([*texts], plan)[0],
         top_k,
-        fingerprint=_record(encoder, prompt),
+        fingerprint=fingerprint_of(encoder, plan),
         precision=precision,
         rescore_multiplier=rescore_multiplier,
     )
@@ -156,43 +156,38 @@ def text_of(row: dict[str, Any], column: str) -> str:
     return text if isinstance(text, str) else _json(row)
 
 
-def _prompt(encoder: "SentenceEncoder", prompt: str | None, names: Sequence[str]) -> str | None:
-    """As `encode_query` and `encode_document` choose it; None for the model's default."""
-    if prompt is not None:
-        return prompt
-    return next((encoder.prompts[name] for name in names if name in encoder.prompts), None)
-
-
-def _record(
-    encoder: "SentenceEncoder", prompt: str | None, truncation: str = "warn"
-) -> Fingerprint:
-    return encoder.fingerprint().of_call(prompt=prompt, truncation=truncation)
+def _plan(
+    encoder: "SentenceEncoder", task: str, prompt: str | None, truncation: str = "warn"
+) -> Plan:
+    """What is done with each text, with the prompt that `encode_query` or `encode_document` takes;
+    by this all blocks are made, and the record.
+    """
+    name = None if prompt is not None else prompt_for(task, encoder.prompts)
+    return encoder._plan("sentences", prompt=prompt, prompt_name=name, truncation=truncation)
 
 
 def _blocks(
     encoder: "SentenceEncoder",
     table: Table,
     column: str,
-    prompt: str | None,
-    truncation: str,
+    plan: Plan,
     show_progress_bar: bool | None,
 ) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
     """Vectors and rows, some thousand at a time; what was cut is told at the end, of all."""
     cut = Cut()
+    quiet = replace(
+        plan,
+        truncation="silent" if plan.truncation == "warn" else plan.truncation,
+        show_progress_bar=False,
+    )
     starts = range(0, len(table.texts), _BLOCK)
     for start in with_progress(starts, show_progress_bar):
         texts = table.texts[start : start + _BLOCK]
-        embeddings, report = encoder.encode(
-            texts,
-            prompt=prompt,
-            truncation="silent" if truncation == "warn" else truncation,
-            show_progress_bar=False,
-            return_report=True,
-        )
+        embeddings, report = encoder._run(as_rows(texts)[0], quiet)
         cut += Cut.of(report.token_counts, report.kept_token_counts, start)
         rows = table.rows[start : start + _BLOCK]
         yield embeddings, [_with_text(*each, column) for each in zip(texts, rows, strict=True)]
-    if truncation == "warn":
+    if plan.truncation == "warn":
         warn_of(cut)
 
 

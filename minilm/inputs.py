@@ -65,13 +65,7 @@ def _is_shown(show: bool | None) -> bool:
     return show if show is not None else logging.getLogger("minilm").isEnabledFor(logging.INFO)
 
 
-class Window(list[Row]):
-    """Some of the rows of a stream. `first_row` is where in the stream they begin."""
-
-    first_row = 0
-
-
-def windows(sentences: Any, size: int, argument: str = "sentences") -> Iterator[Window]:
+def windows(sentences: Any, size: int, argument: str = "sentences") -> Iterator[list[Row]]:
     """Read texts from an iterable, at most `size` at a time.
 
     Raises:
@@ -83,10 +77,8 @@ def windows(sentences: Any, size: int, argument: str = "sentences") -> Iterator[
     _check_column(sentences, argument)
     rows = iter(_plain_rows(sentences))
     start = 0
-    while texts := Window(islice(rows, size)):
-        _check_pairs(texts, argument, start)
+    while texts := _check_pairs(list(islice(rows, size)), argument, start):
         check_unicode(texts, argument, start)
-        texts.first_row = start
         yield texts
         start += len(texts)
 

@@ -10,6 +10,7 @@ of the same kind). For that each part is computed from its own rows only, and a 
 not depend on what is computed beside it, nor on the number of threads or processes.
 """
 
+import copy
 import json
 import os
 import warnings
@@ -162,6 +163,10 @@ def encode_files(
         "normalize_embeddings": normalize_embeddings,
         "precision": coded,
     }
+    record = encoder.fingerprint(**of_call)
+    # What was not given is as the model has it now, for all parts, whatever others set meanwhile.
+    of_call |= {"prompt": record.prompt, "truncate_dim": record.dimension}
+    encoder = copy.copy(encoder)  # shares all but the settings
     wanted = {
         "format_version": FORMAT_VERSION,
         "package_version": __version__,
@@ -170,7 +175,7 @@ def encode_files(
             "pyarrow": pyarrow.__version__,
             "device": encoder.device.type,
         },
-        "fingerprint": encoder.fingerprint().of_call(**of_call).to_dict(),
+        "fingerprint": record.to_dict(),
         "settings": {
             "column": column,
             "embedding_column": embedding_column,

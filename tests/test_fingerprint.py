@@ -21,6 +21,7 @@ from conftest import ROOT, TINY, edit_json, seeded_bert, tiny_tokenizer_json, wr
 from minilm import BertConfig, ClsPooling, MeanPooling, Normalize, SentenceEncoder
 from minilm.check import check_vectors
 from minilm.errors import ConfigError, InputError, InputTypeError
+from minilm.files import Table
 from minilm.fingerprint import (
     METADATA_KEY,
     NPZ_KEY,
@@ -33,8 +34,10 @@ from minilm.fingerprint import (
 )
 from minilm.golden import TEXTS
 from minilm.hub import DEFAULT_MODEL, SHA256
+from minilm.indexing import build_index
 from minilm.mistakes import Cause
 from minilm.save import save_pretrained
+from minilm.streaming import encode_files
 from minilm.tokenizer import WordPieceTokenizer
 
 # Of these, only the last is cut at 12 tokens.
@@ -252,6 +255,54 @@ def test_limit_prompt_and_stages(tiny: Any) -> None:
         assert found.pooling == ("cls" if isinstance(stages[1], ClsPooling) else "mean")
         assert found.normalize == (len(stages) == 3)
         assert compare(before, found).verdict == "model"
+
+
+CALLS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "wider": {"truncate_dim": 24},
+    "whole": {"truncate_dim": 1000},
+    "narrower": {"truncate_dim": 8, "normalize_embeddings": True},
+    "another prompt": {"prompt_name": "mine"},
+    "no prompt": {"prompt": "", "prompt_name": "mine"},
+    "windows": {"truncation": "chunk", "truncate_dim": 32},
+    "bits": {"precision": "ubinary", "truncate_dim": 32},
+}
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize("stages", [2, 3])
+def test_record_of_a_call_says_what_was_done(call: str, stages: int) -> None:
+    encoder = compose(*[seeded_bert(), MeanPooling(), Normalize()][:stages], truncate_dim=16)
+    encoder.prompts, encoder.default_prompt_name = {"mine": "the ", "other": "a "}, "other"
+    options = CALLS[call]
+    vectors = encoder.encode(SENTENCES, **{"truncation": "silent"} | options)
+    record = encoder.fingerprint(**options)
+    width = vectors.shape[1] * (8 if "precision" in options else 1)
+    assert record.dimension == width
+    if "precision" not in options:
+        assert record.normalize == np.allclose(np.linalg.norm(vectors, axis=1), 1)
+    # Made in the same way by an encoder whose settings are others.
+    other = compose(*[seeded_bert(), MeanPooling(), Normalize()][:stages])
+    result = check_vectors(other, SENTENCES, vectors, record)
+    assert (result.verdict, result.fingerprints_agree) == ("same", True)
+    if "prompt_name" not in options:
+        assert encoder.fingerprint().of_call(**options) == record
+    assert Fingerprint.from_json(record.to_json()) == record
+
+
+def test_files_have_the_record_of_what_was_done(tiny: Any, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    (tmp_path / "a.txt").write_text("\n".join(SENTENCES[:2]), "utf-8")
+    tiny.truncate_dim = 8
+    encode_files(tiny, tmp_path / "a.txt", tmp_path / "out", truncate_dim=32)
+    record = read_fingerprint(tmp_path / "out" / "part-00000.parquet")
+    assert record is not None
+    assert (record.dimension, record.normalize) == (32, True)
+    table = Table(SENTENCES[:2], [{"text": text} for text in SENTENCES[:2]])
+    with tiny.truncate_embeddings(16):
+        index = build_index(tiny, tmp_path / "index", table)
+    assert index.fingerprint == tiny.fingerprint(truncate_dim=16)
+    assert index.dimension == 16
 
 
 def test_sizes_that_no_tensor_shows(tiny: Any) -> None:

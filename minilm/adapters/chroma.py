@@ -21,7 +21,7 @@ import torch
 
 from minilm import hub
 from minilm.adapters.lazy import SECRETS, AdapterOptions, LazyEncoder
-from minilm.encode import prompt_of
+from minilm.encode import prompt_for
 from minilm.encoder import SentenceEncoder
 from minilm.errors import InputError, InputTypeError, MissingPackageError
 from minilm.fingerprint import Fingerprint, compare
@@ -115,14 +115,11 @@ class MiniLMEmbeddingFunction(EmbeddingFunction[Documents]):  # type: ignore[mis
 
     def _fingerprint_now(self) -> Fingerprint:
         """Of the vectors of documents: the model's, with the options of each call."""
-        encoder, options = self.lazy.encoder, self.lazy.options
-        prompt = options.get("prompt")
-        if prompt is None:  # as encode_document chooses it
-            name = options.get("prompt_name") or "document"
-            prompt = prompt_of(encoder.prompts, name, "prompt_name")
-        names = ("truncation", "truncate_dim", "normalize_embeddings")
-        given = {name: options[name] for name in names if name in options}
-        return encoder.fingerprint().of_call(prompt=prompt, **given)
+        options = self.lazy.options
+        if options.get("prompt") is None and options.get("prompt_name") is None:
+            name = prompt_for("document", self.lazy.encoder.prompts)
+            return self.lazy.fingerprint(prompt_name=name)
+        return self.lazy.fingerprint()
 
     # --- what Chroma keeps, and makes of it
 

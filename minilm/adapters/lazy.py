@@ -17,6 +17,7 @@ import numpy as np
 from minilm import hub
 from minilm.encoder import SentenceEncoder
 from minilm.errors import InputTypeError
+from minilm.fingerprint import Fingerprint
 from minilm.inputs import as_many, check_choice, check_positive_int
 from minilm.options import LoadOptions, load_options
 from minilm.truncation import TRUNCATION
@@ -137,6 +138,10 @@ class LazyEncoder:
             sentences, **(self._encode | options)
         )
         return vectors
+
+    def fingerprint(self, **options: Any) -> Fingerprint:
+        """The record of the vectors that `encode` gives with these options."""
+        return self.encoder.fingerprint(**(self._encode | options))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"model": self.model, "options": self.options}

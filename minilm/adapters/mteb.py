@@ -171,9 +171,7 @@ class MiniLMEncoder:
 
     def _record(self) -> Fingerprint:
         """The record of the vectors that the adapter gives, but for the prompts of tasks."""
-        given = self._model.options
-        call = {name: given[name] for name in _CALL if name in given}
-        return self._model.encoder.fingerprint().of_call(**call)
+        return self._model.fingerprint()
 
     def _identify(self, record: Fingerprint | None = None) -> str:
         """All that decides a score, short enough for the name of a folder."""

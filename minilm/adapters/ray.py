@@ -120,17 +120,10 @@ class MiniLMActor:
                 "batch would not be those of the next; make float32 and use quantize_embeddings",
                 "precision",
             )
-        prompt = self.encoder._prompt(options.get("prompt"), options.get("prompt_name"))
         truncation = options.get("truncation", "warn")
         self._warns = truncation == "warn"
         self._truncation = "silent" if self._warns else truncation  # once it has warned
-        self.fingerprint = self.encoder.fingerprint().of_call(
-            prompt=prompt,
-            truncation=truncation,
-            truncate_dim=width,
-            normalize_embeddings=normalize,
-            precision=self._coded,
-        )
+        self.fingerprint = self._model.fingerprint(precision=self._coded)
 
     def __call__(self, batch: Any) -> Any:
         """Embed a batch.
