@@ -9,9 +9,11 @@ vectors get the form that was asked for (`_finish`).
 """
 
 import logging
+import weakref
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Unpack, cast, overload
 
 import numpy as np
@@ -59,6 +61,20 @@ PLACES = ("device", "pool", "chunk_size")
 _MISSING = object()
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(eq=False)
+class _Truncation:
+    """A `with encoder.truncate_embeddings(...)`."""
+
+    owner: "weakref.ref[Encode]"
+    truncate_dim: int | None
+    is_open: bool = True
+
+
+# Those of this thread or task, the innermost last. An attribute of the encoder would be that of all
+# threads: two whose `with` overlap would each put back what the other had set.
+_truncations: ContextVar[tuple[_Truncation, ...]] = ContextVar("minilm_truncations", default=())
 
 
 class Encode:
@@ -390,24 +406,42 @@ class Encode:
 
     @contextmanager
     def truncate_embeddings(self, truncate_dim: int | None) -> Iterator[None]:
-        """Inside a `with`, keep so many numbers of each vector by default."""
-        before = self.truncate_dim
-        self.truncate_dim = truncate_dim
+        """Inside a `with`, keep so many numbers of each vector by default.
+
+        That is so for the calls of this thread, or of this `asyncio` task and those that it starts.
+        Other threads have a default of their own; pass `truncate_dim` to the calls that they make.
+        """
+        inside = _Truncation(weakref.ref(self), _as_width(truncate_dim))
+        _truncations.set((*_truncations.get(), inside))
         try:
             yield
         finally:
-            self.truncate_dim = before
+            # Not what was before: others may have ended meanwhile, as in two generators by turns.
+            inside.is_open = False
+            _truncations.set(tuple(each for each in _truncations.get() if each.is_open))
 
     truncate_sentence_embeddings = truncate_embeddings
 
     @property
     def truncate_dim(self) -> int | None:
-        """How many numbers of each vector `encode` keeps by default; None for all. Settable."""
-        return self._truncate_dim
+        """How many numbers of each vector `encode` keeps by default; None for all. Settable, inside
+        of `truncate_embeddings` until that ends.
+        """
+        inside = self._truncation()
+        return self._truncate_dim if inside is None else inside.truncate_dim
 
     @truncate_dim.setter
     def truncate_dim(self, value: int | None) -> None:
-        self._truncate_dim = None if value is None else check_positive_int(value, "truncate_dim")
+        inside = self._truncation()
+        if inside is None:
+            self._truncate_dim = _as_width(value)
+        else:
+            inside.truncate_dim = _as_width(value)
+
+    def _truncation(self) -> "_Truncation | None":
+        """The innermost `truncate_embeddings` that is open here."""
+        found = (each for each in reversed(_truncations.get()) if each.owner() is self)
+        return next((each for each in found if each.is_open), None)
 
     def get_sentence_embedding_dimension(self) -> int:
         """The width of an embedding: 384, or less with `truncate_dim`."""
@@ -577,6 +611,10 @@ _POSITIONAL = (
     "batch_size", "show_progress_bar", "output_value", "precision", "convert_to_numpy",
     "convert_to_tensor", "device", "normalize_embeddings", "truncate_dim", "pool", "chunk_size",
 )  # fmt: skip
+
+
+def _as_width(value: Any) -> int | None:
+    return None if value is None else check_positive_int(value, "truncate_dim")
 
 
 def _encoder(methods: Encode) -> "SentenceEncoder":

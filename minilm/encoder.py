@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from minilm import folder, hub, inputs
 from minilm.encode import PLACES, Encode, prompt_of
 from minilm.errors import InputError, InputTypeError
-from minilm.eval_mode import eval_mode
+from minilm.eval_mode import eval_mode, set_mode
 from minilm.fingerprint import Fingerprint, fingerprint_of
 from minilm.inputs import EncodeOptions
 from minilm.inside import LookInside
@@ -238,6 +238,14 @@ class SentenceEncoder(Encode, LookInside, nn.Module):
     def get_max_seq_length(self) -> int:
         """`max_seq_length`."""
         return self.max_seq_length
+
+    def train(self, mode: bool = True) -> "SentenceEncoder":
+        """Switch dropout on or off, as `nn.Module.train`; `encode` never has any.
+
+        While another thread is in `encode` the mode is that, and is switched when it has ended.
+        """
+        set_mode(self, mode)
+        return self
 
     def to(self, *args: Any, **kwargs: Any) -> "SentenceEncoder":
         """Move or convert the model, as `nn.Module.to`; a device that can't be used is named."""

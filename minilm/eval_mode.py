@@ -1,7 +1,7 @@
 """Evaluation mode for a while: no dropout, and the model's own mode given back afterwards.
 
 A mode is state of the modules, shared by all threads. So the first user of a model switches it,
-and the last one switches it back.
+and the last one switches it back: to what it was, or what was asked for meanwhile.
 """
 
 import threading
@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 
 from torch import nn
 
-__all__ = ["eval_mode"]
+__all__ = ["eval_mode", "set_mode"]
 
 _lock = threading.Lock()
 # model: [how many are inside, the modules to put back into training mode]
@@ -42,7 +42,7 @@ def eval_mode(model: nn.Module) -> Iterator[list[nn.Module]]:
         found = [part for part in parts if part.training]
         _users[model] = count + 1, training + found
         if found:
-            model.eval()
+            nn.Module.train(model, False)
     try:
         yield parts
     finally:
@@ -54,3 +54,15 @@ def eval_mode(model: nn.Module) -> Iterator[list[nn.Module]]:
                 del _users[model]
                 for module in training:
                     module.training = True
+
+
+def set_mode(model: nn.Module, training: bool) -> None:
+    """As `nn.Module.train`; while others keep the model in evaluation mode, when the last one ends.
+
+    So no call computes one half with dropout, and a mode that was set meanwhile isn't lost.
+    """
+    with _lock:
+        if model in _users:
+            _users[model] = _users[model][0], _parts(model) if training else []
+        else:
+            nn.Module.train(model, training)

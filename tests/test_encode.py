@@ -1,9 +1,10 @@
 """encode and what is around it, on the tiny model: prompts, forms of a result, errors, options."""
 
+import asyncio
 import inspect
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
@@ -23,6 +24,7 @@ from minilm.inputs import EncodeOptions
 from minilm.options import load_options
 from minilm.quantize import model_ranges, quantize_embeddings
 from minilm.similarity import SimilarityFunction
+from minilm.truncation import split
 from minilm.util import is_singular_input
 
 TEXTS = ["the dog bites the man", "", "a cat", "the sun is out .", "man sees dog", "a"]
@@ -376,6 +378,79 @@ def test_truncate_dim_as_attribute_argument_and_context(tiny_encoder: SentenceEn
     with pytest.raises(KeyError), tiny_encoder.truncate_embeddings(4):
         raise KeyError
     assert tiny_encoder.truncate_dim == 8
+
+
+def in_a_thread(function: Callable[[], Any]) -> Any:
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(function).result()
+
+
+def test_each_thread_and_task_has_a_context_of_its_own(tiny_encoder: SentenceEncoder) -> None:
+    def width() -> int:
+        return len(tiny_encoder.encode("a"))
+
+    first = tiny_encoder.truncate_embeddings(4)
+    with ThreadPoolExecutor(1) as other:
+        first.__enter__()
+        second = tiny_encoder.truncate_embeddings(8)
+        other.submit(second.__enter__).result()
+        assert (width(), other.submit(width).result(), in_a_thread(width)) == (4, 8, 32)
+        first.__exit__(None, None, None)
+        tiny_encoder.truncate_dim = 16  # not lost when the other ends
+        assert (width(), other.submit(width).result()) == (16, 8)
+        other.submit(second.__exit__, None, None, None).result()
+        assert (width(), other.submit(width).result()) == (16, 16)
+
+    async def task(truncate_dim: int, until: asyncio.Event, then: asyncio.Event) -> int:
+        with tiny_encoder.truncate_embeddings(truncate_dim):
+            then.set()
+            await until.wait()
+            return await asyncio.to_thread(width)
+
+    async def two() -> list[int]:
+        a, b = asyncio.Event(), asyncio.Event()
+        return list(await asyncio.gather(task(4, a, b), task(8, b, a)))
+
+    assert asyncio.run(two()) == [4, 8]
+    assert tiny_encoder.truncate_dim == 16
+
+
+def test_contexts_of_generators_end_in_any_order(tiny_encoder: SentenceEncoder) -> None:
+    def widths(truncate_dim: int) -> Generator[int | None]:
+        with tiny_encoder.truncate_embeddings(truncate_dim):
+            yield tiny_encoder.truncate_dim
+
+    first, second = widths(4), widths(8)
+    assert [next(first), next(second)] == [4, 8]
+    assert list(first) == []
+    assert tiny_encoder.truncate_dim == 8
+    in_a_thread(second.close)  # as the garbage collector may do
+    assert tiny_encoder.truncate_dim is None
+
+
+def test_a_call_reads_its_settings_once(
+    tiny_encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = ["the dog bites a cat " * 10, "sun"]
+    expected = tiny_encoder.encode(long, truncation="chunk")
+
+    def changed(*arguments: Any) -> Any:
+        tiny_encoder.max_seq_length, tiny_encoder.truncate_dim = 5, 8
+        return split(*arguments)
+
+    monkeypatch.setattr("minilm.compute.split", changed)
+    same(tiny_encoder.encode(long, truncation="chunk"), expected)
+    assert tiny_encoder.truncate_dim == 8
+
+    tiny_encoder.max_seq_length, tiny_encoder.truncate_dim = 12, None
+    with tiny_encoder.truncate_embeddings(4):
+        stream = tiny_encoder.encode_stream(TEXTS, window=2)
+    tiny_encoder.default_prompt_name = "query"
+    tiny_encoder.prompts["query"] = "dog "
+    expected = tiny_encoder.encode(TEXTS, prompt="", truncate_dim=4)
+    first = next(stream)
+    tiny_encoder.truncate_dim = 16
+    np.testing.assert_allclose([first, *stream], expected, atol=BATCH_ROUNDING)
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.0, "8", True])

@@ -5,6 +5,7 @@ import threading
 import pytest
 from torch import nn
 
+from minilm import SentenceEncoder
 from minilm.eval_mode import eval_mode
 
 
@@ -99,6 +100,17 @@ def test_a_part_switched_to_training_meanwhile_is_switched_off_and_given_back() 
         assert not part.training  # until the last one leaves
     assert part.training
     assert not model.training
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_mode_that_was_set_meanwhile_comes_at_the_end(
+    tiny_encoder: SentenceEncoder, training: bool
+) -> None:
+    tiny_encoder.train(not training)
+    with eval_mode(tiny_encoder), eval_mode(tiny_encoder):
+        assert tiny_encoder.train(training) is tiny_encoder
+        assert not any(module.training for module in tiny_encoder.modules())
+    assert {module.training for module in tiny_encoder.modules()} == {training}
 
 
 def test_many_threads() -> None:
