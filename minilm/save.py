@@ -101,7 +101,7 @@ def save_pretrained(
     and float32 elsewhere, as it computes: loaded with `dtype="bfloat16"` it is the same again, and
     by default it computes in float32 with the rounded weights. BERT's pooler, which the embedding
     does not use, is carried over from where the encoder was loaded; without it the reference says
-    that it draws one. `truncate_dim` is no part of the format.
+    that it draws one. `truncate_dim` is read by version 6 of the reference, and by this package.
 
     Args:
         encoder: What to save; it stays as it is.
@@ -248,6 +248,7 @@ def _contents(encoder: Encoder) -> dict[str, bytes]:
             "prompts": dict(encoder.prompts),
             "default_prompt_name": encoder.default_prompt_name,
             "similarity_fn_name": encoder.similarity_fn_name,
+            **({} if encoder.truncate_dim is None else {"truncate_dim": encoder.truncate_dim}),
         },
         "1_Pooling/config.json": {
             "word_embedding_dimension": encoder.bert.config.hidden_size,
@@ -328,7 +329,7 @@ def _tokenizer_files(tokenizer: WordPieceTokenizer, max_seq_length: int) -> dict
     if tokenizer.backend.token_to_id("[MASK]") is not None:
         words["mask"] = "[MASK]"
     special = {f"{name}_token": word for name, word in words.items()}
-    settings = {
+    settings: dict[str, Any] = {
         "do_lower_case": normalizer.get("lowercase", True),
         "strip_accents": normalizer.get("strip_accents"),
         "tokenize_chinese_chars": normalizer.get("handle_chinese_chars", True),
@@ -336,18 +337,25 @@ def _tokenizer_files(tokenizer: WordPieceTokenizer, max_seq_length: int) -> dict
         "model_max_length": max_seq_length,
         "padding_side": "right",
         "truncation_side": "right",
-        "tokenizer_class": "BertTokenizer",
         **special,
     }
     encoded = _as_json(values)
-    try:
-        again = WordPieceTokenizer(encoded, settings=settings, lower_case_first=lower_case_first)
-        is_same = json.loads(again.backend.to_str()) == json.loads(current)
-        is_same = is_same and again.pad_token_id == tokenizer.pad_token_id
-        reason = "the loader would make another one of it"
-    except TokenizerError as error:
-        is_same, reason = False, "; ".join(error.problems)
-    if not is_same:
+    # The first is made anew from the vocabulary, which every version of the reference does alike;
+    # what that can't say is kept as it is written by the second.
+    for kind in ("BertTokenizer", "PreTrainedTokenizerFast"):
+        settings["tokenizer_class"] = kind
+        try:
+            again = WordPieceTokenizer(
+                encoded, settings=settings, lower_case_first=lower_case_first
+            )
+            is_same = json.loads(again.backend.to_str()) == json.loads(current)
+            is_same = is_same and again.pad_token_id == tokenizer.pad_token_id
+            reason = "the loader would make another one of it"
+        except TokenizerError as error:
+            is_same, reason = False, "; ".join(error.problems)
+        if is_same:
+            break
+    else:
         raise InputError(
             f"encoder.tokenizer can't be saved, since its backend was changed: {reason}", "encoder"
         )

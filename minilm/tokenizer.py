@@ -11,6 +11,8 @@ Three length limits ship with this model. `tokenizer.json` says 128 (and pads ev
 `tokenizer_config.json` 512, `sentence_bert_config.json` 256: the last is right. So what the file
 says on truncation and padding is switched off, once, here. The limit is an argument of each call
 and is applied to the ids: a tokenizer has no state that two threads could fight over.
+
+Several files have a say in what becomes of a text: `is_built_anew` says which of them wins.
 """
 
 import json
@@ -21,19 +23,44 @@ from typing import Any, TypeVar
 
 import tokenizers
 import torch
+from tokenizers import AddedToken, decoders, pre_tokenizers
+from tokenizers.models import WordPiece
 from tokenizers.normalizers import BertNormalizer, Lowercase
 from tokenizers.normalizers import Sequence as NormalizerSequence
+from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from minilm.errors import InputError, TokenizerError
 from minilm.inputs import Row, as_rows, check_positive_int, check_unicode
 
-__all__ = ["Tokens", "WordPieceTokenizer"]
+__all__ = ["Tokens", "WordPieceTokenizer", "is_built_anew", "read_vocabulary"]
 
 _Entry = TypeVar("_Entry")
 
 _GROUP = 65_536  # characters given to the library at a time
+
+# What `tokenizer_class` may be, each also with "Fast" at its end: see `is_built_anew`.
+_BUILT_ANEW = (
+    "BertTokenizer",
+    "ElectraTokenizer",
+    "LayoutLMTokenizer",
+    "LxmertTokenizer",
+    "MobileBertTokenizer",
+    "SqueezeBertTokenizer",
+)
+_AS_WRITTEN = ("PreTrainedTokenizer", "TokenizersBackend", "PythonBackend")
+
+# The special tokens that settings may name, in the reference's order, and those of BertTokenizer.
+_SPECIAL_TOKENS = {
+    "bos_token": None,
+    "eos_token": None,
+    "unk_token": "[UNK]",
+    "sep_token": "[SEP]",
+    "pad_token": "[PAD]",
+    "cls_token": "[CLS]",
+    "mask_token": "[MASK]",
+}
 
 
 @dataclass(frozen=True)
@@ -70,34 +97,28 @@ class WordPieceTokenizer:
         tokenizer_json: bytes | str,
         *,
         settings: Mapping[str, Any] | None = None,
+        added_tokens: Mapping[str, int] | None = None,
         lower_case_first: bool = False,
         path: str | Path = "tokenizer.json",
     ) -> None:
         """Args:
             tokenizer_json: The contents of the file.
-            settings: The object in `tokenizer_config.json`. As in the reference its
-                `do_lower_case`, `strip_accents` and `tokenize_chinese_chars` win over what
-                `tokenizer.json` says of them.
+            settings: The object in `tokenizer_config.json`, `{}` for a folder without one: see
+                `is_built_anew`. By default the tokenizer is what `tokenizer_json` says.
+            added_tokens: The object in `added_tokens.json`, which older libraries wrote.
             lower_case_first: Lower-case every text before anything else:
                 `sentence_bert_config.json`'s `do_lower_case`. When false, as in the published
                 model, the published normalizer still lower-cases.
             path: What to call the file in an error.
 
         Raises:
-            TokenizerError: The file is broken, or is not a BERT WordPiece tokenizer.
+            TokenizerError: The file is broken, or is not a BERT WordPiece tokenizer; or the
+                settings ask for something that is not implemented.
         """
-        settings = settings or {}
-        self._backend = _load(tokenizer_json, settings, lower_case_first, path)
+        self._backend, self.pad_token_id = _load(tokenizer_json, settings, added_tokens or {}, path)
+        if lower_case_first:
+            self._backend.normalizer = NormalizerSequence([Lowercase(), self._backend.normalizer])
         self.vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
-        pad_token = settings.get("pad_token", "[PAD]")
-        if isinstance(pad_token, Mapping):  # an AddedToken, as older libraries wrote it
-            pad_token = pad_token.get("content")
-        pad_token_id = self._backend.token_to_id(str(pad_token))
-        if pad_token_id is None:
-            raise TokenizerError(
-                path, [f"the padding token {pad_token!r} is not in the vocabulary"]
-            )
-        self.pad_token_id = pad_token_id
 
     @property
     def backend(self) -> tokenizers.Tokenizer:
@@ -260,38 +281,206 @@ def _pair(
     return start + first[1 : 1 + keep_first] + end + second[1 : 1 + keep_second] + end
 
 
-def _load(
-    tokenizer_json: bytes | str,
-    settings: Mapping[str, Any],
-    lower_case_first: bool,
-    path: str | Path,
-) -> tokenizers.Tokenizer:
+def is_built_anew(settings: Mapping[str, Any] | None) -> bool:
+    """Which of two files says how text is read: the rule of transformers 5.
+
+    `tokenizer_class` decides (`AutoTokenizer.from_pretrained` and
+    `TokenizersBackend.convert_to_native_format` there):
+
+    - BertTokenizer, or no class at all: a tokenizer is built anew from the vocabulary.
+      `do_lower_case`, `strip_accents` and `tokenize_chinese_chars` are those of
+      `tokenizer_config.json` and have BertTokenizer's *defaults* (true, null, true) where it is
+      silent, whatever the normalizer in `tokenizer.json` says.
+    - PreTrainedTokenizerFast or TokenizersBackend: `tokenizer.json` counts as it is written, and
+      those three settings count for nothing.
+
+    transformers 4 gives the same ids, but for what BertTokenizer can't be told (`clean_text`, the
+    longest word), which it leaves as written.
+
+    Args:
+        settings: The object in `tokenizer_config.json`; None for a tokenizer that is not of a
+            folder, which is as written.
+
+    Raises:
+        ValueError: The class is none of these.
+    """
+    if settings is None:
+        return False
+    given = settings.get("tokenizer_class") or "BertTokenizer"
+    kind = str(given).removesuffix("Fast")
+    if kind not in (*_BUILT_ANEW, *_AS_WRITTEN):
+        raise ValueError(
+            f"tokenizer_class is {given!r} in tokenizer_config.json; supported: "
+            "'BertTokenizer' and 'PreTrainedTokenizerFast'"
+        )
+    return kind in _BUILT_ANEW
+
+
+def read_vocabulary(vocab_txt: bytes, path: str | Path = "vocab.txt") -> str:
+    """A vocabulary, one word a line -> the `tokenizer.json` that BertTokenizer makes of it.
+
+    Raises:
+        TokenizerError: It is not UTF-8, or lacks a word that every text needs.
+    """
     try:
-        values = json.loads(tokenizer_json)
-        model, normalizer = values["model"], values["normalizer"] or {}
-        kinds = {
-            "model.type": (model.get("type"), "WordPiece"),
-            "normalizer.type": (normalizer.get("type"), "BertNormalizer"),
-            "pre_tokenizer.type": ((values["pre_tokenizer"] or {}).get("type"), "BertPreTokenizer"),
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise TokenizerError(path, [f"is not the JSON of a tokenizer: {error!r}"]) from error
+        lines = vocab_txt.decode("utf-8").removesuffix("\n").split("\n")
+    except UnicodeDecodeError as error:
+        raise TokenizerError(path, [f"is not UTF-8: {error}"]) from error
+    vocab = {line.rstrip(): number for number, line in enumerate(lines)}
+    missing = [word for word in ("[UNK]", "[CLS]", "[SEP]") if word not in vocab]
+    if missing:
+        raise TokenizerError(path, [f"has no line {word}" for word in missing])
+    backend = _bert(vocab, {})
+    backend.post_processor = TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0",
+        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        special_tokens=[(token, vocab[token]) for token in ("[CLS]", "[SEP]")],
+    )
+    return backend.to_str()
+
+
+def _bert(vocab: dict[str, int], settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
+    """BertTokenizer, as transformers 5 builds it, but for the tokens beside the vocabulary."""
+    backend = tokenizers.Tokenizer(WordPiece(vocab, unk_token=_content(settings, "unk_token")))
+    backend.normalizer = BertNormalizer(
+        clean_text=True,
+        handle_chinese_chars=settings.get("tokenize_chinese_chars", True),
+        strip_accents=settings.get("strip_accents"),
+        lowercase=settings.get("do_lower_case", True),
+    )
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    backend.decoder = decoders.WordPiece(prefix="##")
+    return backend
+
+
+def _content(settings: Mapping[str, Any], name: str) -> str:
+    """A special token that must be there, as text."""
+    token = settings.get(name, _SPECIAL_TOKENS[name])
+    return str(token["content"] if isinstance(token, Mapping) else token)
+
+
+def _token(content: str | Mapping[str, Any], **flags: Any) -> AddedToken:
+    """An added token, as it stands in one of the files."""
+    if isinstance(content, str):
+        return AddedToken(content, **flags)
+    known = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    return AddedToken(**{key: content[key] for key in known if key in content} | flags)
+
+
+def _add_tokens(
+    backend: tokenizers.Tokenizer,
+    settings: Mapping[str, Any],
+    added_tokens: Mapping[str, int],
+    of_file: Sequence[Mapping[str, Any]],
+) -> list[str]:
+    """Tokens beside the vocabulary, in the reference's order; gives the problems.
+
+    As in the reference `added_tokens_decoder` in tokenizer_config.json stands in for both other
+    lists. Special tokens that no list has are added behind them.
+    """
+    special = {
+        name: settings.get(name, default) for name, default in _special_defaults(settings).items()
+    }
+    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    if isinstance(extra, Mapping):
+        special, extra = {**special, **extra}, []
+    special = {name: token for name, token in special.items() if token is not None}
+    named = [_token(token, special=True) for token in (*special.values(), *extra)]
+    names = {token.content for token in named}
+    listed: dict[int, AddedToken] = {}
+    if "added_tokens_decoder" in settings:
+        listed = {int(key): _token(t) for key, t in settings["added_tokens_decoder"].items()}
+    else:
+        for content, number in added_tokens.items():
+            is_special = content in names
+            listed[number] = _token(content, normalized=not is_special, special=is_special)
+        listed |= {token["id"]: _token(token) for token in of_file}
+    known = {token.content for token in (*listed.values(), *_added(backend))}
+    backend.add_tokens([token for _, token in sorted(listed.items())])
+    backend.add_tokens([token for token in named if token.content not in known])
+    return [
+        f"the added token {token.content!r} has the id {number}; the one that is free is "
+        f"{backend.token_to_id(token.content)}"
+        for number, token in sorted(listed.items())
+        if backend.token_to_id(token.content) != number
+    ]
+
+
+def _added(backend: tokenizers.Tokenizer) -> Iterable[AddedToken]:
+    return backend.get_added_tokens_decoder().values()
+
+
+def _special_defaults(settings: Mapping[str, Any]) -> dict[str, str | None]:
+    """The names of special tokens, those that only these settings know too, and their defaults."""
+    own = [key for key, token in settings.items() if key.endswith("_token") and _is_token(token)]
+    defaults = _SPECIAL_TOKENS if is_built_anew(settings) else dict.fromkeys(_SPECIAL_TOKENS)
+    return dict.fromkeys(own) | defaults
+
+
+def _is_token(value: Any) -> bool:
+    return isinstance(value, str) or (isinstance(value, Mapping) and "content" in value)
+
+
+def _problems(values: Mapping[str, Any], settings: Mapping[str, Any], anew: bool) -> list[str]:
+    """What of the files is not implemented, or contradicts another."""
+    model, normalizer = values["model"], values["normalizer"] or {}
+    # The oldest files don't name the type; no other one has such a field.
+    old = "WordPiece" if "max_input_chars_per_word" in model else None
+    kinds = {
+        "model.type": (model.get("type", old), "WordPiece"),
+        "normalizer.type": (normalizer.get("type"), "BertNormalizer"),
+        "pre_tokenizer.type": ((values["pre_tokenizer"] or {}).get("type"), "BertPreTokenizer"),
+    }
     problems = [
         f"{name} is {found!r}; supported: {supported!r}"
         for name, (found, supported) in kinds.items()
         if found != supported
     ]
-    problems += [
-        f"{name} is {settings[name]!r} in tokenizer_config.json; supported: 'right'"
-        for name in ("padding_side", "truncation_side")
-        if settings.get(name, "right") != "right"
-    ]
+    for name in ("padding", "truncation"):
+        of_file = (values.get(name) or {}).get("direction", "Right")
+        side = settings.get(f"{name}_side", "right")
+        if side != "right":
+            problems.append(f"{name}_side is {side!r} in tokenizer_config.json; supported: 'right'")
+        elif f"{name}_side" not in settings and of_file != "Right":
+            problems.append(f"{name}.direction is {of_file!r}; supported: 'Right'")
+    if settings.get("split_special_tokens"):
+        problems.append("split_special_tokens is true in tokenizer_config.json; supported: false")
+    if not anew:
+        return problems
     problems += [
         f"{name} is {settings[name]!r} in tokenizer_config.json; pass true or false"
         for name in ("do_lower_case", "tokenize_chinese_chars", "strip_accents")
         if not isinstance(settings.get(name, True), bool)
         and not (name == "strip_accents" and settings[name] is None)
     ]
+    pairs = {"unk_token": model.get("unk_token"), "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    problems += [
+        f"{name} is {_content(settings, name)!r} in tokenizer_config.json; supported: {needed!r}"
+        for name, needed in pairs.items()
+        if name in settings and _content(settings, name) != needed
+    ]
+    return problems
+
+
+def _load(
+    tokenizer_json: bytes | str,
+    settings: Mapping[str, Any] | None,
+    added_tokens: Mapping[str, int],
+    path: str | Path,
+) -> tuple[tokenizers.Tokenizer, int]:
+    """The tokenizer, and the id of its padding token."""
+    try:
+        anew = is_built_anew(settings)
+        settings = settings or {}
+    except ValueError as error:
+        raise TokenizerError(path, [str(error)]) from error
+    try:
+        values = json.loads(tokenizer_json)
+        problems = _problems(values, settings, anew)
+        of_file = values.get("added_tokens") or []
+        of_padding = (values.get("padding") or {}).get("pad_token")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise TokenizerError(path, [f"is not the JSON of a tokenizer: {error!r}"]) from error
     if problems:
         raise TokenizerError(path, problems)
     try:
@@ -302,8 +491,8 @@ def _load(
     except Exception as error:  # the library raises plain Exception
         raise TokenizerError(path, [f"can't be loaded: {error}"]) from error
 
-    unknown = model.get("unk_token")
-    if unknown not in model["vocab"]:
+    unknown = values["model"].get("unk_token")
+    if unknown not in values["model"]["vocab"]:
         problems.append(f"the unknown token {unknown!r} is not in the vocabulary")
     else:
         encoding = backend.encode("a")
@@ -313,18 +502,22 @@ def _load(
             problems.append(f"'a' becomes {ends}; expected [CLS], one token, [SEP]")
         elif [ids[0], ids[-1]] != own:
             problems.append(f"adds ids {ids[0]} and {ids[-1]}; those of [CLS] and [SEP] are {own}")
+    pad_token = settings.get("pad_token") or (None if anew else of_padding) or "[PAD]"
+    pad_token = _content({"pad_token": pad_token}, "pad_token")
+    if backend.token_to_id(pad_token) is None:
+        problems.append(f"the padding token {pad_token!r} is not in the vocabulary")
     if problems:
         raise TokenizerError(path, problems)
-
-    normalizer = {
-        "clean_text": normalizer.get("clean_text", True),
-        "handle_chinese_chars": settings.get(
-            "tokenize_chinese_chars", normalizer.get("handle_chinese_chars", True)
-        ),
-        "strip_accents": settings.get("strip_accents", normalizer.get("strip_accents")),
-        "lowercase": settings.get("do_lower_case", normalizer.get("lowercase", True)),
-    }
-    backend.normalizer = BertNormalizer(**normalizer)
-    if lower_case_first:
-        backend.normalizer = NormalizerSequence([Lowercase(), backend.normalizer])
-    return backend
+    try:
+        if anew:
+            written, backend = backend, _bert(values["model"]["vocab"], settings)
+            backend.post_processor = written.post_processor
+        problems = _add_tokens(backend, settings, added_tokens, of_file)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        message = f"the added or special tokens of its folder can't be read: {error!r}"
+        raise TokenizerError(path, [message]) from error
+    if problems:
+        raise TokenizerError(path, problems)
+    pad_token_id = backend.token_to_id(pad_token)
+    assert pad_token_id is not None  # it is of the vocabulary, or was added
+    return backend, pad_token_id

@@ -3,14 +3,19 @@
     python scripts/make_test_data.py texts DIR    parity_texts.jsonl from the data described in
                                                   tests/data/SOURCE.md, which lies in DIR
     python scripts/make_test_data.py golden       golden.json from the reference library
+    python scripts/make_test_data.py settings     tokenizer_settings.json from transformers 4.57
 
-Both are deterministic. Some of the texts are snippets of minilm/ as it is when the first is run, so
+All are deterministic. Some of the texts are snippets of minilm/ as it is when the first is run, so
 that it gives other texts once those files have changed; the golden values stay the same.
 """
 
 import argparse
+import itertools
 import json
 import random
+import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "tests" / "data"
 PARITY_TEXTS = DATA / "parity_texts.jsonl"
 GOLDEN = DATA / "golden.json"
+TOKENIZER_SETTINGS = DATA / "tokenizer_settings.json"
 
 # Written for this project.
 EVERYDAY = """\
@@ -66,13 +72,15 @@ lambda x: {k: v for k, v in sorted(x.items())}
 
 
 def main() -> None:
-    """Run one of the two parts."""
+    """Run one of the parts."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("part", choices=("texts", "golden"))
+    parser.add_argument("part", choices=("texts", "golden", "settings"))
     parser.add_argument("directory", nargs="?", type=Path)
     options = parser.parse_args()
     if options.part == "golden":
         make_golden()
+    elif options.part == "settings":
+        make_settings()
     elif options.directory is None:
         parser.error("texts needs the directory with the data")
     else:
@@ -143,6 +151,82 @@ def make_golden() -> None:
     header = json.dumps({"made_by": "scripts/make_test_data.py golden", "from": model.versions})
     GOLDEN.write_text(f'{header[:-1]}, "texts": [\n{lines}\n]}}\n', encoding="utf-8")
     print(f"{GOLDEN.name}: {len(golden)} texts")
+
+
+# What tokenizer_config.json may say, `...` being nothing at all, and tokenizer.json's normalizer.
+SETTINGS: dict[str, tuple[Any, ...]] = {
+    "tokenizer_class": (
+        ..., None, "BertTokenizer", "BertTokenizerFast", "ElectraTokenizer",
+        "PreTrainedTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend",
+    ),
+    "do_lower_case": (..., True, False, None),
+    "strip_accents": (..., True, False, None),
+    "tokenize_chinese_chars": (..., True, False, None),
+}  # fmt: skip
+NORMALIZERS: tuple[dict[str, Any], ...] = (
+    {},
+    {"lowercase": False},
+    {"lowercase": False, "strip_accents": True},
+    {"strip_accents": False},
+    {"handle_chinese_chars": False},
+)
+SETTINGS_TEXT = "The dog CAFE caf\u00e9 \u72acdog"
+
+
+def settings_cases() -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """All combinations: what tokenizer_config.json says, and what the normalizer is changed to."""
+    for *values, normalizer in itertools.product(*SETTINGS.values(), NORMALIZERS):
+        pairs = zip(SETTINGS, values, strict=True)
+        yield {name: value for name, value in pairs if value is not ...}, normalizer
+
+
+def reference_ids(
+    folder: Path, config: dict[str, Any], normalizer: dict[str, Any]
+) -> list[int] | None:
+    """The ids of `SETTINGS_TEXT` by the transformers that is installed; None for an error.
+
+    Args:
+        folder: Where the three files of a tokenizer can be written.
+        config: What tokenizer_config.json says.
+        normalizer: Changes to the normalizer of the tests' tiny tokenizer.json.
+    """
+    from transformers import AutoTokenizer
+
+    from conftest import tiny_tokenizer_json
+
+    values = tiny_tokenizer_json()
+    values["normalizer"] |= normalizer
+    for name, content in {
+        "config.json": {"model_type": "bert"},
+        "tokenizer.json": values,
+        "tokenizer_config.json": config,
+    }.items():
+        (folder / name).write_text(json.dumps(content), encoding="utf-8")
+    try:
+        ids: list[int] = AutoTokenizer.from_pretrained(folder)(SETTINGS_TEXT)["input_ids"]
+    except (TypeError, ValueError, ImportError):  # the last stands for others in version 4
+        return None
+    return ids
+
+
+def make_settings() -> None:
+    """What becomes of one text with every combination of settings, one letter for each result."""
+    import transformers
+
+    sys.path.insert(0, str(ROOT / "tests"))
+    with tempfile.TemporaryDirectory() as folder:
+        found = [reference_ids(Path(folder), *case) for case in settings_cases()]
+    results = [ids for ids, _ in itertools.groupby(sorted(map(str, found)))]
+    letters = "".join(chr(ord("a") + results.index(str(ids))) for ids in found)
+    table = {
+        "made_by": "scripts/make_test_data.py settings",
+        "transformers": transformers.__version__,
+        "results": {chr(ord("a") + i): json.loads(r.replace("None", "null"))
+                    for i, r in enumerate(results)},
+        "cases": [letters[i : i + 80] for i in range(0, len(letters), 80)],
+    }  # fmt: skip
+    TOKENIZER_SETTINGS.write_text(json.dumps(table, indent=0) + "\n", encoding="utf-8")
+    print(f"{TOKENIZER_SETTINGS.name}: {len(found)} combinations, {len(results)} results")
 
 
 def _features(input_ids: list[int]) -> dict[str, Any]:

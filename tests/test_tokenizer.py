@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import make_test_data
 import pytest
 import torch
 from hypothesis import given, settings
@@ -335,7 +336,7 @@ def test_settings_win_in_the_other_direction_too() -> None:
     assert ids(tiny(cased, config={"do_lower_case": True}), "The dog") == [CLS, 5, 7, SEP]
 
 
-def test_file_counts_where_the_settings_are_silent() -> None:
+def test_file_counts_where_there_are_no_settings() -> None:
     normalizer = {
         "type": "BertNormalizer",
         "clean_text": False,
@@ -343,9 +344,58 @@ def test_file_counts_where_the_settings_are_silent() -> None:
         "strip_accents": False,
         "lowercase": False,
     }
-    tokenizer = tiny({"normalizer": normalizer}, config={"model_max_length": 512})
     texts = ["The", "café", "犬dog", "do\0g"]
-    assert tokenizer(texts).input_ids == [[CLS, UNK, SEP]] * 4
+    assert tiny({"normalizer": normalizer})(texts).input_ids == [[CLS, UNK, SEP]] * 4
+    # In a folder the class decides; BertTokenizer, with its defaults, is the class by default.
+    as_written = {"tokenizer_class": "PreTrainedTokenizerFast", "do_lower_case": True}
+    of_class = tiny({"normalizer": normalizer}, config=as_written)
+    assert of_class(texts).input_ids == [[CLS, UNK, SEP]] * 4
+    built_anew = tiny({"normalizer": normalizer}, config={"model_max_length": 512})
+    assert built_anew(texts).input_ids == [[CLS, 5, SEP], [CLS, 19, SEP], [CLS, UNK, 7, SEP],
+                                           [CLS, 7, SEP]]  # fmt: skip
+
+
+def settings_ids(config: dict[str, Any], normalizer: dict[str, Any]) -> list[int] | None:
+    changed = {"normalizer": tiny_tokenizer_json()["normalizer"] | normalizer}
+    try:
+        return ids(tiny(changed, config=config), make_test_data.SETTINGS_TEXT)
+    except TokenizerError:
+        return None
+
+
+def test_all_settings_are_combined_as_in_transformers_4() -> None:
+    """Whatever tokenizer_config.json and tokenizer.json say, by what was recorded of it."""
+    table = json.loads(make_test_data.TOKENIZER_SETTINGS.read_text(encoding="utf-8"))
+    expected = [table["results"][letter] for letter in "".join(table["cases"])]
+    cases = list(make_test_data.settings_cases())
+    assert len(cases) == len(expected) == 2560
+    differing = [
+        case
+        for case, row in zip(cases, expected, strict=True)
+        # A name of version 5, and what that version takes it for.
+        if case[0].get("tokenizer_class") != "TokenizersBackend" and settings_ids(*case) != row
+    ]
+    assert differing == []
+
+
+@pytest.mark.reference
+def test_all_settings_are_combined_as_in_the_reference(tmp_path: Path) -> None:
+    pytest.importorskip("transformers", reason="needs the reference")
+    differing = [
+        case
+        for case in make_test_data.settings_cases()
+        if settings_ids(*case) != make_test_data.reference_ids(tmp_path, *case)
+    ]
+    assert differing == []
+
+
+@pytest.mark.parametrize("kind", ["RobertaTokenizer", "MPNetTokenizerFast", "Own", 5])
+def test_another_class_is_refused(kind: Any) -> None:
+    problem = bad_tokenizer(config={"tokenizer_class": kind})
+    assert problem == (
+        f"tokenizer_class is {kind!r} in tokenizer_config.json; supported: "
+        "'BertTokenizer' and 'PreTrainedTokenizerFast'"
+    )
 
 
 def test_accents_stay_by_default_where_case_stays() -> None:
