@@ -326,7 +326,7 @@ def _tokenizer_files(tokenizer: WordPieceTokenizer, max_seq_length: int) -> dict
     words = dict.fromkeys(("unk", "sep", "pad", "cls", "mask"))
     words |= {"sep": "[SEP]", "cls": "[CLS]", "unk": values["model"].get("unk_token")}
     words["pad"] = tokenizer.backend.id_to_token(tokenizer.pad_token_id)
-    if tokenizer.backend.token_to_id("[MASK]") is not None:
+    if any(token["content"] == "[MASK]" for token in values["added_tokens"]):
         words["mask"] = "[MASK]"
     special = {f"{name}_token": word for name, word in words.items()}
     settings: dict[str, Any] = {
@@ -339,6 +339,14 @@ def _tokenizer_files(tokenizer: WordPieceTokenizer, max_seq_length: int) -> dict
         "truncation_side": "right",
         **special,
     }
+    if tokenizer.second_type_id is not None:
+        types = ["token_type_ids"] * tokenizer.second_type_id
+        settings["model_input_names"] = ["input_ids", *types, "attention_mask"]
+    # With these nobody asks older files for more, which may lie in the folder from before.
+    settings["added_tokens_decoder"] = {
+        str(token["id"]): {key: value for key, value in token.items() if key != "id"}
+        for token in values["added_tokens"]
+    }
     encoded = _as_json(values)
     # The first is made anew from the vocabulary, which every version of the reference does alike;
     # what that can't say is kept as it is written by the second.
@@ -350,6 +358,7 @@ def _tokenizer_files(tokenizer: WordPieceTokenizer, max_seq_length: int) -> dict
             )
             is_same = json.loads(again.backend.to_str()) == json.loads(current)
             is_same = is_same and again.pad_token_id == tokenizer.pad_token_id
+            is_same = is_same and again.second_type_id == tokenizer.second_type_id
             reason = "the loader would make another one of it"
         except TokenizerError as error:
             is_same, reason = False, "; ".join(error.problems)

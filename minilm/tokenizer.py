@@ -72,7 +72,8 @@ class Tokens:
         token_counts: How many ids there were before the cut.
         offsets: For each id its (start, end) in the original text, in characters, `end` exclusive,
             (0, 0) for [CLS] and [SEP]; None unless asked for. In a pair, in the text it is of.
-        token_type_ids: For each id 1 if it is of the second text of a pair; None without pairs.
+        token_type_ids: For each id 1 if it is of the second text of a pair, else 0; None without
+            pairs.
     """
 
     input_ids: list[list[int]]
@@ -90,6 +91,8 @@ class WordPieceTokenizer:
     Attributes:
         vocab_size: One more than the largest id that it can give.
         pad_token_id: The id that fills short rows.
+        second_type_id: The type of the tokens of a pair's second text: 1, or 0 for a model that
+            was trained without; None if the files don't tell.
     """
 
     def __init__(
@@ -118,6 +121,7 @@ class WordPieceTokenizer:
         self._backend, self.pad_token_id = _load(tokenizer_json, settings, added_tokens or {}, path)
         if lower_case_first:
             self._backend.normalizer = NormalizerSequence([Lowercase(), self._backend.normalizer])
+        self.second_type_id = _second_type_id(self._backend, settings)
         self.vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
 
     @property
@@ -147,12 +151,21 @@ class WordPieceTokenizer:
         Raises:
             InputTypeError: Something is no text; the message names the row.
             InputError: A text has a lone surrogate, so that it isn't Unicode text; or `max_length`
-                is below 3.
+                is below 3; or there are pairs and `second_type_id` is None.
         """
         rows, _ = as_rows(texts, argument)
         if max_length is not None and check_positive_int(max_length, "max_length") < 3:
             raise InputError(f"max_length is {max_length}; pass 3 or more", "max_length")
         pairs = [row for row, text in enumerate(rows) if not isinstance(text, str)]
+        if pairs and self.second_type_id is None:
+            place = f"{argument}[{pairs[0]}]"
+            raise InputError(
+                f"{place} is a pair, and the files of this tokenizer don't tell how to read one: "
+                "tokenizer.json should make [CLS] A [SEP] B [SEP] of it, and model_input_names in "
+                "tokenizer_config.json say whether there are token_type_ids",
+                place,
+            )
+        second_type_id = self.second_type_id or 0
         firsts = [row if isinstance(row, str) else row[0] for row in rows]
         try:
             ids, offsets = self._encode(firsts, return_offsets)
@@ -170,7 +183,8 @@ class WordPieceTokenizer:
                 keep, keep_other = _share(len(of_row) - 2, len(other) - 2, max_length)
                 ids[row] = _pair(of_row, other, keep, keep_other)
                 if token_type_ids is not None:
-                    token_type_ids[row] = [0] * (keep + 2) + [1] * (keep_other + 1)
+                    types = [0] * (keep + 2) + [second_type_id] * (keep_other + 1)
+                    token_type_ids[row] = types
                 if return_offsets:
                     others = other_offsets[second[row]]
                     offsets[row] = _pair(offsets[row], others, keep, keep_other)
@@ -381,12 +395,15 @@ def _add_tokens(
     special = {
         name: settings.get(name, default) for name, default in _special_defaults(settings).items()
     }
-    extra = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or []
+    extra = settings.get("extra_special_tokens") or []
     if isinstance(extra, Mapping):
         special, extra = {**special, **extra}, []
-    special = {name: token for name, token in special.items() if token is not None}
-    named = [_token(token, special=True) for token in (*special.values(), *extra)]
+    named = [_token(token, special=True) for token in special.values() if token is not None]
+    named += [_token(token, special=True) for token in extra]
     names = {token.content for token in named}
+    if not extra:  # known too late to the reference: a token of this list is not taken for special
+        more = settings.get("additional_special_tokens") or []
+        named += [_token(token, special=True) for token in more]
     listed: dict[int, AddedToken] = {}
     if "added_tokens_decoder" in settings:
         listed = {int(key): _token(t) for key, t in settings["added_tokens_decoder"].items()}
@@ -408,6 +425,26 @@ def _add_tokens(
 
 def _added(backend: tokenizers.Tokenizer) -> Iterable[AddedToken]:
     return backend.get_added_tokens_decoder().values()
+
+
+def _second_type_id(
+    backend: tokenizers.Tokenizer, settings: Mapping[str, Any] | None
+) -> int | None:
+    """How pairs are marked. BertTokenizer has a way of its own; what is as written has two, one of
+    transformers 4 and one of 5, where `model_input_names` is silent.
+    """
+    if settings is None:
+        return 1
+    inputs = settings.get("model_input_names")
+    types = [0, 0, 0, 1, 1]
+    if not is_built_anew(settings):
+        encoding = backend.encode("a", "a")
+        types = encoding.type_ids
+        ends = [encoding.tokens[i] for i in (0, 2, 4)] if len(types) == 5 else []
+        as_ours = ends == ["[CLS]", "[SEP]", "[SEP]"] and types in ([0, 0, 0, 1, 1], [0] * 5)
+        if not (inputs and as_ours):
+            return None
+    return types[-1] if inputs is None or "token_type_ids" in inputs else 0
 
 
 def _special_defaults(settings: Mapping[str, Any]) -> dict[str, str | None]:

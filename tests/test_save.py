@@ -175,6 +175,43 @@ def test_tokenizer_settings_read_back(
     assert again.pad_token_id == 4
 
 
+NORMALIZER, TEMPLATE = (tiny_tokenizer_json()[name] for name in ("normalizer", "post_processor"))
+PAIR = [
+    *TEMPLATE["single"],
+    {"Sequence": {"id": "B", "type_id": 1}},
+    {"SpecialToken": {"id": "[SEP]", "type_id": 1}},
+]
+KINDS: dict[str, tuple[dict[str, Any] | None, dict[str, Any]]] = {
+    "as written": (
+        None,
+        {
+            "normalizer": NORMALIZER | {"clean_text": False},
+            "post_processor": TEMPLATE | {"pair": PAIR},
+        },
+    ),
+    "as written, of a folder": (
+        {"tokenizer_class": "PreTrainedTokenizerFast"},
+        {"normalizer": NORMALIZER | {"lowercase": False, "clean_text": False}},
+    ),
+    "added tokens": ({"extra_special_tokens": ["[NEW]"], "animal_token": "zebra"}, {}),
+    "no token types": ({"model_input_names": ["input_ids", "attention_mask"]}, {}),
+    "no mask token": ({"mask_token": None}, {"added_tokens": []}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_tokenizer_reads_back(kind: str, tmp_path: Path) -> None:
+    settings, changes = KINDS[kind]
+    values = json.dumps(tiny_tokenizer_json() | changes)
+    tokenizer = WordPieceTokenizer(values, settings=settings)
+    (tmp_path / "saved").mkdir()  # with a file of another model in it
+    (tmp_path / "saved" / "added_tokens.json").write_text('{"sun!": 24}')
+    save_pretrained(compose(tokenizer=tokenizer), tmp_path / "saved")
+    again = load(tmp_path / "saved").tokenizer
+    assert again.backend.to_str() == tokenizer.backend.to_str()
+    assert again.second_type_id == tokenizer.second_type_id
+
+
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])
 def test_dtypes_read_back(dtype: str, tiny_folder: Path, tmp_path: Path) -> None:
     encoder = load(tiny_folder, dtype=dtype)

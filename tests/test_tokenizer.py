@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from conftest import SHARED, TINY_WORDS, edit_json, tiny_tokenizer_json
 from minilm import SentenceEncoder, TruncationWarning, WordPieceTokenizer
 from minilm.errors import InputError, TokenizerError
-from minilm.tokenizer import Tokens
+from minilm.tokenizer import Tokens, read_vocabulary
 
 PAD, UNK, CLS, SEP, MASK = range(5)
 SENTENCE = "The dog bites a man"  # [CLS] the dog bites a man [SEP]
@@ -305,6 +305,29 @@ def test_the_longer_of_a_pair_is_cut_first(
     assert len(tokens.offsets[0]) == sum(kept) + 3
 
 
+def test_pairs_of_a_folder_are_marked_as_its_files_say() -> None:
+    proper = tiny_tokenizer_json()["post_processor"]
+    end = {"SpecialToken": {"id": "[SEP]", "type_id": 1}}
+    proper["pair"] = [*proper["single"], {"Sequence": {"id": "B", "type_id": 1}}, end]
+    values = {"post_processor": proper}
+    as_written = {"tokenizer_class": "PreTrainedTokenizerFast"}
+    with_types = {"model_input_names": ["input_ids", "token_type_ids", "attention_mask"]}
+    without = {"model_input_names": ["input_ids", "attention_mask"]}
+    for config, second in (
+        ({}, 1),  # BertTokenizer
+        (without, 0),
+        (as_written | with_types, 1),
+        (as_written | without, 0),
+    ):
+        types = tiny(values, config=config)([("the dog", "a cat")]).token_type_ids
+        assert types == [[0, 0, 0, 0, second, second, second]], config
+    # Versions 4 and 5 of transformers take another default; and this file drops the second text.
+    for tokenizer in (tiny(values, config=as_written), tiny(config=as_written | with_types)):
+        assert ids(tokenizer, "the dog") == [2, 5, 7, 3]
+        with pytest.raises(InputError, match=r"sentences\[1\] is a pair, and the files"):
+            tokenizer(["the", ("the dog", "a cat")])
+
+
 def test_padded_pairs(tokenizer: WordPieceTokenizer) -> None:
     tokens = tokenizer([("dog", "cat"), "sun"])
     batch = tokenizer.pad(tokens.input_ids, token_type_ids=tokens.token_type_ids)
@@ -495,11 +518,41 @@ def test_no_unknown_token_in_the_vocabulary() -> None:
     assert problem == "the unknown token '[UNK]' is not in the vocabulary"
 
 
-@pytest.mark.parametrize("name", ["padding_side", "truncation_side"])
+@pytest.mark.parametrize("name", ["padding", "truncation"])
 def test_left_side(name: str) -> None:
-    problem = f"{name} is 'left' in tokenizer_config.json; supported: 'right'"
-    assert bad_tokenizer(config={name: "left"}) == problem
-    tiny(config={name: "right"})
+    problem = f"{name}_side is 'left' in tokenizer_config.json; supported: 'right'"
+    assert bad_tokenizer(config={f"{name}_side": "left"}) == problem
+    tiny(config={f"{name}_side": "right"})
+    # As in the reference tokenizer.json counts where the settings are silent.
+    of_file = {name: tiny_tokenizer_json()[name] | {"direction": "Left"}}
+    assert bad_tokenizer(of_file) == f"{name}.direction is 'Left'; supported: 'Right'"
+    tiny(of_file, config={f"{name}_side": "right"})
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ({"split_special_tokens": True}, "split_special_tokens is true in tokenizer_config.json"),
+        (
+            {"unk_token": "[PAD]"},
+            "unk_token is '[PAD]' in tokenizer_config.json; supported: '[UNK]",
+        ),
+        ({"cls_token": "[MASK]"}, "cls_token is '[MASK]' in tokenizer_config.json; supported"),
+        ({"added_tokens_decoder": {"x": {"content": "dogs"}}}, "the added or special tokens"),
+        ({"extra_special_tokens": [5]}, "the added or special tokens"),
+        ({"added_tokens_decoder": {"30": {"content": "dogs"}}}, "'dogs' has the id 30; the one"),
+    ],
+)
+def test_settings_that_are_refused(config: dict[str, Any], problem: str) -> None:
+    assert problem in bad_tokenizer(config=config)
+
+
+def test_vocabulary_without_a_needed_word() -> None:
+    with pytest.raises(TokenizerError) as caught:
+        read_vocabulary(b"[PAD]\n[CLS]\nthe\n", "m/vocab.txt")
+    assert caught.value.problems == ("has no line [UNK]", "has no line [SEP]")
+    with pytest.raises(TokenizerError, match="is not UTF-8"):
+        read_vocabulary(b"\xff\xfe", "m/vocab.txt")
 
 
 def test_all_problems_in_one_error() -> None:
