@@ -1,12 +1,13 @@
 """`model.safetensors` -> the tensors of `BertModel`, under our names, checked.
 
-In: the bytes of the file. Out: a state dict, then a filled `BertModel`. Next: `encoder.py`.
+In: the bytes of the file, or of the files that it was split into. Out: a state dict, then a filled
+`BertModel`. Next: `encoder.py`.
 
 The published file names its tensors as Google's first BERT release did; `NAMES` says where each
 one goes. Nothing is skipped in silence: what is not in the table is an error.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from minilm.bert import BertModel
 from minilm.config import BertConfig
 from minilm.errors import WeightsError
 
-__all__ = ["NAMES", "UNUSED", "build_bert", "read_checkpoint"]
+__all__ = ["NAMES", "UNUSED", "UNUSED_HEADS", "build_bert", "read_checkpoint"]
 
 # Ours: the published name. `{}` is the layer's number; each row stands for `.weight` and, for
 # linear layers and norms, `.bias`: 101 tensors in all.
@@ -46,6 +47,15 @@ UNUSED = {
     "pooler.dense.bias": "the same",
 }
 
+# What stands on top of the network in a checkpoint that was trained for something else, or further:
+# the token vectors pass it by.
+UNUSED_HEADS = {
+    "cls.predictions.": "the words behind [MASK], of BertForMaskedLM and BertForPreTraining",
+    "cls.seq_relationship.": "whether two sentences follow each other, of BertForPreTraining",
+    "classifier.": "the classes of BertForSequenceClassification and its like",
+    "qa_outputs.": "where an answer starts and ends, of BertForQuestionAnswering",
+}
+
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 _PREFIXES = ("0.auto_model.", "bert.")  # a file of the whole pipeline, or of a model with a head
@@ -53,19 +63,24 @@ _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNor
 
 
 def read_checkpoint(
-    data: bytes,
+    data: bytes | Mapping[str, bytes],
     config: BertConfig,
     dtype: torch.dtype = torch.float32,
     path: str | Path = "model.safetensors",
+    weight_map: Mapping[str, str] | None = None,
+    known_problems: Sequence[str] = (),
 ) -> dict[str, Tensor]:
     """Read and check every tensor of a checkpoint.
 
     Args:
-        data: The contents of a safetensors file.
+        data: The contents of a safetensors file; or, of a checkpoint in several, of each by name.
         config: The sizes that the tensors must have.
         dtype: What to convert them to; bfloat16 is for the linear layers, with float32 for the
             embeddings and norms.
         path: What to call the file in an error.
+        weight_map: Which of several files has which tensor, as the index says. Tensors of a file
+            that is not in `data` are not counted as missing.
+        known_problems: What was wrong before, to be told in the same error.
 
     Returns:
         The state dict of `BertModel(config)`. The tensors own their memory: neither the file nor
@@ -85,26 +100,44 @@ def read_checkpoint(
             for name in expected
         }
     with torch.inference_mode(False):  # parameters must be ordinary tensors wherever this is called
-        try:
-            contents = safetensors.torch.load(data)
-        except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError) as error:
-            raise WeightsError(
-                path, [f"is not a safetensors file, or cut short: {error}"]
-            ) from error
-        found, state, problems = {}, {}, []
-        for name in list(contents):
-            if _plain(name) in found:
-                problems.append(f"{name} is there under another name too")
-            found[_plain(name)] = contents.pop(name)
+        found: dict[str, Tensor] = {}
+        state, problems = {}, list(known_problems)
+        weight_map = weight_map or {}
+        for file, content in {"": data}.items() if isinstance(data, bytes) else data.items():
+            try:
+                contents = safetensors.torch.load(content)
+            except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError) as error:
+                reason = f"is not a safetensors file, or cut short: {error}"
+                if isinstance(data, bytes):
+                    raise WeightsError(path, [reason]) from error
+                problems.append(f"{file} {reason}")
+                continue
+            problems += [
+                f"{name} is not in {file}, where it should be"
+                for name, place in weight_map.items()
+                if place == file and name not in contents
+            ]
+            for name in list(contents):
+                if _plain(name) in found:
+                    where = f"in {file} and in another file" if file else "there under another name"
+                    problems.append(f"{name} is {where} too")
+                found[_plain(name)] = contents.pop(name)
+        told = {_plain(name) for name in weight_map if _plain(name) not in found}
         for name, shape in expected.items():
             published = published_name(name)
             tensor = found.pop(published, None)
             problem = _problem(tensor, shape, kinds[name])
-            if problem:
+            if tensor is None and published in told:
+                pass  # what is wrong with its file was said
+            elif problem:
                 problems.append(f"{published} {problem}")
             elif tensor is not None:
                 state[name] = tensor.to(kinds[name], copy=True)  # out of the buffer of the file
-    problems += [f"{name} is unexpected" for name in sorted(found) if name not in UNUSED]
+    problems += [
+        f"{name} is unexpected"
+        for name in sorted(found)
+        if name not in UNUSED and not name.startswith(tuple(UNUSED_HEADS))
+    ]
     if problems:
         raise WeightsError(path, problems)
     return state

@@ -27,16 +27,20 @@ _BOUNDS = {
 }
 
 # Fields that change what the network computes, with the values that `bert.py` implements. A field
-# that is absent has the first value. Checkpoints write activation "gelu" for the erf form.
+# that is absent has the first value. Checkpoints write activation "gelu" for the erf form, and
+# "gelu_python" for the same, spelled out. The last three send the reference to other files.
 _IMPLEMENTED: dict[str, tuple[Any, ...]] = {
     "model_type": ("bert",),
-    "hidden_act": ("gelu",),
+    "hidden_act": ("gelu", "gelu_python"),
     "position_embedding_type": ("absolute",),
     "is_decoder": (False,),
     "add_cross_attention": (False,),
     "is_encoder_decoder": (False,),
     "pruned_heads": ({}, None),
     "quantization_config": (None,),
+    "auto_map": (None, {}),
+    "configuration_files": (None, [], ["config.json"]),
+    "transformers_weights": (None, "model.safetensors"),
 }
 
 
@@ -57,7 +61,8 @@ class BertConfig:
         layer_norm_eps: Added to the variance in every LayerNorm.
         hidden_dropout_prob: Dropout on embeddings and sublayer outputs, in training only.
         attention_probs_dropout_prob: Dropout on attention probabilities, in training only.
-        pad_token_id: A row of the word table; which id fills short rows the tokenizer knows.
+        pad_token_id: A row of the word table, or None; which id fills short rows the tokenizer
+            knows.
     """
 
     vocab_size: int = 30522
@@ -70,7 +75,7 @@ class BertConfig:
     layer_norm_eps: float = 1e-12
     hidden_dropout_prob: float = 0.1
     attention_probs_dropout_prob: float = 0.1
-    pad_token_id: int = 0
+    pad_token_id: int | None = 0
 
     def __post_init__(self) -> None:
         problems = _problems(asdict(self))
@@ -129,7 +134,7 @@ def _problems(values: Mapping[str, Any]) -> dict[str, str]:
         if type(value) is not int or not low <= value <= high:
             problems[name] = f"{name} is {value!r}; expected an integer from {low} to {high}"
     pad_token_id = values["pad_token_id"]
-    if type(pad_token_id) is not int or pad_token_id < 0:
+    if pad_token_id is not None and (type(pad_token_id) is not int or pad_token_id < 0):
         problems["pad_token_id"] = f"pad_token_id is {pad_token_id!r}; expected an integer >= 0"
     for name in ("layer_norm_eps", "hidden_dropout_prob", "attention_probs_dropout_prob"):
         value = values[name]
@@ -146,7 +151,7 @@ def _problems(values: Mapping[str, Any]) -> dict[str, str]:
             problems["num_attention_heads"] = (
                 f"num_attention_heads is {heads}; it must divide hidden_size, {size}"
             )
-    if {"pad_token_id", "vocab_size"} <= right and pad_token_id >= values["vocab_size"]:
+    if {"pad_token_id", "vocab_size"} <= right and (pad_token_id or 0) >= values["vocab_size"]:
         problems["pad_token_id"] = (
             f"pad_token_id is {pad_token_id}; expected less than vocab_size, {values['vocab_size']}"
         )

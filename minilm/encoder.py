@@ -109,7 +109,7 @@ class SentenceEncoder(Encode, LookInside, nn.Module):
         target = None if modules and device is None else inputs.as_device(device, kind)
         self.source: hub.ModelFiles | None = None
         prompts, default_prompt_name = dict(DEFAULT_PROMPTS), wanted.default_prompt_name
-        similarity_fn_name = wanted.similarity_fn_name
+        similarity_fn_name, truncate_dim = wanted.similarity_fn_name, wanted.truncate_dim
         if model_name_or_path is not None:
             self.source = hub.locate(model_name_or_path, **wanted.where)
             parts = folder.read_model(self.source, inputs.as_dtype(dtype))
@@ -118,13 +118,14 @@ class SentenceEncoder(Encode, LookInside, nn.Module):
             similarity_fn_name = similarity_fn_name or parts.similarity_fn_name
             prompts |= parts.prompts
             default_prompt_name = default_prompt_name or parts.default_prompt_name
+            truncate_dim = parts.truncate_dim if truncate_dim is None else truncate_dim
         self.prompts = prompts | wanted.prompts
         if default_prompt_name is not None:
             prompt_of(self.prompts, default_prompt_name, "default_prompt_name")
         self.default_prompt_name = default_prompt_name
         self.bert, self.pooling, self.normalize = folder.as_stages(modules or [])
         self.similarity_fn_name = similarity_fn_name or "cosine"
-        self.truncate_dim = wanted.truncate_dim
+        self.truncate_dim = truncate_dim
         config = self.bert.config
         if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
             largest, rows = tokenizer.vocab_size - 1, config.vocab_size

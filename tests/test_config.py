@@ -88,15 +88,18 @@ def test_values_of_the_file_win_over_the_defaults() -> None:
     [
         ("model_type", "roberta", "'bert'"),
         ("model_type", None, "'bert'"),
-        ("hidden_act", "relu", "'gelu'"),
-        ("hidden_act", "gelu_new", "'gelu'"),
-        ("hidden_act", "GELU", "'gelu'"),
+        ("hidden_act", "relu", "'gelu' or 'gelu_python'"),
+        ("hidden_act", "gelu_new", "'gelu' or 'gelu_python'"),
+        ("hidden_act", "GELU", "'gelu' or 'gelu_python'"),
         ("position_embedding_type", "relative_key", "'absolute'"),
         ("is_decoder", True, "False"),
         ("add_cross_attention", True, "False"),
         ("is_encoder_decoder", True, "False"),
         ("pruned_heads", {"0": [1]}, "{} or None"),
         ("quantization_config", {"load_in_8bit": True}, "None"),
+        ("auto_map", {"AutoModel": "modeling.OwnModel"}, "None or {}"),
+        ("configuration_files", ["config.4.0.0.json"], "None or [] or ['config.json']"),
+        ("transformers_weights", "other.safetensors", "None or 'model.safetensors'"),
     ],
 )
 def test_what_is_not_implemented_is_refused(field: str, value: object, supported: str) -> None:
@@ -158,7 +161,11 @@ def test_heads_must_divide_the_hidden_size() -> None:
     )
 
 
-@pytest.mark.parametrize("value", [-1, True, 0.0, None])
+def test_no_padding_id() -> None:
+    assert BertConfig.from_dict(PUBLISHED | {"pad_token_id": None}, "x").pad_token_id is None
+
+
+@pytest.mark.parametrize("value", [-1, True, 0.0])
 def test_padding_id_of_another_kind(value: object) -> None:
     problem = f"pad_token_id is {value!r}; expected an integer >= 0"
     assert refused(pad_token_id=value).problems == (problem,)

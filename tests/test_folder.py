@@ -210,7 +210,6 @@ STAGES = [("Transformer", ""), ("Pooling", "1_Pooling"), ("Normalize", "2_Normal
         pytest.param(STAGES[1:], id="no transformer"),
         pytest.param([STAGES[0], STAGES[2], STAGES[1]], id="normalize before pooling"),
         pytest.param([STAGES[1], STAGES[0], STAGES[2]], id="pooling first"),
-        pytest.param([*STAGES, STAGES[2]], id="normalize twice"),
         pytest.param([STAGES[0], STAGES[1], STAGES[1]], id="pooling twice"),
         pytest.param([*STAGES[:2], ("Dense", "2_Dense"), STAGES[2]], id="dense"),
         pytest.param([*STAGES, ("Dense", "3_Dense")], id="dense last"),
@@ -342,6 +341,13 @@ def test_settings_of_normalize_that_are_refused(
     refuse("2_Normalize/config.json", ConfigError, f"{field} is {value!r}; supported:")
 
 
+def test_two_stages_of_one_name_are_refused(tiny_folder: Path, refuse: Refuse) -> None:
+    entries = json.loads((tiny_folder / "modules.json").read_text(encoding="utf-8"))
+    entries[2]["name"] = entries[1]["name"]
+    (tiny_folder / "modules.json").write_text(json.dumps(entries))
+    refuse("modules.json", ConfigError, "gives two stages one name")
+
+
 # Pooling.
 
 OLD_FLAGS = (
@@ -367,6 +373,7 @@ def write_pooling(path: Path, **fields: Any) -> None:
         (dict.fromkeys(OLD_FLAGS, False) | {"pooling_mode_cls_token": True}, "ClsPooling"),
         ({"pooling_mode_mean_tokens": True, "word_embedding_dimension": 32}, "MeanPooling"),
         ({"pooling_mode_mean_tokens": True, "include_prompt": True}, "MeanPooling"),
+        ({"word_embedding_dimension": 32, "pooling_mode_max_tokens": False}, "MeanPooling"),
         ({"pooling_mode": "mean"}, "MeanPooling"),
         ({"pooling_mode": "cls"}, "ClsPooling"),
         ({"pooling_mode": ["cls"]}, "ClsPooling"),
@@ -553,7 +560,167 @@ def test_no_pickle_is_ever_opened(
     refuse("model.safetensors", WeightsError, "pickles are never read")
 
 
+def split_weights(folder: Path, parts: int = 2) -> dict[str, str]:
+    """Split model.safetensors as transformers does; gives the index's weight_map."""
+    weights = folder / "model.safetensors"
+    tensors = list(safetensors.torch.load(weights.read_bytes()).items())
+    weight_map: dict[str, str] = {}
+    for part in range(parts):
+        name = f"model-{part + 1:05}-of-{parts:05}.safetensors"
+        safetensors.torch.save_file(dict(tensors[part::parts]), folder / name)
+        weight_map |= dict.fromkeys(dict(tensors[part::parts]), name)
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    weights.unlink()
+    return weight_map
+
+
+INDEX = "model.safetensors.index.json"
+
+
+def test_weights_in_several_files(tiny_folder: Path) -> None:
+    before = load(tiny_folder)
+    split_weights(tiny_folder, 3)
+    encoder = load(tiny_folder)
+    assert np.array_equal(encoder.encode("the dog"), before.encode("the dog"))
+    assert len([name for name in encoder.source.sha256 if "-of-00003" in name]) == 3  # type: ignore[union-attr]
+    # Where there is one file, it counts, as in the reference.
+    (tiny_folder / "model-00001-of-00003.safetensors").unlink()
+    write_model_folder(tiny_folder / "other", seed=1)
+    (tiny_folder / "other" / "model.safetensors").rename(tiny_folder / "model.safetensors")
+    assert not np.array_equal(load(tiny_folder).encode("the dog"), before.encode("the dog"))
+
+
+def test_all_that_is_wrong_with_weights_in_several_files(tiny_folder: Path, refuse: Refuse) -> None:
+    weight_map = split_weights(tiny_folder, 4)
+    first, second, third, fourth = sorted(set(weight_map.values()))
+    (tiny_folder / third).unlink()
+    (tiny_folder / fourth).write_bytes(LFS)
+    tensors = safetensors.torch.load((tiny_folder / first).read_bytes())
+    moved, gone, twice = list(tensors)[:3]
+    other = safetensors.torch.load((tiny_folder / second).read_bytes())
+    other |= {name: tensors[name].clone() for name in (moved, twice)}
+    other["head.weight"] = torch.zeros(1)
+    del tensors[moved], tensors[gone]
+    safetensors.torch.save_file(tensors, tiny_folder / first)
+    safetensors.torch.save_file(other, tiny_folder / second)
+    outside = {"elsewhere": "../other.safetensors"}
+    (tiny_folder / INDEX).write_text(json.dumps({"weight_map": weight_map | outside}))
+    error = refuse(INDEX, WeightsError)
+    assert isinstance(error, WeightsError)
+    pointer = next(problem for problem in error.problems if "git lfs pull" in problem)
+    assert pointer.startswith(f"{fourth} looks like a Git LFS pointer")
+    assert sorted(error.problems) == sorted([
+        pointer,
+        f"{third} is missing",
+        "../other.safetensors leads outside the model's folder",
+        f"{moved} is not in {first}, where it should be",
+        f"{gone} is not in {first}, where it should be",
+        f"{twice} is in {second} and in another file too",
+        "head.weight is unexpected",
+    ])  # fmt: skip
+
+
+def test_a_tensor_that_the_index_leaves_out(tiny_folder: Path, refuse: Refuse) -> None:
+    weight_map = split_weights(tiny_folder)
+    name = "encoder.layer.1.output.dense.bias"
+    place = tiny_folder / weight_map.pop(name)
+    tensors = safetensors.torch.load(place.read_bytes())
+    del tensors[name]
+    safetensors.torch.save_file(tensors, place)
+    (tiny_folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    error = refuse(INDEX, WeightsError, f"{name} is missing")
+    assert isinstance(error, WeightsError)
+    assert len(error.problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "text"),
+    [
+        (b"[", "is not JSON"),
+        (b"[]", "holds list; expected an object"),
+        (b"{}", "has no weight_map of tensors and files"),
+        (b'{"weight_map": {"a": 1}}', "has no weight_map of tensors and files"),
+        (b'{"weight_map": {}}', "embeddings.word_embeddings.weight is missing"),
+    ],
+)
+def test_an_index_that_is_refused(
+    tiny_folder: Path, refuse: Refuse, content: bytes, text: str
+) -> None:
+    split_weights(tiny_folder)
+    (tiny_folder / INDEX).write_bytes(content)
+    refuse(INDEX, WeightsError, text)
+
+
+# Files that lie beside.
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("adapter_config.json", "an adapter changes the weights"),
+        ("processor_config.json", "in the tokenizer's place"),
+        ("preprocessor_config.json", "images or sound"),
+    ],
+)
+def test_a_file_that_is_not_implemented_is_refused(
+    tiny_folder: Path, refuse: Refuse, name: str, text: str
+) -> None:
+    (tiny_folder / name).write_text("{}")
+    refuse(name, ConfigError, text)
+
+
+# A full snapshot of the published model, and what a training and a fine-tuning leave behind.
+HARMLESS = (
+    ".gitattributes", "README.md", "data_config.json", "train_script.py", "pytorch_model.bin",
+    "tf_model.h5", "rust_model.ot", "flax_model.msgpack", "vocab.txt", "onnx/model.onnx",
+    "openvino/openvino_model.xml", "openvino/openvino_model.bin", "model.fp16.safetensors",
+    "adapter_model.safetensors", "generation_config.json", "chat_template.jinja", "optimizer.pt",
+    "scheduler.pt", "rng_state.pth", "trainer_state.json", "training_args.bin",
+    "eval/similarity_evaluation_results.csv", "2_Dense/config.json", "config_setfit.json",
+    "model_head.pkl", "checkpoint-500/model.safetensors",
+)  # fmt: skip
+
+
+def test_files_that_nobody_acts_upon_are_passed_over(tiny_folder: Path) -> None:
+    before = load(tiny_folder).encode("the dog bites")
+    for name in HARMLESS:
+        (tiny_folder / name).parent.mkdir(exist_ok=True)
+        (tiny_folder / name).write_bytes(b"no such thing")
+    special = {"unk_token": "[UNK]", "pad_token": {"content": "[PAD]", "lstrip": False}}
+    (tiny_folder / "special_tokens_map.json").write_text(json.dumps(special))
+    encoder = load(tiny_folder)
+    assert np.array_equal(encoder.encode("the dog bites"), before)
+    assert encoder.source is not None
+    assert not set(HARMLESS) & set(encoder.source.sha256)
+
+
 # The tokenizer.
+
+
+def test_added_tokens(tiny_folder: Path) -> None:
+    (tiny_folder / "added_tokens.json").write_text(json.dumps({"zebra": 24, "[NEW]": 25}))
+    (tiny_folder / "special_tokens_map.json").write_text(
+        json.dumps({"additional_special_tokens": ["[NEW]"]})
+    )
+    encoder = load(tiny_folder)
+    assert encoder.tokenize(["the Zebra [NEW] [new]"])["input_ids"].tolist() == [
+        [2, 5, 24, 25, 1, 1, 1, 3]
+    ]
+    edit_json(tiny_folder / "added_tokens.json", zebra=30)
+    with pytest.raises(TokenizerError, match="'zebra' has the id 30; the one that is free is 25"):
+        load(tiny_folder)
+    edit_json(tiny_folder / "added_tokens.json", zebra="24")
+    with pytest.raises(ConfigError, match="'zebra' has no number"):
+        load(tiny_folder)
+    # Settings that list their added tokens themselves leave both files out.
+    edit_json(tiny_folder / "tokenizer_config.json", added_tokens_decoder={})
+    assert load(tiny_folder).tokenizer.vocab_size == 24  # type: ignore[union-attr]
+
+
+def test_tokens_beyond_the_word_table_are_refused(tiny_folder: Path, refuse: Refuse) -> None:
+    tokens = {f"[NEW{i}]": 24 + i for i in range(17)}
+    (tiny_folder / "added_tokens.json").write_text(json.dumps(tokens))
+    refuse("tokenizer.json", TokenizerError, "ids up to 40; vocab_size in config.json is 40")
 
 
 def cut_word_table(path: Path, rows: int) -> None:
@@ -691,14 +858,6 @@ def test_a_model_max_length_that_is_refused(tiny_folder: Path, refuse: Refuse, v
     )
 
 
-def test_no_limit_anywhere_is_refused(tiny_folder: Path, refuse: Refuse) -> None:
-    (tiny_folder / "sentence_bert_config.json").unlink()
-    (tiny_folder / "tokenizer_config.json").unlink()
-    refuse(
-        "sentence_bert_config.json", ConfigError, "max_seq_length is missing", "model_max_length"
-    )
-
-
 # What version 6 writes, and the similarity.
 
 MODALITY = {"text": {"method": "forward", "method_output_name": "last_hidden_state"}}
@@ -747,9 +906,11 @@ def test_settings_that_load(tiny_folder: Path, file: str, fields: dict[str, Any]
         ("sentence_bert_config.json", "document_length", 180),
         ("sentence_bert_config.json", "query_expansion", True),
         ("config_sentence_transformers.json", "model_type", "SparseEncoder"),
-        ("config_sentence_transformers.json", "similarity_fn_name", "jaccard"),
-        ("config_sentence_transformers.json", "similarity_fn_name", ""),
-        ("config_sentence_transformers.json", "similarity_fn_name", ["cosine"]),
+        ("sentence_bert_config.json", "tokenizer_name_or_path", "bert-base-cased"),
+        ("sentence_bert_config.json", "tokenizer_args", {"do_lower_case": False}),
+        ("sentence_bert_config.json", "config_kwargs", {"num_hidden_layers": 1}),
+        ("tokenizer_config.json", "processor_class", "CLIPProcessor"),
+        ("tokenizer_config.json", "auto_map", {"AutoTokenizer": ["own.Own", None]}),
         ("config_sentence_transformers.json", "default_prompt_name", "passage"),
         ("config_sentence_transformers.json", "default_prompt_name", ["query"]),
     ],
@@ -762,12 +923,59 @@ def test_settings_that_are_refused(
     refuse(file, ConfigError, f"{field} is {value!r}; supported: ")
 
 
+@pytest.mark.parametrize(
+    ("file", "field", "value", "text"),
+    [
+        ("sentence_bert_config.json", "max_len", 5, "max_len is unknown"),
+        ("1_Pooling/config.json", "layers", [-1], "layers is unknown"),
+        ("config_sentence_transformers.json", "truncate_dim", 0, "truncate_dim is 0; expected"),
+        (
+            "tokenizer_config.json",
+            "fast_tokenizer_files",
+            ["tokenizer.json", "tokenizer.4.0.0.json"],
+            "fast_tokenizer_files names tokenizer.4.0.0.json; only tokenizer.json is read",
+        ),
+    ],
+)
+def test_fields_that_are_refused(
+    tiny_folder: Path, refuse: Refuse, file: str, field: str, value: Any, text: str
+) -> None:
+    complete(tiny_folder)
+    edit_json(tiny_folder / file, **{field: value})
+    refuse(file, ConfigError, text)
+
+
+@pytest.mark.parametrize("name", ["jaccard", "", ["cosine"]])
+def test_an_unknown_similarity_is_the_cosine(tiny_folder: Path, name: Any) -> None:
+    complete(tiny_folder)
+    edit_json(tiny_folder / "config_sentence_transformers.json", similarity_fn_name=name)
+    with pytest.warns(UserWarning, match="similarity_fn_name is .* the cosine is used"):
+        assert load(tiny_folder).similarity_fn_name == "cosine"
+
+
+def test_truncate_dim_is_honoured(tiny_folder: Path) -> None:
+    complete(tiny_folder)
+    edit_json(tiny_folder / "config_sentence_transformers.json", truncate_dim=8)
+    assert load(tiny_folder).encode("the dog").shape == (8,)
+    encoder = SentenceEncoder.from_pretrained(tiny_folder, device="cpu", truncate_dim=16)
+    assert encoder.encode("the dog").shape == (16,)
+    encoder.save_pretrained(tiny_folder.parent / "saved")
+    assert load(tiny_folder.parent / "saved").truncate_dim == 16
+
+
 @pytest.mark.parametrize("prompts", [["query"], "query", {"query": 5}])
 def test_prompts_that_are_refused(tiny_folder: Path, refuse: Refuse, prompts: Any) -> None:
     complete(tiny_folder)
     file = "config_sentence_transformers.json"
     edit_json(tiny_folder / file, prompts=prompts)
     refuse(file, ConfigError, f"prompts is {prompts!r}; expected an object")
+
+
+def test_a_prompt_without_text_is_empty(tiny_folder: Path) -> None:
+    complete(tiny_folder)
+    edit_json(tiny_folder / "config_sentence_transformers.json", prompts={"query": None, "a": "b"})
+    with pytest.warns(UserWarning, match="prompts has no text for 'query'; the empty one is used"):
+        assert load(tiny_folder).prompts == {"query": "", "document": "", "a": "b"}
 
 
 @pytest.mark.parametrize("prompts", [None, {}, {"query": "the ", "title": "a "}])
