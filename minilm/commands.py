@@ -81,6 +81,8 @@ def encode(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None
                 f"argument -o: {output} has no suffix of {', '.join(SUFFIXES)}; put / at the end "
                 "of a folder"
             )
+        if output.is_dir():
+            parser.error(f"argument -o: {output} is a folder; put / at its end for Parquet files")
         check_output(output, "-o", sidecars_of(output))
     table = _texts(options.text, options.files or ([] if options.text else ["-"]), options.column)
     encoder = _load(options)

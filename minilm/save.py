@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from minilm import __version__
 from minilm.bert import BertEmbeddings, BertFeedForward, BertLayer, BertModel, BertSelfAttention
 from minilm.checkpoint import published_name, published_shapes, read_unused
-from minilm.disk import temporary_name
+from minilm.disk import make_folder, sync, sync_folder, temporary_name
 from minilm.errors import (
     InputError,
     InputTypeError,
@@ -392,11 +392,7 @@ def _as_json(value: Any) -> bytes:
 
 def _write(target: Path, contents: Mapping[str, bytes]) -> None:
     """Write the files of a folder, all or none, in this order."""
-    made: list[Path] = []  # parents that were not there
-    for folder in [*reversed(target.parents)]:
-        if not folder.exists():
-            folder.mkdir(exist_ok=True)
-            made.append(folder)
+    made = make_folder(target.parent)
     is_new = not target.is_dir()
     name = temporary_name(target.name)
     staging = target.with_name(name) if is_new else target / name
@@ -405,9 +401,15 @@ def _write(target: Path, contents: Mapping[str, bytes]) -> None:
         for file, data in contents.items():
             (staging / file).parent.mkdir(exist_ok=True)
             _write_file(staging / file, data)
+        inner = {Path(file).parent for file in contents}
+        for folder in inner:
+            sync_folder(staging / folder)
         if is_new and _becomes(staging, target):
+            sync_folder(target.parent)
             return
         _replace_files(staging, target, list(contents))
+        for folder in inner:
+            sync_folder(target / folder)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         for folder in reversed(made):
@@ -422,8 +424,7 @@ def _write(target: Path, contents: Mapping[str, bytes]) -> None:
 def _write_file(path: Path, data: bytes) -> None:
     with path.open("xb") as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+        sync(file)
 
 
 def _becomes(staging: Path, target: Path) -> bool:

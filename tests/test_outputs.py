@@ -182,7 +182,7 @@ def test_odd_names(run: Callable[..., int], refused: Callable[..., str], workpla
     assert "has no suffix" in refused("encode", "-t", "a", "-o", ".npy")
     assert "put / at the end" in refused("encode", "-t", "a", "-o", "x.txt")
     (workplace / "x.npy").mkdir()
-    assert "x.npy: is a folder" in refused("encode", "in.txt", "-o", "x.npy")
+    assert "is a folder; put / at its end" in refused("encode", "in.txt", "-o", "x.npy")
     assert "is the file of --png too" in refused(
         "explain", *TEXTS, "--png", "x.html", "--html", "x.html"
     )

@@ -539,6 +539,51 @@ def test_error_while_files_change_place_brings_the_old_ones_back(
     assert {path for path in tiny_folder.rglob("*") if path.is_dir()} == folders
 
 
+@pytest.mark.parametrize("exists", [True, False])
+def test_folders_are_synced_too(
+    exists: bool, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced, fsync = [], os.fsync
+
+    def watch(descriptor: int) -> None:
+        synced.append(Path(f"/proc/self/fd/{descriptor}").readlink())
+        fsync(descriptor)
+
+    path = tmp_path / "parent" / "saved"
+    if exists:
+        path.mkdir(parents=True)
+    monkeypatch.setattr(os, "fsync", watch)
+    save_pretrained(tiny, path)
+    folders = [each for each in synced if each.is_dir()]
+    if exists:
+        assert {path, path / "1_Pooling", path / "2_Normalize"} == set(folders)
+    else:
+        assert folders == [tmp_path, path.parent]  # a parent that was made, and the rename
+        assert {each.name for each in synced} > {"1_Pooling", "2_Normalize"}
+        assert synced[-1] == path.parent
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EINVAL])
+def test_a_file_system_without_fsync(
+    number: int, tiny: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(descriptor: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", missing)
+    save_pretrained(tiny, tmp_path / "saved")
+    assert np.array_equal(embed(load(tmp_path / "saved")), embed(tiny))
+
+
+def test_modes_are_kept_and_names_may_be_long(tiny: Any, tmp_path: Path) -> None:
+    path = tmp_path / ("ä" * 127)
+    save_pretrained(tiny, path)
+    (path / "config.json").chmod(0o664)
+    save_pretrained(tiny, path)
+    assert (path / "config.json").stat().st_mode & 0o777 == 0o664
+    assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
 def test_modules_json_comes_last_and_other_files_stay(
     tiny: Any, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -275,6 +276,17 @@ def test_another_run_is_refused(
     report = run(tiny_encoder, source, out, overwrite=True)
     assert (report.rows, report.computed) == (1, 1)
     assert sorted(contents(out)) == [MANIFEST, "part-00000.parquet"]
+
+
+def test_threads_that_write_one_folder_wait_for_each_other(
+    tiny_encoder: SentenceEncoder, source: Path, tmp_path: Path
+) -> None:
+    def write(number: int) -> FilesReport:
+        return run(tiny_encoder, source, tmp_path / "out", shard_rows=4)
+
+    with ThreadPoolExecutor(3) as pool:
+        reports = list(pool.map(write, range(3)))
+    assert sorted(report.computed for report in reports) == [0, 0, reports[0].parts]
 
 
 def test_output_among_the_inputs_is_refused(
