@@ -9,7 +9,6 @@ that it carries, in base64 at its end: a chosen subset, the whole trace would be
 """
 
 import base64
-import copy
 import html
 import inspect
 import json
@@ -24,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from minilm import __version__, explain, hub, inputs, tokenizer
@@ -32,7 +30,7 @@ from minilm.bert import BertLayer, BertModel
 from minilm.encoder import SentenceEncoder
 from minilm.errors import InputError
 from minilm.pooling import MeanPooling
-from minilm.trace import Source, Trace, traces
+from minilm.trace import Source, Trace, in_dtype, traces
 
 __all__ = ["MOST_TOKENS", "tour"]
 
@@ -113,8 +111,7 @@ def _measure(encoder: SentenceEncoder, a: str, b: str) -> _Scene:
     layers = sorted({0, last}) if long else list(range(last + 1))
     around = sorted({state for layer in layers for state in (layer, layer + 1)})
     states = [_state(number) for number in around]
-    double = copy.deepcopy(encoder, {id(encoder._tokenizer): encoder._tokenizer})
-    double.to(torch.float64)  # once here, and not in each of the calls
+    double = in_dtype(encoder, "float64")  # once here, and not in each of the calls
     pair = {by: explain.explain(double, a, b, by=by) for by in ("word", "token")}
     word_of = {side: _words(found) for side, found in (("a", first), ("b", second))}
     tensors, counts = _chosen(first, second, layers, states, _state(last + 1))

@@ -31,7 +31,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
 import safetensors.torch
@@ -46,7 +46,7 @@ from minilm.kernels import fast_products
 from minilm.outputs import write_output
 from minilm.tokenizer import WordPieceTokenizer
 
-__all__ = ["Source", "Trace", "TraceEntry", "trace"]
+__all__ = ["Source", "Trace", "TraceEntry", "in_dtype", "trace"]
 
 _Array = np.ndarray[Any, Any]
 
@@ -74,6 +74,9 @@ class Encoder(Protocol):
     def dtype(self) -> torch.dtype: ...
 
     def _embed(self, input_ids: list[list[int]]) -> Tensor: ...
+
+
+_Encoder = TypeVar("_Encoder", bound=Encoder)
 
 
 @dataclass(frozen=True)
@@ -314,7 +317,7 @@ def traces(
     plan = _plan(encoder)
     kept = _choose(names, list(plan))
     with torch.inference_mode(False), torch.no_grad():
-        twin = _twin(encoder, dtype)
+        twin = in_dtype(encoder, dtype)
         weights = {name: value.detach() for name, value in twin.bert.named_parameters()}
         numbers = _Numbers(encoder, weights)
         rules = {name: rule for name, (_, rule) in plan.items()}
@@ -348,8 +351,8 @@ def _module(encoder: Encoder) -> nn.Module:
     return cast("nn.Module", encoder)
 
 
-def _twin(encoder: Encoder, dtype: str | torch.dtype | None) -> Encoder:
-    """The same modules once more: with the same parameters, or with copies in another dtype.
+def in_dtype(encoder: _Encoder, dtype: str | torch.dtype | None) -> _Encoder:
+    """An encoder once more: with the same parameters, or with copies in another dtype.
 
     With bfloat16 it is the linear layers that get it, as when a model is loaded so.
     """
