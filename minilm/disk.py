@@ -22,6 +22,7 @@ from weakref import WeakValueDictionary
 from minilm.errors import InputError
 
 __all__ = [
+    "absolute",
     "file_sha256",
     "held",
     "inside",
@@ -40,6 +41,22 @@ _HAS_NONE = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.
 
 
 # --- names
+
+
+def absolute(path: str | os.PathLike[str]) -> Path:
+    """A path that means the same wherever the process is later, to be kept.
+
+    "~" is the user's home; links and ".." stay as they are.
+
+    Raises:
+        FileNotFoundError: It is relative, and the working directory was deleted.
+    """
+    path = Path(path).expanduser()
+    try:
+        return path.absolute()
+    except FileNotFoundError as error:
+        reason = "the working directory is gone; pass the path from the root"
+        raise FileNotFoundError(errno.ENOENT, reason, str(path)) from error
 
 
 def inside(name: Any) -> str:

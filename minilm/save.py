@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from minilm import __version__
 from minilm.bert import BertEmbeddings, BertFeedForward, BertLayer, BertModel, BertSelfAttention
 from minilm.checkpoint import published_name, published_shapes, read_unused
-from minilm.disk import make_folder, sync, sync_folder, temporary_name
+from minilm.disk import absolute, make_folder, sync, sync_folder, temporary_name
 from minilm.errors import (
     InputError,
     InputTypeError,
@@ -119,7 +119,7 @@ def save_pretrained(
         InputTypeError: An argument is of another type.
         OSError: The disk is full, or the folder may not be written to; it is as it was.
     """
-    if not isinstance(path, str | os.PathLike) or not str(path):
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
         raise InputTypeError(f"path is {path!r}; pass the folder to write", "path")
     if not safe_serialization:
         raise InputError(
@@ -134,7 +134,7 @@ def save_pretrained(
         raise InputTypeError(
             f"train_datasets is {train_datasets!r}; pass a list of strings", "train_datasets"
         )
-    target = Path(path).expanduser()
+    target = absolute(path)
     _check_folder(target)
     contents = _contents(encoder)
     if create_model_card:
@@ -172,10 +172,10 @@ def read_source(encoder: Encoder) -> bytes | None:
     if source is None or len(names) != 1:
         return None
     expected = source.sha256[names[0]]
-    found = ModelFiles(source.name, source.location, source.find, {names[0]: expected})
+    found = ModelFiles(source.name, source.location, source.folder, {names[0]: expected})
     try:
         return found.read(names[0])
-    except (MinilmError, OSError):  # gone, changed, or the network is
+    except (MinilmError, OSError):  # gone, or changed
         return None
 
 

@@ -19,7 +19,16 @@ from pathlib import Path
 from typing import IO, Any
 
 from minilm.arrow import fingerprint_in, import_pyarrow
-from minilm.disk import file_sha256, held, inside, make_folder, sync, sync_folder, write_atomically
+from minilm.disk import (
+    absolute,
+    file_sha256,
+    held,
+    inside,
+    make_folder,
+    sync,
+    sync_folder,
+    write_atomically,
+)
 from minilm.errors import ConfigError, InputError
 from minilm.outputs import check_folder
 
@@ -106,7 +115,7 @@ class ShardFolder:
         Args:
             folder: It, or where it shall be made.
         """
-        self.folder = folder
+        self.folder = absolute(folder)
         self.header: dict[str, Any] | None = None
         self.done: dict[int, Part] = {}
         self.is_complete = False

@@ -1,13 +1,18 @@
 """Finding and fetching models, against a Hub of our own on 127.0.0.1 that logs every request."""
 
 import contextlib
+import copy
 import hashlib
 import importlib
+import io
+import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
 import threading
+import traceback
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator
@@ -16,13 +21,20 @@ from pathlib import Path
 from typing import Any
 
 import huggingface_hub
+import joblib
 import numpy as np
 import pytest
+import safetensors.torch
+import torch
 from huggingface_hub import constants
+from sklearn.base import clone
 
 from conftest import write_model_folder
 from minilm import SentenceEncoder, hub
+from minilm.adapters.lazy import LazyEncoder
+from minilm.adapters.sklearn import MiniLMVectorizer
 from minilm.errors import HashMismatchError, InputTypeError, ModelNotFoundError, NotAFolderError
+from minilm.tasks import Index
 
 NAME = "someone/tiny-bert"
 NEVER_FETCHED = {"README.md": b"#", "pytorch_model.bin": b"\x80\x02", "onnx/model.onnx": b"\x08"}
@@ -35,7 +47,7 @@ NEEDED = {
     "1_Pooling/config.json",
     "model.safetensors",
 }
-OPTIONAL = {"config_sentence_transformers.json", "2_Normalize/config.json"}  # not in this model
+OPTIONAL = {"config_sentence_transformers.json"}  # not in this model, of which the cache has a mark
 
 Files = dict[str, bytes]
 
@@ -59,12 +71,14 @@ def other_model_files(tmp_path_factory: pytest.TempPathFactory) -> Files:
 
 
 class FakeHub(ThreadingHTTPServer):
-    """HEAD and GET of `/{publisher}/{name}/resolve/{revision}/{file}`, as huggingface.co answers.
+    """HEAD and GET of `/{publisher}/{name}/resolve/{revision}/{file}`, and the two that list what a
+    repository has, under `/api/models`, as huggingface.co answers.
 
     Attributes:
         commits: The files of each commit of each repository.
         branches: The commit of each branch of each repository.
-        requests: Method, repository, revision and file of each request, in order.
+        requests: Method, repository, revision and file of each request, in order; for a list the
+            file is "".
         authorizations: The values of that header that were sent.
         after: Called after each request with its method and file.
         answer: What to send instead of anything else: status, headers, body.
@@ -89,7 +103,7 @@ class FakeHub(ThreadingHTTPServer):
 
     @property
     def files_asked_for(self) -> set[str]:
-        return {file for _, repo, _, file in self.requests if repo}
+        return {file for _, repo, _, file in self.requests if repo and file}
 
     def find(self, repo: str, revision: str, file: str) -> tuple[int, dict[str, str], bytes]:
         if not repo:  # what else huggingface_hub is curious about
@@ -102,20 +116,39 @@ class FakeHub(ThreadingHTTPServer):
         if commit not in self.commits[repo]:
             return 404, {"X-Error-Code": "RevisionNotFound"}, b""
         headers = {"X-Repo-Commit": commit}
+        if not file:
+            return 200, headers, json.dumps(self.list(commit, repo, revision)).encode()
         body = self.commits[repo][commit].get(file)
         if body is None:
             return 404, {**headers, "X-Error-Code": "EntryNotFound"}, b""
         return 200, {**headers, "ETag": f'"{hashlib.sha256(body).hexdigest()}"'}, body
+
+    def list(self, commit: str, repo: str, revision: str) -> Any:
+        """What a repository has: first its commit, or the files of one."""
+        names = self.commits[repo][commit]
+        if revision != commit or self.requests[-1][0] == "INFO":
+            siblings = [{"rfilename": name} for name in names]
+            return {"id": repo, "sha": commit, "siblings": siblings}
+        return [
+            {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+            for name, data in names.items()
+        ]
 
 
 class _Handler(BaseHTTPRequestHandler):
     server: FakeHub
 
     def do_HEAD(self) -> None:
-        match = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", self.path)
+        path = self.path.partition("?")[0]
+        match = re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
+        lists = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(revision|tree)/([^/]+)", path)
         repo, revision, file = match.groups() if match else ("", "", self.path)
-        self.server.requests.append((self.command, repo, revision, file))
-        self.server.authorizations.add(self.headers["Authorization"])
+        if lists:
+            repo, kind, revision, file = *lists.groups(), ""
+            method = "INFO" if kind == "revision" else "LIST"
+        self.server.requests.append((method if lists else self.command, repo, revision, file))
+        if repo:
+            self.server.authorizations.add(self.headers["Authorization"])
         status, headers, body = self.server.find(repo, revision, file)
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(body))} | headers).items():
@@ -248,7 +281,7 @@ def test_the_table_has_the_known_hashes() -> None:
 
 def test_a_model_is_loaded_by_its_name(fake_hub: FakeHub, model_files: Files) -> None:
     encoder = load()
-    assert fake_hub.files_asked_for == NEEDED | OPTIONAL
+    assert fake_hub.files_asked_for == NEEDED | OPTIONAL  # nothing that is not read
     assert {
         file for method, repo, _, file in fake_hub.requests if repo and method == "GET"
     } == NEEDED
@@ -300,8 +333,7 @@ def test_revision(
     assert encoder.source is not None
     assert encoder.source.revision == named
     # The first request settles the commit; all others name it.
-    later = [request for request in fake_hub.requests if request[3] != "modules.json"]
-    asked = {revision for _, repo, revision, _ in later if repo}
+    asked = {revision for kind, repo, revision, _ in fake_hub.requests if repo and kind != "INFO"}
     assert asked == {named}
 
 
@@ -428,7 +460,7 @@ def test_a_hub_in_trouble(fake_hub: FakeHub, answer: tuple[int, dict[str, str], 
     assert f"{fake_hub.url} (the Hub): " in not_found()
 
 
-def test_a_hub_that_goes_away_between_two_files(fake_hub: FakeHub) -> None:
+def test_a_hub_that_goes_away_between_two_files(fake_hub: FakeHub, cache: Path) -> None:
     def stop(method: str, file: str) -> None:
         if (method, file) == ("GET", "config.json"):
             fake_hub.answer = (500, {}, b"")
@@ -438,8 +470,10 @@ def test_a_hub_that_goes_away_between_two_files(fake_hub: FakeHub) -> None:
     assert "of revision " + "a" * 40 in message
     fake_hub.answer, fake_hub.after = None, lambda method, file: None
     fake_hub.requests.clear()
+    arrived = files_of(next(cache.glob("models--*/snapshots/*")))
     load()  # goes on where it stopped
-    assert not fake_hub.files_asked_for & {"modules.json", "config.json"}
+    assert "config.json" in arrived
+    assert not fake_hub.files_asked_for & arrived.keys()
 
 
 # The default model: pinned.
@@ -526,7 +560,7 @@ def test_the_weights_folder_here_comes_first(pinned_hub: FakeHub, model_files: F
     encoder = load(hub.DEFAULT_MODEL)
     assert pinned_hub.requests == []
     assert encoder.source is not None
-    assert encoder.source.location == str(Path("weights", "tiny"))
+    assert encoder.source.location == str(Path("weights", "tiny").absolute())
     assert encoder.source.revision == "d" * 40
 
 
@@ -535,7 +569,7 @@ def test_the_weights_folder_is_verified_too(pinned_hub: FakeHub, model_files: Fi
     flip_a_bit(folder / "model.safetensors")
     with pytest.raises(HashMismatchError) as info:
         load(hub.DEFAULT_MODEL)
-    assert info.value.path == folder / "model.safetensors"
+    assert info.value.path == folder.absolute() / "model.safetensors"
 
 
 def test_an_incomplete_weights_folder_is_passed_over(
@@ -841,7 +875,7 @@ def test_what_was_downloaded_here_is_found_here(
 ) -> None:
     """Outside of a checkout the default folder is below the current directory."""
     monkeypatch.setattr(hub, "__file__", str(tmp_path / "site-packages" / "minilm" / "hub.py"))
-    assert hub.download() == Path("weights", "tiny")
+    assert hub.download() == Path("weights", "tiny").absolute()
     pinned_hub.requests.clear()
     load(hub.DEFAULT_MODEL)
     assert pinned_hub.requests == []
@@ -890,3 +924,238 @@ def test_looks_like(data: bytes, text: str) -> None:
 )
 def test_looks_like_nothing_known(data: bytes) -> None:
     assert hub.looks_like(data) is None
+
+
+# Access tokens.
+
+SECRET = "hf_averysecretword"
+
+
+def secrets_in(*values: Any) -> list[str]:
+    """What shows or keeps the secret: pickles in both forms, and texts."""
+    found = []
+    for value in values:
+        kept = io.BytesIO()
+        torch.save(value, kept)
+        forms = {"pickle": pickle.dumps(value), "torch.save": kept.getvalue()}
+        forms |= {"repr": repr(value).encode(), "str": str(value).encode()}
+        forms |= {"vars": repr(vars(value)).encode()} if hasattr(value, "__dict__") else {}
+        found += [f"{type(value).__name__}: {k}" for k, v in forms.items() if SECRET.encode() in v]
+    return found
+
+
+@pytest.mark.parametrize("name", ["token", "use_auth_token"])
+def test_no_token_is_kept_or_shown(
+    fake_hub: FakeHub, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    caplog.set_level("DEBUG")
+    encoder = load(**{name: SECRET})
+    lazy = LazyEncoder(NAME, device="cpu", **{name: SECRET})
+    lazy.encode("the dog")
+    vectorizer = MiniLMVectorizer(NAME, device="cpu", options={name: SECRET})
+    vectorizer.transform(["the dog"])
+    assert fake_hub.authorizations == {f"Bearer {SECRET}"}
+    assert secrets_in(encoder, lazy, vectorizer, clone(vectorizer), copy.copy(lazy)) == []
+    assert SECRET not in repr([vectorizer.get_params(), joblib.hash(vectorizer)])
+    encoder.save_pretrained(tmp_path / "saved")
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in written if SECRET.encode() in path.read_bytes()]
+    assert len(written) > 20
+    assert SECRET not in caplog.text
+    # Copies in this process go on using it.
+    assert copy.deepcopy(lazy.options)[name].reveal() == SECRET
+    assert clone(vectorizer).get_params()["options"] == vectorizer.get_params()["options"]
+
+
+def test_another_process_uses_the_token_of_its_own_environment(
+    fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pickled = pickle.dumps(LazyEncoder(NAME, device="cpu", token=SECRET, dtype="float64"))
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_ofthisprocess")
+    assert pickle.loads(pickled).encode("the dog").dtype == np.float64
+    assert fake_hub.authorizations == {"Bearer hf_ofthisprocess"}
+
+
+def test_no_error_shows_a_token(fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What can't be a header is quoted in the error of the library that sends it."""
+    token = f"{SECRET}\nx"
+    monkeypatch.setattr(huggingface_hub.utils._headers, "get_token", lambda: token)
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_IMPLICIT_TOKEN", False)
+    for passed in ({"token": token}, {}):
+        with pytest.raises(ModelNotFoundError) as info:
+            load(**passed)
+        assert SECRET not in "".join(traceback.format_exception(info.value))
+    with pytest.raises(InputTypeError, match="token is of type bytes") as other:
+        load(token=SECRET.encode())
+    assert SECRET not in str(other.value)
+
+
+def test_a_line_break_behind_a_token(fake_hub: FakeHub) -> None:
+    load(token=f"{SECRET}\n")
+    assert fake_hub.authorizations == {f"Bearer {SECRET}"}
+
+
+def test_no_error_shows_the_password_of_a_mirror(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_endpoint(f"http://me:{SECRET}@127.0.0.1:9", monkeypatch)
+    assert "http://***@127.0.0.1:9 (the Hub): " in not_found()
+    with pytest.raises(ModelNotFoundError) as info:
+        load()
+    assert SECRET not in "".join(traceback.format_exception(info.value))
+
+
+def test_a_record_never_asks_the_hub(fake_hub: FakeHub, cache: Path) -> None:
+    encoder = load(token=SECRET)
+    shutil.rmtree(cache)
+    fake_hub.requests.clear()
+    assert encoder.fingerprint().weights_sha256.startswith("tensors:")
+    assert fake_hub.requests == []
+
+
+# The cache, as other programs find and fill it.
+
+
+def test_the_cache_is_that_of_the_reference(
+    fake_hub: FakeHub, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SENTENCE_TRANSFORMERS_HOME", str(tmp_path / "home"))
+    load()
+    assert (tmp_path / "home" / "models--someone--tiny-bert").is_dir()
+    assert not cache.exists()
+    load(cache_dir=tmp_path / "given")  # comes before it
+    assert (tmp_path / "given" / "models--someone--tiny-bert").is_dir()
+    monkeypatch.setenv("SENTENCE_TRANSFORMERS_HOME", "")
+    load()
+    assert cache.is_dir()
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n", " "])
+def test_a_ref_that_ends_in_a_line_break(fake_hub: FakeHub, cache: Path, ending: str) -> None:
+    load()
+    (ref,) = cache.glob("models--*/refs/main")
+    ref.write_text(ref.read_text() + ending)
+    fake_hub.requests.clear()
+    load(local_files_only=True)
+    load()
+    assert fake_hub.requests == []
+
+
+def test_a_ref_leads_nowhere_else(fake_hub: FakeHub, cache: Path, model_files: Files) -> None:
+    load()
+    write_files(cache / "elsewhere", model_files)
+    (ref,) = cache.glob("models--*/refs/main")
+    ref.write_text("../../elsewhere")
+    assert "no modules.json of revision main" in not_found(local_files_only=True)
+
+
+def test_the_same_bytes_of_another_commit_will_do(
+    pinned_hub: FakeHub, cache: Path, model_files: Files, other_model_files: Files
+) -> None:
+    pinned_hub.add(hub.DEFAULT_MODEL, model_files, "e" * 40, "older")
+    load(hub.DEFAULT_MODEL, revision="older")
+    pinned_hub.requests.clear()
+    encoder = load(hub.DEFAULT_MODEL, local_files_only=True)
+    assert load(hub.DEFAULT_MODEL).encode("the dog").tolist() == encoder.encode("the dog").tolist()
+    assert pinned_hub.requests == []
+    assert encoder.source is not None
+    assert encoder.source.folder.name == "e" * 40
+    assert encoder.source.revision == hub.REVISION
+    # Other bytes will not.
+    (config,) = cache.glob(f"models--*/snapshots/{'e' * 40}/config.json")
+    config.write_bytes(config.read_bytes() + b" ")
+    message = not_found(hub.DEFAULT_MODEL, local_files_only=True)
+    assert f"{config.parent}: config.json is missing, or is not the published one" in message
+
+
+def without_marks(cache: Path) -> None:
+    (marks,) = cache.rglob(".no_exist")
+    shutil.rmtree(marks)
+
+
+def test_a_doubt_is_a_warning_and_an_error_where_those_are(fake_hub: FakeHub, cache: Path) -> None:
+    load()
+    without_marks(cache)
+    doubt = "config_sentence_transformers.json is not in the cache beside the weights"
+    with pytest.warns(UserWarning, match=doubt):
+        load(local_files_only=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match=doubt):
+            load(local_files_only=True)
+
+
+def test_a_warning_of_the_library_is_no_lack_of_a_model(
+    fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    download = huggingface_hub.snapshot_download
+
+    def warn(*arguments: Any, local_files_only: bool = False, **options: Any) -> str:
+        if not local_files_only:
+            warnings.warn("soon another way", FutureWarning, stacklevel=2)
+        return download(*arguments, local_files_only=local_files_only, **options)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", warn)
+    with pytest.raises(FutureWarning, match="soon another way"):
+        load()
+
+
+# Paths.
+
+
+def test_a_relative_path_stays_the_same_folder(
+    model_files: Files, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensors = safetensors.torch.load(model_files["model.safetensors"])
+    tensors |= {"pooler.dense.weight": torch.ones(32, 32), "pooler.dense.bias": torch.ones(32)}
+    write_files(Path("tiny"), model_files)
+    safetensors.torch.save_file(tensors, "tiny/model.safetensors")
+    encoder, lazy = load("tiny"), LazyEncoder(Path("tiny"), cache_dir="cache", device="cpu")
+    vectorizer = MiniLMVectorizer("tiny", options={"cache_folder": "cache"})
+    pickled, before = pickle.dumps(lazy), encoder.fingerprint()
+    other = load("tiny")
+    monkeypatch.chdir(tmp_path)
+    write_model_folder(Path("tiny"), seed=3)
+    assert encoder.fingerprint() == other.fingerprint() == before
+    other.save_pretrained("copy")
+    assert "pooler.dense.weight" in safetensors.torch.load_file("copy/model.safetensors")
+    expected = encoder.encode(["the dog"])
+    for held in (lazy, pickle.loads(pickled)):
+        assert np.array_equal(held.encode(["the dog"]), expected)
+    assert np.array_equal(vectorizer.transform(["the dog"]), expected)
+    assert lazy.options["cache_dir"] == str(tmp_path / "cwd" / "cache")
+    assert vectorizer.options == {"cache_folder": str(tmp_path / "cwd" / "cache")}
+    assert LazyEncoder("someone/tiny").model == "someone/tiny"  # a name stays one
+
+
+@pytest.fixture
+def no_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working directory that has been deleted."""
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+
+
+def test_without_a_working_directory(
+    no_directory: None, pinned: dict[str, str], model_files: Files, tmp_path: Path
+) -> None:
+    folder = write_files(tmp_path / "tiny", model_files)
+    encoder = load(str(folder))
+    encoder.encode(["the dog"])
+    encoder.fingerprint()
+    encoder.save_pretrained(tmp_path / "saved")
+    assert LazyEncoder(tmp_path / "saved").encode(["the dog"]).shape == (1, 32)
+    index = Index.create(tmp_path / "index", encoder.fingerprint())
+    index.add(encoder.encode(["the dog"]), ["the dog"], fingerprint=encoder.fingerprint())
+    assert hub.download(folder) == folder
+    message = not_found("./tiny")
+    assert "tiny" in message
+    assert "the working directory is gone; pass the path from the root" in message
+    for refused in (
+        lambda: encoder.save_pretrained("saved"),
+        lambda: Index.create("index", None),
+        lambda: load(NAME, cache_dir="cache"),
+    ):
+        with pytest.raises(FileNotFoundError, match="the working directory is gone") as info:
+            refused()
+        assert info.value.filename in ("saved", "index", "cache")
+    assert "not found" in not_found(hub.DEFAULT_MODEL, local_files_only=True)

@@ -13,7 +13,6 @@ import json
 import os
 from collections.abc import Mapping
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Unpack
 
 import numpy as np
@@ -80,8 +79,8 @@ class MiniLMEmbeddingFunction(EmbeddingFunction[Documents]):  # type: ignore[mis
         self._fingerprint = None if fingerprint is None else Fingerprint.from_dict(fingerprint)
         self._is_checked = fingerprint is None
         made = self._fingerprint or self._fingerprint_now()
-        kept = {name: value for name, value in options.items() if name not in SECRETS}
-        place = _absolute(model)
+        kept = {name: value for name, value in self.lazy.options.items() if name not in SECRETS}
+        place: Any = self.lazy.model  # a name, or a path from the root
         self._config = _as_json({"model": place, "fingerprint": made.to_dict(), **kept})
 
     def __call__(self, input: Documents) -> list[np.ndarray[Any, Any]]:  # noqa: A002
@@ -193,13 +192,6 @@ def _check_same(wanted: Fingerprint, found: Fingerprint) -> None:
             "one back, or make a new collection and add the documents again",
             "model",
         )
-
-
-def _absolute(model: str | os.PathLike[str]) -> str:
-    """A name as it is; a folder from the root, since a later process may start elsewhere."""
-    path = Path(model).expanduser()
-    is_folder = model != hub.DEFAULT_MODEL and path.is_dir()
-    return str(path.absolute()) if is_folder else os.fspath(model)
 
 
 def _as_json(values: dict[str, Any]) -> dict[str, Any]:

@@ -19,13 +19,10 @@ from minilm.encoder import SentenceEncoder
 from minilm.errors import InputTypeError
 from minilm.fingerprint import Fingerprint
 from minilm.inputs import as_many, check_choice, check_positive_int
-from minilm.options import LoadOptions, load_options
+from minilm.options import SECRETS, LoadOptions, load_options, to_keep
 from minilm.truncation import TRUNCATION
 
 __all__ = ["SECRETS", "AdapterOptions", "Embedder", "LazyEncoder"]
-
-# Options that are shown and kept nowhere.
-SECRETS = ("token", "use_auth_token")
 
 
 class _EncodeOptions(TypedDict, total=False):
@@ -52,11 +49,12 @@ class LazyEncoder:
 
     Threads may share it: it is loaded once. A pickle, or a copy, of one that was given by name or
     folder has the name and the options, and loads for itself; a `SentenceEncoder` that was given
-    is pickled as it is.
+    is pickled as it is. No pickle has the access token: whoever loads it uses `HF_TOKEN` or the
+    stored login of its own environment.
 
     Attributes:
-        model: What was given.
-        options: The options that were given.
+        model: What was given; a folder from the root, so that it stays the same one.
+        options: The options that were given; a `cache_dir` from the root, a token hidden.
     """
 
     def __init__(
@@ -79,7 +77,7 @@ class LazyEncoder:
         # Chosen for a call in any case, so that it also works with an encoder that is given.
         encode_names = {*_EncodeOptions.__annotations__, "truncate_dim"}
         self.model = model
-        self.options: dict[str, Any] = dict(options)
+        self.options: dict[str, Any] = to_keep(options)
         given = self.options.items()
         self._encode = {name: value for name, value in given if name in encode_names}
         self._load = {name: value for name, value in given if name not in encode_names}
@@ -106,6 +104,8 @@ class LazyEncoder:
                 "or a SentenceEncoder",
                 "model",
             )
+        else:
+            self.model = hub.settled(model)
 
     @property
     def encoder(self) -> SentenceEncoder:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 
 from minilm import hub
-from minilm.adapters.lazy import LazyEncoder
+from minilm.adapters.lazy import SECRETS, LazyEncoder
 from minilm.arrow import embedding_array, import_pyarrow, with_fingerprint
 from minilm.encoder import SentenceEncoder
 from minilm.errors import InputError, InputTypeError, MissingPackageError
@@ -245,8 +245,19 @@ def encode_dataset(
         gpus_per_actor: GPUs of each, as 1 or 0.5.
         batch_size: Rows that one is given at a time.
         ray_options: What else `map_batches` takes, such as `{"resources": {"big": 1}}`.
-        options: The arguments of `MiniLMActor`.
+        options: The arguments of `MiniLMActor`, but for an access token, which Ray would keep: the
+            machines use `HF_TOKEN` of their environment.
+
+    Raises:
+        InputError: A token is given, or a number is not positive.
     """
+    for name in SECRETS:
+        if isinstance(options.get(name), str | hub.AccessToken):
+            raise InputError(
+                f"{name} would be sent to the actors, and kept by Ray; set HF_TOKEN on the "
+                "machines of the cluster instead",
+                name,
+            )
     return dataset.map_batches(
         MiniLMActor,
         fn_constructor_kwargs={"model": model, **options},

@@ -23,6 +23,7 @@ from minilm.adapters.lazy import LazyEncoder
 from minilm.encoder import SentenceEncoder
 from minilm.errors import InputError, InputTypeError, MissingPackageError
 from minilm.inputs import as_many
+from minilm.options import to_keep
 
 try:
     from scipy.sparse import issparse
@@ -126,6 +127,15 @@ class MiniLMVectorizer(
 
     # The model: neither a parameter nor learned.
     _shared: LazyEncoder | None = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Parameters are shown, logged and pickled: without a token, and with paths that stay."""
+        if name == "model" and isinstance(value, str | os.PathLike):
+            value = hub.settled(value)
+        elif name == "options" and isinstance(value, Mapping):
+            kept = to_keep(value)
+            value = value if kept == value else kept  # what needs no change stays the same object
+        super().__setattr__(name, value)
 
     def _lazy(self) -> LazyEncoder:
         """The model that the parameters name now; another only if they name another."""

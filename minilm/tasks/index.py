@@ -35,7 +35,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from minilm.disk import file_sha256, held, sync_folder
+from minilm.disk import absolute, file_sha256, held, sync_folder
 from minilm.errors import ConfigError, InputError, InputTypeError
 from minilm.fingerprint import Fingerprint, compare
 from minilm.inputs import check_choice, check_positive_int
@@ -139,7 +139,7 @@ class Index:
                 are wanted of a model without `model_ranges`; or as in `add`.
             OSError: The folder can't be written to, or the disk is full.
         """
-        path = Path(folder)
+        path = absolute(folder)
         for each in codes:
             check_choice(each, _CODES, "codes")
         _check_int8(fingerprint, codes)
@@ -170,7 +170,7 @@ class Index:
             ConfigError: Its index.json is broken, or a file is missing or has another size; every
                 problem is listed. `verify` also reads the files.
         """
-        path = Path(folder)
+        path = absolute(folder)
         _check_is_index(path)
         while True:
             manifest = read_manifest(path)
