@@ -271,17 +271,16 @@ class SentenceEncoder(Encode, LookInside, nn.Module):
 
     def save_pretrained(
         self,
-        path: str | os.PathLike[str] | None,
+        path: str | os.PathLike[str],
         model_name: str | None = None,
         create_model_card: bool = True,
         train_datasets: list[str] | None = None,
         safe_serialization: bool = True,
     ) -> None:
         """Write a folder that this package and sentence-transformers load: see `minilm.save`."""
-        if path is not None:
-            save_pretrained(
-                self, path, model_name, create_model_card, train_datasets, safe_serialization
-            )
+        save_pretrained(
+            self, path, model_name, create_model_card, train_datasets, safe_serialization
+        )
 
     save = save_pretrained
 

@@ -451,6 +451,13 @@ def test_refuses_arguments(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("path", [None, "", b"folder"])
+def test_an_encoder_does_not_save_nowhere_in_silence(path: Any, tiny: Any) -> None:
+    for method in (tiny.save_pretrained, tiny.save):
+        with pytest.raises(InputTypeError, match="pass the folder to write"):
+            method(path)
+
+
 def test_refuses_a_file_in_place_of_the_folder(tiny: Any, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     (tmp_path / "link").symlink_to(tmp_path / "nowhere")
