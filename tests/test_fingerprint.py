@@ -1,5 +1,6 @@
 """Fingerprints: the same for the same model, another for another, and the check by the vectors."""
 
+import copy
 import dataclasses
 import hashlib
 import json
@@ -13,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+import tokenizers
 import torch
 from torch import nn
 
@@ -724,3 +726,87 @@ def test_fewer_bits_that_a_diagnosis_finds_are_rounding(
     texts = texts[:7]
     result = check_vectors(tiny, texts, embed(tiny, texts) + np.float32(0.01))
     assert (result.verdict, result.reason) == (verdict, "probable cause")
+
+
+# --- a record that is asked for again
+
+
+@pytest.fixture
+def digests(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What was done for it that takes long."""
+    done: list[str] = []
+    module = sys.modules["minilm.fingerprint"]  # the package has a function of that name
+    for name in ("_digest_tensors", "_file_sha256", "_digest_settings"):
+        plain = getattr(module, name)
+
+        def noted(*arguments: Any, name: str = name, plain: Any = plain) -> Any:
+            done.append(name)
+            return plain(*arguments)
+
+        monkeypatch.setattr(module, name, noted)
+    return done
+
+
+def test_nothing_is_digested_twice(tiny: Any, digests: list[str]) -> None:
+    first = fingerprint(tiny)
+    assert len(digests) == 3
+    assert fingerprint(tiny) == first
+    tiny.max_seq_length = 8
+    assert fingerprint(tiny).max_seq_length == 8
+    assert len(digests) == 3
+
+
+def weight_of(encoder: Any) -> Any:
+    return encoder.bert.layers[1].feed_forward.output.weight
+
+
+def one_number(encoder: Any) -> None:
+    weight_of(encoder).data[3, 5] += 1e-6
+
+
+def shared_memory(encoder: Any) -> None:
+    weight_of(encoder).detach().numpy()[0, 0] *= -1
+
+
+def signs(encoder: Any) -> None:
+    weight_of(encoder).data[:, 1::2].neg_()
+
+
+def swapped(encoder: Any) -> None:
+    data = weight_of(encoder).data
+    data[:, [0, 1]] = data[:, [1, 0]].clone()
+
+
+def other_memory(encoder: Any) -> None:
+    weight_of(encoder).data = weight_of(encoder).data.flip(0).contiguous()
+
+
+def trained(encoder: Any) -> None:
+    optimizer = torch.optim.AdamW(encoder.parameters(), lr=1e-6)
+    encoder(encoder.tokenize(["the dog"]))["sentence_embedding"].sum().backward()
+    optimizer.step()
+
+
+def loaded(encoder: Any) -> None:
+    state = {name: value * 1.0001 for name, value in encoder.bert.state_dict().items()}
+    encoder.bert.load_state_dict(state)
+
+
+def other_normalizer(encoder: Any) -> None:
+    encoder.tokenizer.backend.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=False)
+
+
+CHANGES = [one_number, shared_memory, signs, swapped, other_memory, trained, loaded]
+
+
+@pytest.mark.parametrize("change", [*CHANGES, other_normalizer], ids=lambda change: change.__name__)
+def test_no_change_escapes_a_record_that_was_kept(change: Any, tiny: Any) -> None:
+    """Not those either that leave no trace in torch's counts of versions, or in addresses."""
+    before = fingerprint(tiny)
+    copied = copy.deepcopy(tiny)
+    change(tiny)
+    after = fingerprint(tiny)
+    assert compare(before, after).verdict == "model"
+    made_anew = copy.deepcopy(tiny)
+    assert fingerprint(made_anew) == after
+    assert fingerprint(copied) == before

@@ -19,7 +19,7 @@ import torch
 from conftest import ROOT, another_process
 from minilm import SentenceEncoder, cli, indexing
 from minilm.errors import ConfigError, InputError, InputTypeError
-from minilm.files import Table
+from minilm.files import Table, read_table
 from minilm.fingerprint import Fingerprint
 from minilm.hub import SHA256
 from minilm.tasks import Index, quantized_search, segments, semantic_search
@@ -799,6 +799,21 @@ def test_build_add_search_check(
     path.write_bytes(path.read_bytes()[:-1] + b"\0")
     assert run("index", "check", folder, *model) == 1
     assert "vectors.npy has SHA-256" in capsys.readouterr().err
+
+
+def test_a_search_digests_no_weights_and_notices_any_other(
+    tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = SentenceEncoder.from_pretrained(tiny_folder, device="cpu")
+    (tmp_path / "a.txt").write_text("the dog bites\na cat\n")
+    table = read_table([str(tmp_path / "a.txt")])
+    index = indexing.build_index(encoder, tmp_path / "index", table)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["minilm.fingerprint"], "_digest_tensors", None)
+        assert indexing.search_index(encoder, index, ["a cat"], 1)[0][0]["corpus_id"] == 1
+    encoder.bert.layers[0].attention.query.weight.data[0, 0] += 0.5
+    with pytest.raises(InputError, match="use that model, or build another"):
+        indexing.search_index(encoder, index, ["a cat"])
 
 
 def test_the_command_line_refuses(

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 import tour_browser
+from torch import Tensor, nn
 from tour_browser import Page
 
 from conftest import ROOT
@@ -394,6 +395,22 @@ def test_any_model_of_the_family(tiny_encoder: SentenceEncoder) -> None:
     assert "Four heads × two layers" in text
     assert "[6, 32]" in text
     assert differing(page, expected_tensors(tiny_encoder, "the dog walks", "a cat", page)) == []
+
+
+def test_a_device_without_float64(
+    tiny_encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What Apple's devices refuse: only a tensor that is on the processor may become float64."""
+    plain = nn.Module._apply
+
+    def refuse(module: nn.Module, change: Callable[[Tensor], Tensor], *rest: Any) -> nn.Module:
+        if change(torch.ones(1)).dtype == torch.float64:
+            raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
+        return plain(module, change, *rest)
+
+    expected = tour(tiny_encoder, "the dog walks", "a cat")
+    monkeypatch.setattr(nn.Module, "_apply", refuse)
+    assert tour(tiny_encoder, "the dog walks", "a cat") == expected
 
 
 def test_unread_text_is_said(tiny_encoder: SentenceEncoder) -> None:
