@@ -274,6 +274,8 @@ def run_onnx(
         }
         try:
             (output,) = session.run([name], feed)
+        except Warning:  # python -W error
+            raise
         except Exception as error:  # onnxruntime raises classes of its own
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise InputError(f"{path}: can't be run: {reason}", "--against") from error
@@ -294,6 +296,8 @@ def _session(path: Path) -> Any:
         raise InputError(f"{path}: no such file", "--against")
     try:
         return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Warning:  # python -W error
+        raise
     except Exception as error:  # onnxruntime raises classes of its own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{path}: is no ONNX model: {reason}", "--against") from error

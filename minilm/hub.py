@@ -525,7 +525,7 @@ def _fetch(
                 raise
             except EntryNotFoundError:
                 pass
-    except Warning:  # an error by the wish of whoever runs Python
+    except Warning:  # python -W error
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None and error.filename:

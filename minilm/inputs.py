@@ -305,6 +305,8 @@ def as_device(
         found = torch.device(device)
         # A name may be known and the device absent.
         torch.empty(1, device=found, dtype=dtype).fill_(0)
+    except Warning:  # python -W error
+        raise
     except Exception as error:  # torch raises AssertionError, RuntimeError and others here
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise InputError(

@@ -1,6 +1,7 @@
 import collections
 import logging
 import math
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -552,3 +553,12 @@ def test_dtype_that_is_not_supported(dtype: Any) -> None:
     message = refused(InputError, lambda: as_dtype(dtype), "dtype")
     name = str(dtype).removeprefix("torch.")
     assert message == f"dtype is {name!r}; pass one of float64, float32, float16, bfloat16"
+
+
+def test_a_warning_that_is_an_error_is_no_lack_of_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    def warn(*_: Any, **__: Any) -> None:
+        warnings.warn("the driver is old", UserWarning, stacklevel=1)
+
+    monkeypatch.setattr(torch, "empty", warn)
+    with pytest.raises(UserWarning, match="the driver is old"):
+        as_device("cpu")
