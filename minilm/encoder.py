@@ -159,8 +159,10 @@ class SentenceEncoder(Encode, LookInside, nn.Module):
             default_prompt_name: The one to use if none is asked for.
             similarity_fn_name: "cosine", "dot", "euclidean" or "manhattan": what `similarity` does.
             truncate_dim: How many numbers of each vector `encode` keeps by default.
-            cache_dir: The Hub cache, by default huggingface_hub's. `cache_folder` is the same.
-            token: An access token for the Hub, or True for the stored one.
+            cache_dir: The Hub cache, by default `SENTENCE_TRANSFORMERS_HOME`, else
+                huggingface_hub's. `cache_folder` is the same.
+            token: An access token for the Hub, or True for the stored one. It is kept nowhere: a
+                pickle that has to read the model anew uses `HF_TOKEN` or the login of where it is.
             local_files_only: Never use the network.
             options: What sentence-transformers takes besides: see `LoadOptions`.
 

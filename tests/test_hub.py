@@ -949,10 +949,11 @@ def test_no_token_is_kept_or_shown(
     fake_hub: FakeHub, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:
     caplog.set_level("DEBUG")
-    encoder = load(**{name: SECRET})
-    lazy = LazyEncoder(NAME, device="cpu", **{name: SECRET})
+    given: dict[str, Any] = {name: SECRET}
+    encoder = load(**given)
+    lazy = LazyEncoder(NAME, device="cpu", **given)
     lazy.encode("the dog")
-    vectorizer = MiniLMVectorizer(NAME, device="cpu", options={name: SECRET})
+    vectorizer = MiniLMVectorizer(NAME, device="cpu", options=given)
     vectorizer.transform(["the dog"])
     assert fake_hub.authorizations == {f"Bearer {SECRET}"}
     assert secrets_in(encoder, lazy, vectorizer, clone(vectorizer), copy.copy(lazy)) == []
@@ -1089,7 +1090,7 @@ def test_a_warning_of_the_library_is_no_lack_of_a_model(
 ) -> None:
     download = huggingface_hub.snapshot_download
 
-    def warn(*arguments: Any, local_files_only: bool = False, **options: Any) -> str:
+    def warn(*arguments: Any, local_files_only: bool = False, **options: Any) -> Any:
         if not local_files_only:
             warnings.warn("soon another way", FutureWarning, stacklevel=2)
         return download(*arguments, local_files_only=local_files_only, **options)

@@ -811,7 +811,7 @@ def test_a_search_digests_no_weights_and_notices_any_other(
     with monkeypatch.context() as patch:
         patch.setattr(sys.modules["minilm.fingerprint"], "_digest_tensors", None)
         assert indexing.search_index(encoder, index, ["a cat"], 1)[0][0]["corpus_id"] == 1
-    encoder.bert.layers[0].attention.query.weight.data[0, 0] += 0.5
+    encoder.bert.embeddings.word_embeddings.weight.data[7, 0] += 0.5
     with pytest.raises(InputError, match="use that model, or build another"):
         indexing.search_index(encoder, index, ["a cat"])
 

@@ -401,9 +401,9 @@ def test_a_device_without_float64(
     tiny_encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What Apple's devices refuse: only a tensor that is on the processor may become float64."""
-    plain = nn.Module._apply
+    plain: Any = nn.Module._apply
 
-    def refuse(module: nn.Module, change: Callable[[Tensor], Tensor], *rest: Any) -> nn.Module:
+    def refuse(module: nn.Module, change: Callable[[Tensor], Tensor], *rest: Any) -> Any:
         if change(torch.ones(1)).dtype == torch.float64:
             raise TypeError("Cannot convert a MPS Tensor to float64 dtype")
         return plain(module, change, *rest)
