@@ -113,7 +113,11 @@ _NORMALIZE_SETTINGS: dict[str, tuple[Any, ...]] = {
 _PROCESSOR_SETTINGS: dict[str, tuple[Any, ...]] = {
     "processor_class": (None,),
     "auto_map": (None, {}),
+    "init_inputs": ([],),
 }
+
+# What the reference reads in place of vocab.txt, where there is no tokenizer.json.
+_OTHER_VOCABULARIES = ("tokenizer.model", "tiktoken.model", "tekken.json")
 
 
 class _OwnSettings(NamedTuple):
@@ -494,6 +498,10 @@ def _read_tokenizer(
             kind = beside.settings["tokenizer_class"]
             problem = f"is missing; tokenizer_class is {kind!r}, which does not read vocab.txt"
             raise TokenizerError(files.path(folder + _TOKENIZER), [problem])
+        for other in (folder + each for each in _OTHER_VOCABULARIES):
+            if _is_there(files, other):
+                problem = "is another vocabulary than vocab.txt; remove the one that is not meant"
+                raise TokenizerError(files.path(other), [problem])
     else:
         tokenizer_json = _read(files, name, TokenizerError)
     path = files.path(name)

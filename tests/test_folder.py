@@ -718,6 +718,27 @@ def test_added_tokens(tiny_folder: Path) -> None:
     assert load(tiny_folder).tokenizer.vocab_size == 24  # type: ignore[union-attr]
 
 
+def test_vocab_txt_in_place_of_tokenizer_json(tiny_folder: Path) -> None:
+    words = "".join(f"{word}\n" for word in tiny_tokenizer_json()["model"]["vocab"])
+    (tiny_folder / "vocab.txt").write_text(words, encoding="utf-8")
+    before = load(tiny_folder).tokenizer
+    (tiny_folder / "tokenizer.json").unlink()
+    encoder = load(tiny_folder)
+    assert encoder.source is not None
+    assert "vocab.txt" in encoder.source.sha256
+    text = "The dog walks [MASK], caf\u00e9!"
+    assert before is not None
+    assert encoder.tokenize([text])["input_ids"].tolist() == before([text]).input_ids
+    (tiny_folder / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(TokenizerError, match="is another vocabulary"):
+        load(tiny_folder)
+    edit_json(tiny_folder / "tokenizer_config.json", tokenizer_class="PreTrainedTokenizerFast")
+    with pytest.raises(
+        TokenizerError, match=r"tokenizer\.json: is missing; .* does not read vocab"
+    ):
+        load(tiny_folder)
+
+
 def test_tokens_beyond_the_word_table_are_refused(tiny_folder: Path, refuse: Refuse) -> None:
     tokens = {f"[NEW{i}]": 24 + i for i in range(17)}
     (tiny_folder / "added_tokens.json").write_text(json.dumps(tokens))
@@ -911,6 +932,7 @@ def test_settings_that_load(tiny_folder: Path, file: str, fields: dict[str, Any]
         ("sentence_bert_config.json", "tokenizer_args", {"do_lower_case": False}),
         ("sentence_bert_config.json", "config_kwargs", {"num_hidden_layers": 1}),
         ("tokenizer_config.json", "processor_class", "CLIPProcessor"),
+        ("tokenizer_config.json", "init_inputs", ["vocab.txt"]),
         ("tokenizer_config.json", "auto_map", {"AutoTokenizer": ["own.Own", None]}),
         ("config_sentence_transformers.json", "default_prompt_name", "passage"),
         ("config_sentence_transformers.json", "default_prompt_name", ["query"]),
