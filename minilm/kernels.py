@@ -56,11 +56,12 @@ import ctypes
 import functools
 import os
 import threading
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -76,10 +77,12 @@ __all__ = [
     "FastLinear",
     "Layout",
     "Packed",
+    "Plain",
     "Transposed",
     "accelerate",
     "fast_products",
     "give_back_freed_memory",
+    "has_own_forward",
     "keep_few_kernels",
     "layout_for",
 ]
@@ -87,19 +90,19 @@ __all__ = [
 _DTYPES = (torch.float32, torch.bfloat16)
 _SLICE = 384  # columns that are added up in one chain
 _FEW = 16  # rows, up to which the call itself takes a noticeable part of the time
-_TRIAL = (2, 10, 16, 17, 40, 100, 300, 511)  # numbers of rows, compared with 600
+# Numbers of rows, each a multiple of 16 as in `packed.make_features`, tried with as many threads as
+# there are now, and with one.
+_TRIAL = (16, 32, 48, 80, 144, 272, 512)
+_TRIAL_ALONE = (16, 48, 144)
+# Times that of `F.linear`. An output wider than the input is read and written once more for each
+# slice of columns, which takes a seventh more time, and its error is the smallest part of the whole
+# one: it may be that of one chain of 384, 1.4 times as large as that of two of 192.
+_MOST_ERROR, _MOST_ERROR_OF_WIDE = 1.2, 1.5
 _SAMPLES = 8  # numbers of a weight that are compared before each use of its copy
 
 
 class Layout:
-    """One way to store a weight, and the product that goes with it.
-
-    Attributes:
-        row_invariant: Whether the start-up trial found that a row gets the same bits in any
-            company; None before it.
-    """
-
-    row_invariant: bool | None = None
+    """One way to store a weight, and the product that goes with it."""
 
     def pack(self, weight: Tensor) -> Any:
         """`[out, in]` -> the copy that `linear` takes."""
@@ -108,6 +111,17 @@ class Layout:
     def linear(self, rows: Tensor, packed: Any, bias: Tensor | None, gelu: bool) -> Tensor:
         """`[rows, in]` -> `[rows, out]`: rows Wᵀ + bias, or GELU of that."""
         raise NotImplementedError
+
+
+class Plain(Layout):
+    """`F.linear` on the weight itself: no copy, so that nothing can be out of date."""
+
+    def pack(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def linear(self, rows: Tensor, packed: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+        output = F.linear(rows, packed, bias)
+        return F.gelu(output) if gelu else output
 
 
 class Transposed(Layout):
@@ -134,29 +148,37 @@ class Transposed(Layout):
 class Packed(Layout):
     """W in oneDNN's blocked order.
 
-    With the matrix units of some processors oneDNN cuts the long sums of a product of 33 to 511
-    rows into parts, and rounds in between. Where the trial sees that, such a product is made of
-    products of 32 rows.
-
     Attributes:
-        row_blocks: Whether it is.
+        columns: How many input columns to add up in one chain. The chains are added up one after
+            the other: less rounding, at the price of a call for each. None for all at once.
+        row_blocks: Whether a product of 33 to 511 rows is made of products of 32. With the matrix
+            units of some processors oneDNN cuts the long sums of such a product into parts, and
+            rounds in between.
     """
 
-    def __init__(self, row_blocks: bool = False) -> None:
+    def __init__(self, columns: int | None = None, row_blocks: bool = False) -> None:
+        self.columns = columns
         self.row_blocks = row_blocks
 
-    def pack(self, weight: Tensor) -> Tensor:
-        packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, 1024)
-        return packed
+    def pack(self, weight: Tensor) -> list[Tensor]:
+        parts = torch.split(weight, self.columns or weight.shape[1], dim=1)
+        return [torch.ops.mkldnn._reorder_linear_weight(part.contiguous(), 1024) for part in parts]
 
-    def linear(self, rows: Tensor, packed: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
+    def linear(self, rows: Tensor, packed: list[Tensor], bias: Tensor | None, gelu: bool) -> Tensor:
         multiply = torch.ops.mkldnn._linear_pointwise.default
+        if len(packed) > 1:
+            nothing: tuple[Any, ...] = ("none", [], "")
+            first, *others = torch.split(rows, self.columns or rows.shape[1], dim=1)
+            output: Tensor = multiply(first, packed[0], bias, *nothing)
+            for part, weight in zip(others, packed[1:], strict=True):
+                output.add_(multiply(part, weight, None, *nothing))
+            return F.gelu(output) if gelu else output
         # The second "none": by erf, not approximated.
         after: tuple[Any, ...] = ("gelu", [], "none") if gelu else ("none", [], "")
         if self.row_blocks and 32 < len(rows) < 512:
-            parts = torch.split(rows, 32)
-            return torch.cat([multiply(part, packed, bias, *after) for part in parts])
-        output: Tensor = multiply(rows, packed, bias, *after)
+            blocks = torch.split(rows, 32)
+            return torch.cat([multiply(block, packed[0], bias, *after) for block in blocks])
+        output = multiply(rows, packed[0], bias, *after)
         return output
 
 
@@ -166,69 +188,161 @@ class ByRows(Layout):
     few = Transposed()
     many = Packed()
 
-    def pack(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def pack(self, weight: Tensor) -> tuple[Tensor, list[Tensor]]:
         return self.few.pack(weight), self.many.pack(weight)
 
     def linear(
-        self, rows: Tensor, packed: tuple[Tensor, Tensor], bias: Tensor | None, gelu: bool
+        self, rows: Tensor, packed: tuple[Tensor, list[Tensor]], bias: Tensor | None, gelu: bool
     ) -> Tensor:
         if len(rows) <= _FEW:
             return self.few.linear(rows, packed[0], bias, gelu)
         return self.many.linear(rows, packed[1], bias, gelu)
 
 
-@functools.cache
-def layout_for(dtype: torch.dtype, out_features: int, in_features: int) -> Layout | None:
-    """The layout for weights of this dtype and shape on this processor; None for `F.linear`.
+_plain, _transposed, _by_rows, _packed = Plain(), Transposed(), ByRows(), Packed()
+_sliced, _row_blocks = Packed(columns=192), Packed(row_blocks=True)
 
-    The first of the candidates that agrees with `F.linear` and keeps rows apart; if none keeps
-    them apart, the first that agrees.
+# What `layout_for` found, by dtype, shape, and what of torch's state a product may depend on.
+_choices: dict[tuple[Any, ...], Layout | None] = {}
+
+
+def layout_for(dtype: torch.dtype, out_features: int, in_features: int) -> Layout | None:
+    """The layout for weights of this dtype and shape, on this processor with as many threads as
+    now; None if there is none but `F.linear`, untried.
+
+    The first of the candidates that agrees with `F.linear`, gives a row the same bits in any
+    company and with one thread, and is as exact as `F.linear` but for a fifth. If there is none,
+    the most exact of those that keep a row's bits; if none does, the first that agrees.
+
+    A candidate that raises is passed over for this time, and is tried again by the next call.
     """
-    candidates = []
-    for layout in _candidates(dtype, in_features):
-        try:
-            layout.row_invariant = _trial(layout, dtype, out_features, in_features)
-        except (AttributeError, RuntimeError):  # no such operator in this build, or it says no
-            continue
-        if layout.row_invariant:
-            return layout
-        if layout.row_invariant is not None:
-            candidates.append(layout)
-    return candidates[0] if candidates else None
+    state = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    key = (dtype, out_features, in_features, *state)
+    if key in _choices:
+        return _choices[key]
+    whole, tried = True, []
+    allowed = _MOST_ERROR_OF_WIDE if out_features > in_features else _MOST_ERROR
+    with _ordinary_state():
+        for layout in _candidates(dtype, in_features):
+            try:
+                trial = _Trial.of(layout, dtype, out_features, in_features)
+                if trial.is_right and trial.error <= allowed and trial.keeps_bits():
+                    break
+                tried.append(trial)
+            except (AttributeError, RuntimeError):
+                whole = False
+        else:
+            right = sorted((t for t in tried if t.is_right), key=lambda trial: trial.error)
+            exact_first = next((trial for trial in right if trial.keeps_bits()), None)
+            layout = (exact_first or min(right, key=tried.index)).layout if right else None
+    if whole:
+        _choices[key] = layout
+    return layout
 
 
 def _candidates(dtype: torch.dtype, in_features: int) -> list[Layout]:
-    # A rule, and not a race: a race has another winner now and then.
-    if dtype == torch.float32 and in_features <= _SLICE:
-        return [ByRows(), Packed(), Transposed()]  # in the order of speed
-    if dtype == torch.float32:  # oneDNN cuts long sums: faster by 3 %, less exact by a sixth
-        return [Transposed(), Packed()]
+    """In the order of speed: a rule, and not a race, which has another winner now and then."""
+    has_packed = _has_packed(dtype)
     if dtype == torch.bfloat16:
-        return [Packed(), Packed(row_blocks=True)]
-    return []
+        return [_packed, _row_blocks, _plain] if has_packed else [_plain]
+    if dtype != torch.float32:
+        return []
+    if not has_packed:
+        return [_plain, _transposed]
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+        return [_plain, _by_rows, _packed, _sliced, _transposed]
+    if in_features <= _SLICE:
+        return [_by_rows, _packed, _sliced, _plain, _transposed]
+    # Where both libraries give the same bits for 384 columns, `mm` multiplies with AVX-512 too, as
+    # on Intel's processors; on AMD's it takes twice as long as oneDNN.
+    if layout_for(dtype, _SLICE, _SLICE) is _by_rows:
+        return [_transposed, _sliced, _packed, _plain]
+    return [_sliced, _plain, _transposed, _packed]
 
 
-def _trial(layout: Layout, dtype: torch.dtype, out_features: int, in_features: int) -> bool | None:
-    """Whether rows keep their bits in any company; None if the product is wrong."""
-    random = torch.Generator().manual_seed(0)
-    with torch.inference_mode(False), torch.no_grad():
-        weight = torch.randn(out_features, in_features, generator=random).to(dtype) * 0.05
-        bias = torch.randn(out_features, generator=random).to(dtype)
-        rows = torch.randn(600, in_features, generator=random).to(dtype)
+def _has_packed(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's operators are in this build, and take this dtype on this processor."""
+    operators = torch.ops.mkldnn
+    return (
+        torch.backends.mkldnn.is_available()
+        and hasattr(operators, "_reorder_linear_weight")
+        and hasattr(operators, "_linear_pointwise")
+        and (dtype != torch.bfloat16 or operators._is_mkldnn_bf16_supported())
+    )
+
+
+@contextmanager
+def _ordinary_state() -> Iterator[None]:
+    """No gradient, no autocast and no default device, whatever the caller has set."""
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+        torch.device("cpu"),
+    ):
+        yield
+
+
+@dataclass
+class _Trial:
+    """What came of one layout.
+
+    Attributes:
+        is_right: Whether it agrees with `F.linear`, but for rounding.
+        error: Its rounding error over that of `F.linear`, root mean square.
+    """
+
+    layout: Layout
+    rows: Tensor
+    packed: Any
+    bias: Tensor
+    gelus: tuple[bool, ...]
+    is_right: bool
+    error: float
+
+    @classmethod
+    def of(
+        cls, layout: Layout, dtype: torch.dtype, out_features: int, in_features: int
+    ) -> "_Trial":
+        random = torch.Generator("cpu").manual_seed(0)
+        make = {"generator": random, "dtype": torch.float32, "device": "cpu"}
+        weight = torch.randn(out_features, in_features, **make).to(dtype) * 0.05  # type: ignore[call-overload]
+        bias = torch.randn(out_features, **make).to(dtype)  # type: ignore[call-overload]
+        rows = torch.randn(640, in_features, **make).to(dtype)  # type: ignore[call-overload]
         packed = layout.pack(weight)
         exact = F.linear(rows[:32].double(), weight.double(), bias.double())
         bound = 8 * torch.finfo(dtype).eps * exact.abs().max()
-        row_invariant = True
-        for gelu in (False, True) if out_features > in_features else (False,):  # as in the model
-            product = layout.linear(rows, packed, bias, gelu)
+        gelus = (False, True) if out_features > in_features else (False,)  # as in the model
+        is_right, errors = True, []
+        for gelu in gelus:
             expected = F.gelu(exact) if gelu else exact
-            if not ((product[:32].double() - expected).abs() <= bound).all():
-                return None
-            row_invariant = row_invariant and all(
-                torch.equal(layout.linear(rows[:count], packed, bias, gelu), product[:count])
-                for count in _TRIAL
-            )
-        return row_invariant
+            off = layout.linear(rows[:32], packed, bias, gelu).double() - expected
+            plain = _plain.linear(rows[:32], weight, bias, gelu).double() - expected
+            is_right = is_right and bool((off.abs() <= bound).all())
+            errors.append(float(off.norm() / plain.norm().clamp(min=1e-300)))
+        return cls(layout, rows, packed, bias, gelus, is_right, max(errors))
+
+    def keeps_bits(self) -> bool:
+        """Whether rows keep their bits in any company, from any place on, and with one thread."""
+        threads = torch.get_num_threads()
+        try:
+            for gelu in self.gelus:
+                whole = self.layout.linear(self.rows, self.packed, self.bias, gelu)
+                for number, counts in ((threads, _TRIAL), (1, _TRIAL_ALONE)):
+                    if number != torch.get_num_threads():  # never more: a forked child has one
+                        torch.set_num_threads(number)
+                    for count in counts:
+                        for start in (0, 7):
+                            rows = self.rows[start : start + count]
+                            output = self.layout.linear(rows, self.packed, self.bias, gelu)
+                            if not torch.equal(output, whole[start : start + count]):
+                                return False
+                if threads != torch.get_num_threads():
+                    torch.set_num_threads(threads)
+            return True
+        finally:
+            if threads != torch.get_num_threads():
+                torch.set_num_threads(threads)
 
 
 class _Thread(threading.local):
@@ -258,15 +372,16 @@ def fast_products(modules: Iterable[nn.Module], tokens: int) -> Iterator[None]:
     if not torch.is_autocast_enabled("cpu"):
         feed_forwards = []
         for module in modules:
-            if isinstance(module, FastLinear):
-                product = module.product(every_number=tokens >= 4096)
+            forward = module.__dict__.get("forward")
+            if type(forward) is FastLinear and type(module) is nn.Linear:
+                product = forward.product(every_number=tokens >= 4096)
                 if product is not None:
                     products[module] = product
-            elif isinstance(module, FastFeedForward):
+            elif type(forward) is FastFeedForward and type(module) is BertFeedForward:
                 feed_forwards.append(module)
         for module in feed_forwards:
             first = module.intermediate
-            if type(first) is FastLinear and first in products and not _has_hooks(first):
+            if first in products and not _has_hooks(first):
                 products[module] = products[first]
     before, _thread.products = _thread.products, products
     try:
@@ -282,54 +397,90 @@ def _product_of(module: nn.Module) -> "_Product | None":
     return _thread.products.get(module)
 
 
-class FastLinear(nn.Linear):
-    """`nn.Linear` that multiplies in the dtype of its weight, and within `fast_products` by a copy
-    of it in the fastest layout there is.
+class _Forward:
+    """A `forward` of one module, which stands in the module's own attributes.
+
+    So the module stays of its class, for all who ask for that; a copy of it gets one of its own,
+    and what puts another module in its place leaves this behind.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = weakref.ref(module)  # no circle, so that a model is freed at once
+
+    @property
+    def module(self) -> Any:
+        module = self._module()
+        if module is None:
+            raise ReferenceError("the layer is gone that this one is a shallow copy of")
+        return module
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.module,)
+
+
+class FastLinear(_Forward):
+    """Of an `nn.Linear`: multiplies in the dtype of its weight, and within `fast_products` by a
+    copy of it in the fastest layout there is.
 
     The copy is made when it is first needed, and made again when the weight has changed.
     """
 
-    _copy: "_Copy | None" = None
+    copy: "_Copy | None" = None
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  # as nn.Linear calls it
+    def __call__(self, input: Tensor) -> Tensor:  # noqa: A002  # as nn.Linear calls it
         """`[..., in]` -> `[..., out]`, in the dtype of the weight."""
-        product = _product_of(self)
+        module = self.module
+        product = _product_of(module)
         if product is None:
-            return super().forward(input.to(self.weight.dtype))
+            output: Tensor = type(module).forward(module, input.to(module.weight.dtype))
+            return output
         return product(input)
 
     def product(self, every_number: bool) -> "_Product | None":
-        """The product by the copy, which is made, or made anew, if need be; None if it can't be.
+        """The product by the copy, which is made, or made anew, if need be; None for `F.linear`.
 
         Args:
             every_number: Whether to compare all numbers of the weight with those that were copied.
         """
-        weight, bias = self._parameters.get("weight"), self._parameters.get("bias")
-        copy = self._copy
-        if "bias" not in self._parameters:  # another object at each call, as when it is pruned
-            copy = self._copy = None
-        elif copy is None or not copy.is_of(weight, bias, every_number):
-            copy = self._copy = _Copy.of(weight, bias)
+        parameters = self.module._parameters
+        weight, bias = parameters.get("weight"), parameters.get("bias")
+        copy = self.copy
+        layout = None
+        if "bias" in parameters and _can_be_copied(weight, bias):  # not so when it is pruned
+            layout = layout_for(weight.dtype, *weight.shape)
+        if layout is None or layout is _plain:
+            copy = None
+        elif (
+            copy is None
+            or copy.product.layout is not layout
+            or not copy.is_of(weight, bias, every_number)
+        ):
+            copy = _Copy.of(layout, weight, bias)
+        self.copy = copy
         return None if copy is None else copy.product
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_copy"}
 
-
-class FastFeedForward(BertFeedForward):
-    """`BertFeedForward`, whose first product applies the GELU to what it has just computed.
+class FastFeedForward(_Forward):
+    """Of a `BertFeedForward`, whose first product applies the GELU to what it has just computed.
 
     It then need not be read again: 1536 numbers a token, the widest tensor of the model.
     """
 
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def __call__(self, hidden_states: Tensor) -> Tensor:
         """`[..., 384]` -> `[..., 384]`."""
-        product = _product_of(self)
+        module = self.module
+        product = _product_of(module)
         if product is None:
-            return super().forward(hidden_states)
+            plain: Tensor = type(module).forward(module, hidden_states)
+            return plain
         activation = product(hidden_states, gelu=True)  # [..., 384] -> [..., 1536]
-        output: Tensor = self.dropout(self.output(activation))  # [..., 1536] -> [..., 384]
+        output: Tensor = module.dropout(module.output(activation))  # [..., 1536] -> [..., 384]
         return output
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether somebody but `accelerate` has set a `forward` on this one object."""
+    return "forward" in module.__dict__ and not isinstance(module.__dict__["forward"], _Forward)
 
 
 @dataclass(frozen=True, slots=True)
@@ -353,7 +504,7 @@ class _Product:
 def _has_hooks(module: nn.Module) -> bool:
     """Whether calling the module does more than its `forward`."""
     return bool(
-        "forward" in module.__dict__  # set on this one object
+        has_own_forward(module)
         or module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
@@ -365,13 +516,9 @@ def _has_hooks(module: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class _Copy:
-    """A weight in its layout, and what is needed to see that the weight has changed since.
+    """A weight in its layout, and what is needed to see that the weight has changed since."""
 
-    It does not travel: where a module's attributes are copied one by one, as a parametrized
-    module's are, None stands in its place.
-    """
-
-    product: _Product | None
+    product: _Product
     weight: Tensor
     bias: Tensor | None
     shape: torch.Size
@@ -382,24 +529,11 @@ class _Copy:
     checksum: bytes
 
     @classmethod
-    def of(cls, weight: Tensor | None, bias: Tensor | None) -> "_Copy | None":
-        """Make one; None if the weight is not an ordinary parameter on a CPU."""
-        if (
-            type(weight) is not nn.Parameter  # but one that a parametrization computes
-            or weight.dtype not in _DTYPES
-            or weight.device.type != "cpu"
-            or weight.layout != torch.strided
-            or not weight.is_contiguous()
-            or weight.is_inference()  # it would not count its changes
-            or not _fits(bias, weight)
-        ):
-            return None
+    def of(cls, layout: Layout, weight: Tensor, bias: Tensor | None) -> "_Copy":
+        """Make one of a weight that can be copied."""
         with torch.inference_mode(False), torch.no_grad():
             plain = weight.detach()
-            layout = layout_for(plain.dtype, *plain.shape)
-            product = None
-            if layout is not None:
-                product = _Product(layout, layout.pack(plain), bias, plain.dtype)
+            product = _Product(layout, layout.pack(plain), bias, plain.dtype)
             words = plain.view(torch.int16 if plain.element_size() == 2 else torch.int32)
             numbers = words.numpy().reshape(-1)[:: max(1, plain.numel() // _SAMPLES) | 1]
             return cls(
@@ -414,10 +548,7 @@ class _Copy:
                 _checksum(plain),
             )
 
-    def __reduce__(self) -> tuple[type[None], tuple[()]]:
-        return type(None), ()
-
-    def is_of(self, weight: Tensor | None, bias: Tensor | None, every_number: bool) -> bool:
+    def is_of(self, weight: Tensor, bias: Tensor | None, every_number: bool) -> bool:
         """Whether this is the copy of these tensors as they are now.
 
         torch counts changes in place, and other contents of `.data` have another address, since
@@ -431,20 +562,29 @@ class _Copy:
             and weight._version == self.version
             and weight.data_ptr() == self.address
             and weight.shape == self.shape
-            and weight.is_contiguous()
-            and _fits(bias, weight)
             and self.numbers.tobytes() == self.before
             and (not every_number or self.checksum == _checksum(weight.detach()))
         )
 
 
-def _fits(bias: Tensor | None, weight: Tensor) -> bool:
-    """Whether the operators that know the weight's copy can add this bias."""
-    return bias is None or (
-        bias.dtype == weight.dtype
-        and bias.device == weight.device
-        and len(bias) == len(weight)
-        and bias.is_contiguous()
+def _can_be_copied(weight: Tensor | None, bias: Tensor | None) -> TypeGuard[nn.Parameter]:
+    """Whether the weight is an ordinary parameter on a CPU, with a bias like it or none."""
+    return (
+        type(weight) is nn.Parameter  # and not what a parametrization computes
+        and weight.dtype in _DTYPES
+        and weight.device.type == "cpu"
+        and weight.layout == torch.strided
+        and weight.is_contiguous()
+        and not weight.is_inference()  # it would not count its changes
+        and (
+            bias is None
+            or (
+                bias.dtype == weight.dtype
+                and bias.device == weight.device
+                and len(bias) == len(weight)
+                and bias.is_contiguous()
+            )
+        )
     )
 
 
@@ -470,7 +610,7 @@ def _keep_freed_memory() -> None:
     almost 32 MB moves the threshold there (mallopt(3), M_MMAP_THRESHOLD). It is never written to,
     so that it takes no memory.
     """
-    torch.empty(31 * 2**20, dtype=torch.uint8)
+    torch.empty(31 * 2**20, dtype=torch.uint8, device="cpu")
 
 
 def keep_few_kernels() -> None:
@@ -504,14 +644,10 @@ def _c_library() -> Any:
         return None
 
 
-_FAST: dict[type[nn.Module], type[nn.Module]] = {
-    nn.Linear: FastLinear,
-    BertFeedForward: FastFeedForward,
-}
-
-
 def accelerate(model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Make every `nn.Linear` in `model` a `FastLinear`: the same object, parameters and hooks.
+    """Give every `nn.Linear` in `model` a `forward` of its own, `FastLinear`.
+
+    All stay the same objects of the same classes, with the same parameters and hooks.
 
     Args:
         model: Changed in place. Linear layers of other classes stay what they are.
@@ -520,9 +656,12 @@ def accelerate(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     """
     _keep_freed_memory()
     for module in model.modules():
-        if type(module) in _FAST:
-            module.__class__ = _FAST[type(module)]
-        if isinstance(module, FastLinear) and dtype is not None:
+        if "forward" not in module.__dict__:
+            if type(module) is nn.Linear:
+                module.__dict__["forward"] = FastLinear(module)
+            elif type(module) is BertFeedForward:
+                module.__dict__["forward"] = FastFeedForward(module)
+        if type(module) is nn.Linear and dtype is not None:
             # Parameters stay what they are, ordinary or inference tensors, wherever this is called.
             with torch.inference_mode(module.weight.is_inference()):
                 module.to(dtype)

@@ -35,8 +35,9 @@ from minilm.tokenizer import WordPieceTokenizer
 
 __all__ = ["PackedBatch", "batch_limits", "keeps_bits", "make_features", "plan_batches"]
 
-# Batches of more than 512 tokens get a multiple of 64 rows, and those of more than 16 one of 16.
-_MULTIPLES = ((512, 64), (16, 16), (-1, 1))
+# Batches of more than 512 tokens get a multiple of 64 rows, and all others one of 16: with fewer
+# rows matrix products add up in another order.
+_MULTIPLES = ((512, 64), (-1, 16))
 _STEP = 16  # keys
 # Not float16: a score beyond its range times 0 is no number, and would reach the neighbour.
 _WINDOWED = (torch.float32, torch.bfloat16, torch.float64)
@@ -97,8 +98,8 @@ class PackedBatch:
             self._runs.append(_Run(start, start + count * length, count, length))
             start += count * length
         self._filler = -start % multiple_of
-        places = [torch.arange(run.length).repeat(run.count) for run in self._runs]
-        places.append(torch.zeros(self._filler, dtype=torch.int64))
+        places = [torch.arange(run.length, device="cpu").repeat(run.count) for run in self._runs]
+        places.append(torch.zeros(self._filler, dtype=torch.int64, device="cpu"))
         self.input_ids = _send(self._flat(input_ids), device)
         self.token_type_ids = None
         if token_type_ids is not None:
@@ -113,7 +114,7 @@ class PackedBatch:
     @functools.cached_property
     def _bounds(self) -> Tensor:
         """Where the sentences begin, and the end of the last: int32 `[batch + 1]`."""
-        bounds = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32)
+        bounds = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device="cpu")
         return bounds.to(self.input_ids.device)
 
     def features(self) -> dict[str, Any]:
@@ -222,7 +223,7 @@ def _windows(run: _Run, missing: int, tensor: Tensor) -> Tensor:
 def _mask(length: int, missing: int, dtype: torch.dtype) -> Tensor:
     """0 for a sentence's own keys, -inf for those behind it: `[1, 1, length, length + missing]`."""
     with torch.inference_mode(False):
-        mask = torch.zeros(length + missing, dtype=dtype)
+        mask = torch.zeros(length + missing, dtype=dtype, device="cpu")
         mask[length:] = -torch.inf
         return mask.expand(1, 1, length, -1)
 

@@ -47,10 +47,7 @@ Features = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Bars:
-    """The largest differences that pass. None: shown without a bar.
-
-    The first column of numbers holds on processors with AVX-512, where it was measured; others add
-    up in another order, and the second holds there.
+    """The largest differences that pass, on every processor. None: shown without a bar.
 
     float64 is compared with the reference's float64, the other dtypes with the same as the truth.
     """
@@ -65,19 +62,13 @@ class Bars:
 
 
 _BARS = {
-    torch.float64: (
-        Bars(5e-14, 5e-14, 2e-15, None, 1e-14),
-        Bars(1e-12, 1e-12, 1e-14, None, 1e-13),
-    ),
-    torch.float32: (
-        Bars(2e-5, 3e-6, 3e-7, 5e-8, 5e-7, between=4e-7, invariance=4e-7),
-        Bars(4e-5, 6e-6, 5e-7, 1e-7, 1e-6, between=1e-6, invariance=1e-6),
-    ),
+    torch.float64: Bars(5e-14, 5e-14, 2e-15, None, 1e-14),
+    torch.float32: Bars(2e-5, 3e-6, 3e-7, 5e-8, 5e-7, between=4e-7, invariance=4e-7),
     # 11 and 8 bits of precision: a few times 2^-11 and 2^-8 of an element of about 0.2.
-    torch.float16: (Bars(None, None, 1e-3, 2e-4, 5e-3),) * 2,
-    torch.bfloat16: (Bars(None, None, 6e-3, 1e-3, 4e-2),) * 2,
+    torch.float16: Bars(None, None, 1e-3, 2e-4, 5e-3),
+    torch.bfloat16: Bars(None, None, 6e-3, 1e-3, 4e-2),
 }
-_GRADIENT = (1e-13, 1e-12)
+_GRADIENT = 1e-13
 _ZERO_GRADIENT = 1e-8
 
 # Long texts of many unknown words have attention scores of up to 94, where float32 numbers are
@@ -87,17 +78,16 @@ _ZERO_GRADIENT = 1e-8
 # 2.0e-7 on one with AVX-512, 3.0e-7 on another. Where its own error on the same texts comes near
 # the bar, ours may be as large, within this factor, but never more than four times the bar. The
 # report shows both numbers: stated > relaxed.
+#
+# A largest error is that of one number among millions. The root mean square tells the products
+# apart that round more: in float32 it is at most 1.5 times the reference's own, in every row.
 _OWN_ERROR = 1.5
 _MOST_RELAXED = 4.0
 
 
-def _column() -> int:
-    return 0 if torch.backends.cpu.get_cpu_capability() == "AVX512" else 1
-
-
 def bars(dtype: torch.dtype) -> Bars:
-    """The bars for a model in `dtype` on this processor."""
-    return _BARS[dtype][_column()]
+    """The bars for a model in `dtype`."""
+    return _BARS[dtype]
 
 
 @dataclass(frozen=True)
@@ -395,6 +385,8 @@ def compare_stages(
         stated = allowed = _stage_bars(limits, name)
         if name.startswith("attention") or name == "sentence_embedding":
             allowed = within_own_error(allowed, own)
+        if dtype == torch.float32 and own:
+            allowed = allowed | {"rms": _OWN_ERROR * own["rms"]}
         worst = our_error.worst_text
         report_rows.append(Row(name, our_error.measures(), allowed, own, worst, stated))
     if truth is not None and limits.between is not None:
@@ -496,7 +488,7 @@ def compare_gradients(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) 
         Row(
             "largest of all tensors",
             {"relative L2": worst[1]},
-            {"relative L2": _GRADIENT[_column()]},
+            {"relative L2": _GRADIENT},
         ),
         Row("key.bias, exactly 0", {"max abs": zero}, {"max abs": _ZERO_GRADIENT}),
     ]

@@ -37,7 +37,7 @@ from minilm.errors import (
     TokenizerError,
 )
 from minilm.hub import ModelFiles
-from minilm.kernels import FastFeedForward, FastLinear
+from minilm.kernels import has_own_forward
 from minilm.pooling import ClsPooling, MeanPooling, Normalize
 from minilm.tokenizer import WordPieceTokenizer
 
@@ -55,8 +55,6 @@ _OWN_MODULES: tuple[type[nn.Module], ...] = (
     BertLayer,
     BertSelfAttention,
     BertFeedForward,
-    FastFeedForward,
-    FastLinear,
     nn.Linear,
     nn.Embedding,
     nn.LayerNorm,
@@ -154,7 +152,7 @@ def foreign_parts(encoder: Encoder) -> list[str]:
     found = [
         f"encoder.{f'bert.{name}' if name else 'bert'} is a {type(part).__name__}"
         for name, part in encoder.bert.named_modules()
-        if type(part) not in _OWN_MODULES or ("forward" in part.__dict__)
+        if type(part) not in _OWN_MODULES or has_own_forward(part)
     ]
     if type(encoder.bert) is not BertModel and not found:
         found.append(f"encoder.bert is a {type(encoder.bert).__name__}")

@@ -3,6 +3,7 @@
 Here without the reference library; with it in tests/reference/test_stages.py.
 """
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -159,6 +160,24 @@ def test_padding_positions_are_not_compared(tiny_encoder: SentenceEncoder) -> No
         }
 
     assert all(row.passed for row in compare_stages(tiny_encoder, other_at_padding, TEXTS))
+
+
+def test_more_rounding_than_the_references_fails(tiny_encoder: SentenceEncoder) -> None:
+    """Far below what may differ at most, in every number: twice its error passes nowhere."""
+    exact = as_source(copy.deepcopy(tiny_encoder).double())
+    features = tiny_encoder.tokenize(TEXTS)
+    right = record_stages(tiny_encoder, features)
+
+    def rows(share: float) -> dict[str, Row]:
+        def its(features: dict[str, Tensor]) -> dict[str, Tensor]:
+            ours, true = record_stages(tiny_encoder, features), exact(features)
+            return {name: true[name] + (ours[name] - true[name]) * share for name in ours}
+
+        found = compare_stages(tiny_encoder, its, TEXTS, truth=exact)
+        return {row.stage: row for row in found}
+
+    assert all(rows(1.0)[name].passed for name in right)
+    assert not any(rows(0.5)[name].passed for name in right)
 
 
 def test_nan_fails(tiny_encoder: SentenceEncoder) -> None:

@@ -408,7 +408,7 @@ REFUSED: dict[str, tuple[Any, str]] = {
         lambda: compose(seeded_bert(), MeanPooling(), nn.Tanh()),
         "encoder.normalize is a Tanh",
     ),
-    "part": (parametrized, "encoder.bert.layers.0.attention.query is a ParametrizedFastLinear"),
+    "part": (parametrized, "encoder.bert.layers.0.attention.query is a ParametrizedLinear"),
     "forward": (another_forward, "encoder.bert.layers.0 is a BertLayer"),
     "NaN": (not_finite, "embeddings.layer_norm.weight contains NaN or infinity"),
     "layers": (cut_short, "layers.1.attention.query.weight is missing"),
