@@ -94,10 +94,8 @@ _FEW = 16  # rows, up to which the call itself takes a noticeable part of the ti
 # there are now, and with one.
 _TRIAL = (16, 32, 48, 80, 144, 272, 512)
 _TRIAL_ALONE = (16, 48, 144)
-# Times that of `F.linear`. An output wider than the input is read and written once more for each
-# slice of columns, which takes a seventh more time, and its error is the smallest part of the whole
-# one: it may be that of one chain of 384, 1.4 times as large as that of two of 192.
-_MOST_ERROR, _MOST_ERROR_OF_WIDE = 1.2, 1.5
+_MOST_ERROR = 1.2  # times that of `F.linear`
+_BLOCK = 512  # rows of a feed-forward sublayer at a time, whose inner tensor stays in the cache
 _SAMPLES = 8  # numbers of a weight that are compared before each use of its copy
 
 
@@ -172,7 +170,7 @@ class Packed(Layout):
             output: Tensor = multiply(first, packed[0], bias, *nothing)
             for part, weight in zip(others, packed[1:], strict=True):
                 output.add_(multiply(part, weight, None, *nothing))
-            return F.gelu(output) if gelu else output
+            return torch.ops.aten.gelu_(output) if gelu else output
         # The second "none": by erf, not approximated.
         after: tuple[Any, ...] = ("gelu", [], "none") if gelu else ("none", [], "")
         if self.row_blocks and 32 < len(rows) < 512:
@@ -221,12 +219,11 @@ def layout_for(dtype: torch.dtype, out_features: int, in_features: int) -> Layou
     if key in _choices:
         return _choices[key]
     whole, tried = True, []
-    allowed = _MOST_ERROR_OF_WIDE if out_features > in_features else _MOST_ERROR
     with _ordinary_state():
         for layout in _candidates(dtype, in_features):
             try:
                 trial = _Trial.of(layout, dtype, out_features, in_features)
-                if trial.is_right and trial.error <= allowed and trial.keeps_bits():
+                if trial.is_right and trial.error <= _MOST_ERROR and trial.keeps_bits():
                     break
                 tried.append(trial)
             except (AttributeError, RuntimeError):
@@ -473,6 +470,13 @@ class FastFeedForward(_Forward):
         if product is None:
             plain: Tensor = type(module).forward(module, hidden_states)
             return plain
+        if hidden_states.dim() > 2 or len(hidden_states) <= _BLOCK or _has_hooks(module.output):
+            return self._block(product, hidden_states)
+        blocks = torch.split(hidden_states, _BLOCK)
+        return torch.cat([self._block(product, block) for block in blocks])
+
+    def _block(self, product: "_Product", hidden_states: Tensor) -> Tensor:
+        module = self.module
         activation = product(hidden_states, gelu=True)  # [..., 384] -> [..., 1536]
         output: Tensor = module.dropout(module.output(activation))  # [..., 1536] -> [..., 384]
         return output

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import functools
 import io
 import json
 import math
