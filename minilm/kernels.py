@@ -219,11 +219,13 @@ def layout_for(dtype: torch.dtype, out_features: int, in_features: int) -> Layou
     if key in _choices:
         return _choices[key]
     whole, tried = True, []
+    chosen: Layout | None = None
     with _ordinary_state():
         for layout in _candidates(dtype, in_features):
             try:
                 trial = _Trial.of(layout, dtype, out_features, in_features)
                 if trial.is_right and trial.error <= _MOST_ERROR and trial.keeps_bits():
+                    chosen = layout
                     break
                 tried.append(trial)
             except (AttributeError, RuntimeError):
@@ -231,10 +233,11 @@ def layout_for(dtype: torch.dtype, out_features: int, in_features: int) -> Layou
         else:
             right = sorted((t for t in tried if t.is_right), key=lambda trial: trial.error)
             exact_first = next((trial for trial in right if trial.keeps_bits()), None)
-            layout = (exact_first or min(right, key=tried.index)).layout if right else None
+            if right:
+                chosen = (exact_first or min(right, key=tried.index)).layout
     if whole:
-        _choices[key] = layout
-    return layout
+        _choices[key] = chosen
+    return chosen
 
 
 def _candidates(dtype: torch.dtype, in_features: int) -> list[Layout]:
@@ -261,7 +264,7 @@ def _has_packed(dtype: torch.dtype) -> bool:
     """Whether oneDNN's operators are in this build, and take this dtype on this processor."""
     operators = torch.ops.mkldnn
     return (
-        torch.backends.mkldnn.is_available()
+        torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and hasattr(operators, "_reorder_linear_weight")
         and hasattr(operators, "_linear_pointwise")
         and (dtype != torch.bfloat16 or operators._is_mkldnn_bf16_supported())

@@ -289,7 +289,6 @@ def test_a_forked_child_has_nothing_and_takes_nothing(tmp_path: Path) -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     stop.set()
     thread.join(30)
-    child = None
     with held(tmp_path, "lock", "output"):
         child = os.fork()
     if child == 0:  # it has left the block, and the folder is its parent's all the same

@@ -904,7 +904,8 @@ def test_small_change_by_data_is_seen_by_a_call_of_4096_tokens(
     before = tiny_encoder.encode(TEXTS)
     layer = part(tiny_encoder, LAYER)
     SMALL[name](layer.weight)
-    assert fast(layer).copy.numbers.tobytes() == fast(layer).copy.before
+    copied: Any = fast(layer).copy
+    assert copied.numbers.tobytes() == copied.before
     after = tiny_encoder.encode(MANY + TEXTS)[-len(TEXTS) :]
     assert np.abs(after - before).max() > 1e-6
     np.testing.assert_array_equal(after, fresh(tiny_encoder).encode(TEXTS))

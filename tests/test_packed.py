@@ -227,7 +227,7 @@ def test_heads_of_any_size_keep_their_bits(head_size: int, threads: int) -> None
         for tensor, mine in zip(tensors, own, strict=True):
             tensor[3 : 3 + 3 * length] = mine.repeat(3, 1, 1)
         context = batch_of([3, *[length] * 3, 16]).attend(*tensors)
-        for part in context[3 : 3 + 3 * length].split(length):
+        for part in torch.split(context[3 : 3 + 3 * length], length):
             assert torch.equal(part, alone), length
 
 
