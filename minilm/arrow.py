@@ -13,6 +13,7 @@ import numpy as np
 
 from minilm.errors import InputError, InputTypeError, MissingPackageError
 from minilm.files import METADATA_KEY, VECTOR_FIELDS
+from minilm.vectors import from_arrow
 
 __all__ = [
     "embedding_array",
@@ -102,36 +103,11 @@ def embeddings_of(column: Any) -> "np.ndarray[Any, Any]":
     Raises:
         InputError: It holds something else, a vector is null, or they differ in length.
     """
-    pyarrow = import_pyarrow("a column of vectors")
-    if isinstance(column, pyarrow.ChunkedArray):
-        column = column.combine_chunks()
-    if isinstance(column, pyarrow.ChunkedArray):  # older ones give one of one chunk
-        column = pyarrow.concat_arrays(column.chunks)
-    types = pyarrow.types
-    if not (
-        types.is_fixed_size_list(column.type)
-        or types.is_list(column.type)
-        or types.is_large_list(column.type)
-    ):
+    import_pyarrow("a column of vectors")
+    numbers = from_arrow(column, "column")
+    if numbers.ndim != 2:
         raise InputError(f"the column holds {column.type}, not lists of numbers", "column")
-    values = column.flatten()
-    if column.null_count or values.null_count:
-        raise InputError("the column has nulls among its vectors", "column")
-    if not len(column):
-        return np.empty((0, 0), dtype=np.float32)
-    if types.is_fixed_size_list(column.type):
-        width = column.type.list_size
-    else:
-        lengths = set(column.value_lengths().to_pylist())
-        if len(lengths) > 1:
-            raise InputError(
-                f"the column has vectors of {min(lengths)} and of {max(lengths)} numbers", "column"
-            )
-        (width,) = lengths
-    numbers: np.ndarray[Any, Any] = values.to_numpy(zero_copy_only=False)
-    if numbers.dtype.kind not in "fiu":
-        raise InputError(f"the column holds {column.type}, not lists of numbers", "column")
-    return numbers.reshape(len(column), width)
+    return numbers
 
 
 def vector_column(schema: Any, place: str) -> str:

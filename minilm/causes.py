@@ -31,7 +31,7 @@ from minilm.encoder import SentenceEncoder
 from minilm.errors import InputError
 from minilm.mistakes import Cause, Laboratory, Recipe, causes_for
 from minilm.similarity import Embeddings
-from minilm.similarity import _matrix as as_matrix
+from minilm.vectors import as_matrix
 
 __all__ = ["Candidate", "Diagnosis", "TextDifference", "diagnose"]
 

@@ -133,7 +133,10 @@ def _check_pairs(rows: list[Any], argument: str, start: int = 0) -> list[Row]:
         if isinstance(text, str):
             continue
         place = f"{argument}[{start + row}]"
-        if not isinstance(text, tuple | list | np.ndarray):
+        # An array without a dimension has no length: such is a masked text.
+        if not isinstance(text, tuple | list | np.ndarray) or (
+            isinstance(text, np.ndarray) and not text.ndim
+        ):
             check_text(text, place)
         if len(text) != 2:
             raise InputError(f"{place} has {len(text)} parts; pass a string, or two of them", place)
@@ -196,17 +199,37 @@ def _column(sentences: Any, argument: str) -> list[str]:
 
 
 def _plain_rows(sentences: Any) -> Iterable[Any]:
-    """Arrow iterates over its own scalars; everything else gives str, in positional order."""
-    to_pylist = getattr(type(sentences), "to_pylist", None)
-    rows: Iterable[Any] = sentences if to_pylist is None else to_pylist(sentences)
+    """Arrow, xarray and arrays of dask iterate over scalars of their own; all else gives str, in
+    positional order.
+    """
+    rows: Iterable[Any] = sentences
+    if hasattr(type(sentences), "to_pylist"):
+        rows = sentences.to_pylist()
+    elif hasattr(type(sentences), "dims") or hasattr(type(sentences), "rechunk"):
+        rows = np.asarray(sentences).tolist()
     return rows
+
+
+def _is_frame(data: Any) -> bool:
+    """A table of columns; a column of dask's knows the name "columns" too, but has one dimension.
+
+    The class is asked, here and elsewhere: an object such as a pandas Series answers to its labels.
+    """
+    kind = type(data)
+    has_columns = hasattr(kind, "columns") or hasattr(kind, "column_names")
+    return has_columns and not (hasattr(kind, "ndim") and data.ndim == 1)
+
+
+def computed(data: Any) -> Any:
+    """What a dask collection stands for; anything else as it is."""
+    return data.compute() if hasattr(type(data), "__dask_graph__") else data
 
 
 def _check_column(sentences: Any, argument: str) -> None:
     kind = type(sentences).__name__
     if isinstance(sentences, Set) and not isinstance(sentences, KeysView):
         raise InputTypeError(f"{argument} is a {kind}, which has no order; pass a list", argument)
-    if hasattr(type(sentences), "columns") or hasattr(type(sentences), "column_names"):  # a frame
+    if _is_frame(sentences):
         raise InputTypeError(f"{argument} is a {kind}; pass one column of it", argument)
     if (
         sentences is None
@@ -216,7 +239,7 @@ def _check_column(sentences: Any, argument: str) -> None:
         seen = "None" if sentences is None else f"of type {kind}"
         raise InputTypeError(f"{argument} is {seen}; {_HINT}", argument)
 
-    shape = getattr(sentences, "shape", None)
+    shape = getattr(sentences, "shape", None) if hasattr(type(sentences), "shape") else None
     if isinstance(shape, tuple) and len(shape) != 1:  # NumPy and tensors alike
         raise InputError(f"{argument} has shape {list(shape)}; {_HINT}", argument)
 

@@ -25,12 +25,12 @@ from math import sqrt
 from typing import Any, Literal, overload
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from minilm.errors import InputError, InputTypeError
 from minilm.inputs import check_in_range
 from minilm.similarity import Embeddings
+from minilm.vectors import as_floats, as_numbers
 
 __all__ = [
     "PRECISIONS",
@@ -111,12 +111,14 @@ def quantize_embeddings(
         if not embeddings:
             return []
         if np.ndim(embeddings[0]) == 2 and not isinstance(embeddings[0], list | tuple):
-            matrices = [_floats(matrix, f"embeddings[{i}]") for i, matrix in enumerate(embeddings)]
+            matrices = [
+                as_floats(matrix, f"embeddings[{i}]") for i, matrix in enumerate(embeddings)
+            ]
             if precision.endswith("int8") and ranges is None:  # the same ones for all
                 rows = _joined(np.concatenate, matrices, "embeddings")
                 ranges = _ranges_of(rows, precision, calibration_embeddings)
             return [_codes(matrix, precision, ranges, None) for matrix in matrices]
-    return _codes(_floats(embeddings, "embeddings"), precision, ranges, calibration_embeddings)
+    return _codes(as_floats(embeddings, "embeddings"), precision, ranges, calibration_embeddings)
 
 
 def dequantize(
@@ -145,7 +147,7 @@ def dequantize(
         InputTypeError: The codes have another dtype than that precision has.
     """
     dtype = _dtype_of(precision)
-    array = codes.detach().cpu().numpy() if isinstance(codes, Tensor) else np.asarray(codes)
+    array: _Array = as_numbers(codes, "codes").detach().cpu().numpy()
     if array.dtype != dtype:
         raise InputTypeError(
             f"codes is of {array.dtype}; {precision} codes are of {dtype}", "codes"
@@ -256,7 +258,7 @@ def _ranges_of(
     """The smallest and the largest value in each dimension."""
     argument = "embeddings" if calibration_embeddings is None else "calibration_embeddings"
     if calibration_embeddings is not None:
-        array = _floats(calibration_embeddings, argument)
+        array = as_floats(calibration_embeddings, argument)
     elif not array.size:
         return None  # nothing to code either
     if array.ndim == 1 or len(array) == 1:
@@ -293,7 +295,7 @@ def _starts_and_steps(ranges: Embeddings | None, width: int) -> tuple[_Array, _A
 
 
 def _range_rows(ranges: Embeddings | None) -> _Array:
-    rows = _floats(ranges, "ranges").astype(np.float32)
+    rows = as_floats(ranges, "ranges").astype(np.float32)
     if rows.ndim != 2 or len(rows) != 2:
         raise InputError(
             f"ranges has shape {list(rows.shape)}; pass [2, d], the smallest and the largest value "
@@ -339,37 +341,6 @@ def check_precision(precision: str) -> str:
 
 def _dtype_of(precision: str) -> np.dtype[Any]:
     return _DTYPES[check_precision(precision)]
-
-
-def _floats(values: Any, argument: str) -> _Array:
-    """A floating-point array of one or two dimensions."""
-    if isinstance(values, list | tuple) and any(isinstance(row, Tensor) for row in values):
-        rows = [_floats(row, f"{argument}[{i}]") for i, row in enumerate(values)]
-        return _joined(np.stack, rows, argument)
-    try:
-        if isinstance(values, Tensor):
-            values = values.detach().cpu()
-            values = values.float() if values.dtype == torch.bfloat16 else values.numpy()
-        array: _Array = np.asarray(values)
-        if array.dtype in (np.int8, np.uint8):
-            raise TypeError("codes already")
-        if array.dtype.kind in "iub":
-            array = array.astype(np.float32)
-        if array.dtype.kind != "f":
-            raise TypeError("no numbers")
-    except (TypeError, ValueError) as error:
-        dtype = getattr(values, "dtype", None)
-        raise InputTypeError(
-            f"{argument} is {type(values).__name__}{f' of {dtype}' if dtype is not None else ''}; "
-            "pass floating-point vectors of one width",
-            argument,
-        ) from error
-    if array.ndim not in (1, 2):
-        raise InputError(
-            f"{argument} has shape {list(array.shape)}; pass one vector [d] or rows [n, d]",
-            argument,
-        )
-    return array
 
 
 def _joined(join: Callable[[list[_Array]], _Array], parts: list[_Array], argument: str) -> _Array:

@@ -14,14 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from minilm.errors import InputError, InputTypeError
+from minilm.errors import InputError
 from minilm.pooling import Normalize
+from minilm.vectors import as_matrix, as_numbers
 
 __all__ = [
     "SIMILARITY_FUNCTIONS",
     "Embeddings",
     "Similarity",
     "SimilarityFunction",
+    "as_matrices",
     "cos_sim",
     "dot_score",
     "euclidean_sim",
@@ -48,25 +50,25 @@ def cos_sim(a: Embeddings, b: Embeddings) -> Tensor:
         InputError: The two have different widths, or more than two dimensions.
         InputTypeError: One is not a tensor, an array or a list of numbers.
     """
-    a, b = _matrices(a, b)
+    a, b = as_matrices(a, b)
     return dot_score(_unit(a), _unit(b))
 
 
 def dot_score(a: Embeddings, b: Embeddings) -> Tensor:
     """a_i·b_j, `[n, d] x [m, d] -> [n, m]`. Arguments and errors as in `cos_sim`."""
-    a, b = _matrices(a, b)
+    a, b = as_matrices(a, b)
     return a @ b.T
 
 
 def euclidean_sim(a: Embeddings, b: Embeddings) -> Tensor:
     """-‖a_i - b_j‖₂, `[n, d] x [m, d] -> [n, m]`. Arguments and errors as in `cos_sim`."""
-    a, b = _matrices(a, b)
+    a, b = as_matrices(a, b)
     return -_distances(a, b, p=2.0)
 
 
 def manhattan_sim(a: Embeddings, b: Embeddings) -> Tensor:
     """-‖a_i - b_j‖₁, `[n, d] x [m, d] -> [n, m]`. Arguments and errors as in `cos_sim`."""
-    a, b = _matrices(a, b)
+    a, b = as_matrices(a, b)
     return -_distances(a, b, p=1.0)
 
 
@@ -75,16 +77,11 @@ def _of_two_vectors_one_number(pairwise: _Pairwise) -> _Pairwise:
 
     @functools.wraps(pairwise)
     def wrapped(a: Embeddings, b: Embeddings) -> Tensor:
-        scores = pairwise(a, b)
-        return scores[0] if len(scores) == 1 and _is_vector(a) and _is_vector(b) else scores
+        first, second = as_numbers(a, "a"), as_numbers(b, "b")
+        scores = pairwise(first, second)
+        return scores[0] if len(scores) == 1 and first.ndim == second.ndim == 1 else scores
 
     return cast("_Pairwise", wrapped)
-
-
-def _is_vector(embeddings: Embeddings) -> bool:
-    if isinstance(embeddings, Tensor | np.ndarray):
-        return embeddings.ndim == 1 and embeddings.dtype != object
-    return len(embeddings) > 0 and isinstance(embeddings[0], int | float)
 
 
 @_of_two_vectors_one_number
@@ -174,7 +171,7 @@ def _distances(a: Tensor, b: Tensor, p: float) -> Tensor:
     return torch.cdist(a.to(wide), b.to(wide), p=p, compute_mode=mode).to(a.dtype)
 
 
-def _matrices(
+def as_matrices(
     a: Embeddings, b: Embeddings, names: tuple[str, str] = ("a", "b")
 ) -> tuple[Tensor, Tensor]:
     """Both as `[rows, d]` tensors of one floating dtype on the first one's device.
@@ -182,7 +179,7 @@ def _matrices(
     Raises:
         InputError, InputTypeError: As in `cos_sim`; the arguments are called by `names`.
     """
-    first, second = _matrix(a, names[0]), _matrix(b, names[1])
+    first, second = as_matrix(a, names[0]), as_matrix(b, names[1])
     if not first.numel():  # no rows have no width either
         first = first.new_zeros(0, second.shape[1])
     if not second.numel():
@@ -197,56 +194,8 @@ def _matrices(
     return first.to(dtype), second.to(first.device, dtype)
 
 
-def _matrix(embeddings: Embeddings, argument: str) -> Tensor:
-    """`[rows, d]` as a tensor of a floating dtype, by the rules of `cos_sim`.
-
-    Raises:
-        InputError, InputTypeError: As in `cos_sim`.
-    """
-    try:
-        if isinstance(embeddings, Tensor):
-            tensor = embeddings
-            if tensor.layout != torch.strided:
-                raise TypeError("sparse")
-        elif len(embeddings) and isinstance(embeddings[0], Tensor):
-            tensor = torch.stack(list(embeddings))
-        else:
-            # torch takes no negative strides, foreign byte order or (silently) read-only memory.
-            array = np.asarray(embeddings)
-            if array.dtype == np.float64 and _has_python_numbers(embeddings):
-                array = array.astype(np.float32)  # as torch.tensor reads them
-            if array.dtype == object:  # an array or a column of vectors
-                array = np.stack(list(array))
-            native = array.astype(array.dtype.newbyteorder("="), copy=False)
-            tensor = torch.as_tensor(np.require(native, requirements=["C", "W"]))
-        if tensor.is_complex():
-            raise TypeError("complex numbers")
-    except (TypeError, ValueError, KeyError, RuntimeError) as error:
-        raise InputTypeError(
-            f"{argument} is {type(embeddings).__name__}; pass a tensor, an array or a list of "
-            "vectors of one width",
-            argument,
-        ) from error
-    if not tensor.is_floating_point():
-        tensor = tensor.to(torch.float32)
-    if tensor.ndim == 1:
-        tensor = tensor.unsqueeze(0)  # [d] -> [1, d]
-    if tensor.ndim != 2:
-        raise InputError(
-            f"{argument} has shape {list(tensor.shape)}; pass one vector [d] or rows [n, d]",
-            argument,
-        )
-    return tensor
-
-
-def _has_python_numbers(embeddings: Any) -> bool:
-    while isinstance(embeddings, list | tuple) and len(embeddings):
-        embeddings = embeddings[0]
-    return type(embeddings) in (int, float)
-
-
 def _rows(a: Embeddings, b: Embeddings) -> tuple[Tensor, Tensor]:
-    first, second = _matrices(a, b)
+    first, second = as_matrices(a, b)
     if len(first) != len(second):
         raise InputError(f"b has {len(second)} rows, a has {len(first)}; pass as many", "b")
     return first, second

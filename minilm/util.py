@@ -30,6 +30,7 @@ from minilm.similarity import (
 from minilm.tasks.communities import community_detection
 from minilm.tasks.paraphrase import paraphrase_mining_embeddings
 from minilm.tasks.search import ScoreFunction, semantic_search
+from minilm.vectors import as_numbers
 
 __all__ = [
     "SimilarityFunction",
@@ -116,7 +117,7 @@ def paraphrase_mining(
 
 def normalize_embeddings(embeddings: Tensor | _Array) -> Tensor:
     """Scale each vector to length 1, `[..., d] -> [..., d]`; a zero vector stays zero."""
-    tensor = torch.as_tensor(embeddings)
+    tensor = as_numbers(embeddings, "embeddings")
     unit: Tensor = Normalize()(tensor if tensor.is_floating_point() else tensor.float())
     return unit
 

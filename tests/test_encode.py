@@ -12,6 +12,7 @@ from typing import Any
 from unittest.mock import patch
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from torch import Tensor
@@ -19,7 +20,13 @@ from torch import Tensor
 from minilm import SentenceEncoder
 from minilm.compute import extras_of, with_prompt
 from minilm.encode import _POSITIONAL
-from minilm.errors import InputError, InputTypeError, NotFiniteError, TruncationError
+from minilm.errors import (
+    InputError,
+    InputTypeError,
+    NotFiniteError,
+    TruncationError,
+    TruncationWarning,
+)
 from minilm.inputs import EncodeOptions
 from minilm.options import load_options
 from minilm.quantize import model_ranges, quantize_embeddings
@@ -606,6 +613,19 @@ def test_threads_give_the_bits_of_one_thread(prompted: SentenceEncoder) -> None:
         assert len(ours) == len(alone)
         for a, b in zip(ours, alone, strict=True):
             same(a, b)
+
+
+@pytest.mark.parametrize("labels", [["a", "first_row"], ["shape", "ndim"], [7, 7], [1, 0]])
+def test_no_label_of_a_column_is_taken_for_ours(
+    tiny_encoder: SentenceEncoder, labels: list[Any]
+) -> None:
+    column = pd.Series(["a cat", "the dog bites the man"], index=labels)
+    same(tiny_encoder.encode(column), tiny_encoder.encode(column.tolist()))
+    tiny_encoder.max_seq_length = 4
+    with pytest.warns(TruncationWarning, match="first: row 1"):
+        tiny_encoder.encode(column)
+    with pytest.warns(TruncationWarning, match="first: row 1"):
+        list(tiny_encoder.encode_stream(column, window=1))
 
 
 # --- is_singular_input, preprocess

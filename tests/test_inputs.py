@@ -17,6 +17,7 @@ from minilm.errors import InputError, InputTypeError
 from minilm.inputs import (
     as_device,
     as_dtype,
+    as_rows,
     as_texts,
     check_choice,
     check_in_range,
@@ -274,6 +275,40 @@ def test_row_of_a_column_that_is_missing(column: Any, seen: str) -> None:
 def test_column_of_something_else(column: Any, seen: str) -> None:
     message = refused(InputTypeError, lambda: as_texts(column), "sentences[0]")
     assert message == f"sentences[0] is {seen}; pass a string"
+
+
+@pytest.mark.parametrize(
+    ("texts", "seen"),
+    [
+        (np.ma.array(["a", "b"], mask=[False, True]), "masked, of type MaskedConstant"),
+        (["a", np.ma.masked], "masked, of type MaskedConstant"),
+        (["a", np.array("b")], "array('b', dtype='<U1'), of type ndarray"),
+    ],
+)
+def test_row_without_a_length(texts: Any, seen: str) -> None:
+    readers: list[Callable[[], Any]] = [
+        lambda: as_rows(texts, "queries"),
+        lambda: as_texts(texts, "queries"),
+        lambda: list(windows(texts, 2, "queries")),
+    ]
+    for read in readers:
+        message = refused(InputTypeError, read, "queries[1]")
+        assert message == f"queries[1] is {seen}; pass a string"
+
+
+class DaskColumn(collections.UserList[str]):
+    """As a column of dask, which gives its rows and has the attributes of a frame."""
+
+    columns, ndim, shape = ("text",), 1, (math.nan,)
+
+    def __dask_graph__(self) -> None: ...
+
+
+def test_a_column_with_the_attributes_of_a_frame_is_a_column() -> None:
+    column = DaskColumn(TEXTS)
+    assert as_texts(column) == (TEXTS, False)
+    assert as_rows(column) == (TEXTS, False)
+    assert list(windows(column, 2)) == [TEXTS[:2], TEXTS[2:]]
 
 
 def test_long_value_is_shortened() -> None:

@@ -23,7 +23,8 @@ LEVELS = [
     {"errors"},
     {"config", "disk"},
     {"bert", "pooling", "inputs", "hub", "outputs"},
-    {"similarity", "tokenizer", "checkpoint", "eval_mode", "kernels"},
+    {"vectors", "tokenizer", "checkpoint", "eval_mode", "kernels"},
+    {"similarity"},
     {"options", "quantize", "files", "tasks.search", "packed", "truncation"},
     {"folder", "trace", "save", "compute", "arrow"}
     | {"tasks.paraphrase", "tasks.communities", "tasks.rescoring"},

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from minilm.errors import InputError, InputTypeError
 from minilm.inputs import check_positive_int, with_progress
-from minilm.similarity import Embeddings, _matrix, cos_sim
+from minilm.similarity import Embeddings, cos_sim
 from minilm.tasks.search import Scores
+from minilm.vectors import as_matrix
 
 __all__ = ["Neighbours", "check_threshold", "community_detection", "equal_rows", "first_of_each"]
 
@@ -63,7 +64,7 @@ def community_detection(
     threshold = check_threshold(threshold)
     smallest = check_positive_int(min_community_size, "min_community_size")
     batch_size = check_positive_int(batch_size, "batch_size")
-    vectors = _matrix(embeddings, "embeddings")
+    vectors = as_matrix(embeddings, "embeddings")
     if not vectors.numel() or len(vectors) < smallest:
         return []
 

@@ -17,8 +17,9 @@ import numpy as np
 import torch
 
 from minilm.inputs import check_positive_int, with_progress
-from minilm.similarity import Embeddings, _matrix
+from minilm.similarity import Embeddings
 from minilm.tasks.communities import Neighbours, check_threshold, equal_rows, first_of_each
+from minilm.vectors import as_matrix
 
 __all__ = ["Duplicate", "deduplicate", "near_duplicates"]
 
@@ -69,7 +70,7 @@ def near_duplicates(
     """
     threshold = check_threshold(threshold)
     batch_size = check_positive_int(batch_size, "batch_size")
-    vectors = _matrix(embeddings, "embeddings")
+    vectors = as_matrix(embeddings, "embeddings")
     if not vectors.numel():
         return []
     groups = equal_rows(vectors)
@@ -111,7 +112,7 @@ def deduplicate(
         >>> deduplicate([[1.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
         [0, 1]
     """
-    vectors = _matrix(embeddings, "embeddings")
+    vectors = as_matrix(embeddings, "embeddings")
     found = near_duplicates(vectors, threshold, batch_size, show_progress_bar)
     gone = {duplicate.row for duplicate in found}
     return [row for row in range(len(vectors) if vectors.numel() else 0) if row not in gone]

@@ -9,8 +9,9 @@ from typing import Any
 import numpy as np
 
 from minilm.inputs import check_positive_int, with_progress
-from minilm.similarity import Embeddings, _matrix, cos_sim
+from minilm.similarity import Embeddings, cos_sim
 from minilm.tasks.search import ScoreFunction, Scores
+from minilm.vectors import as_matrix
 
 __all__ = ["paraphrase_mining_embeddings"]
 
@@ -56,7 +57,7 @@ def paraphrase_mining_embeddings(
     if type(max_pairs) is not int or max_pairs != 0:
         check_positive_int(max_pairs, "max_pairs")
     top_k = check_positive_int(top_k, "top_k")
-    vectors = _matrix(embeddings, "embeddings")
+    vectors = as_matrix(embeddings, "embeddings")
     if not vectors.numel():
         return []
     scores = Scores(vectors, vectors, score_function, ("embeddings", "embeddings"))

@@ -18,8 +18,9 @@ from torch import Tensor
 from minilm.errors import InputError, InputTypeError
 from minilm.inputs import check_choice, check_positive_int
 from minilm.quantize import dequantize, model_ranges, quantize_embeddings
-from minilm.similarity import Embeddings, _matrix, cos_sim
-from minilm.tasks.search import Best, Scores, full_precision, in_place, not_finite
+from minilm.similarity import Embeddings, cos_sim
+from minilm.tasks.search import Best, Scores, full_precision, not_finite
+from minilm.vectors import as_matrix, as_numbers
 
 __all__ = ["CODES", "ROWS", "by_codes", "quantized_search", "rescore"]
 
@@ -76,7 +77,7 @@ def quantized_search(
     """
     top_k = check_positive_int(top_k, "top_k")
     multiplier = check_positive_int(rescore_multiplier, "rescore_multiplier")
-    queries = _matrix(query_embeddings, "query_embeddings")
+    queries = as_matrix(query_embeddings, "query_embeddings")
     scores = by_codes(queries, codes, precision, ranges)
     better: Scores | None = None
     if rescore_embeddings is not None:
@@ -118,21 +119,19 @@ def by_codes(
         InputError, InputTypeError: As there.
     """
     check_choice(precision, CODES, "precision")
-    array = codes.detach().cpu().numpy() if isinstance(codes, Tensor) else np.asarray(codes)
-    dtype = np.dtype(np.uint8 if precision.startswith("u") else np.int8)
-    if array.dtype != dtype:
-        raise InputTypeError(
-            f"codes is of {array.dtype}; {precision} codes are of {dtype}", "codes"
-        )
+    tensor = as_numbers(codes, "codes").detach().cpu()
+    dtype = torch.uint8 if precision.startswith("u") else torch.int8
+    if tensor.dtype != dtype:
+        found, wanted = (str(kind).removeprefix("torch.") for kind in (tensor.dtype, dtype))
+        raise InputTypeError(f"codes is of {found}; {precision} codes are of {wanted}", "codes")
     width = queries.shape[1]
     expected = (width + 7) // 8 if precision.endswith("binary") else width
-    if array.ndim != 2 or array.shape[1] != expected:
+    if tensor.ndim != 2 or tensor.shape[1] != expected:
         raise InputError(
-            f"codes has shape {list(array.shape)}; {precision} codes for queries of width {width} "
+            f"codes has shape {list(tensor.shape)}; {precision} codes for queries of width {width} "
             f"have shape [rows, {expected}]",
             "codes",
         )
-    tensor = in_place(np.ascontiguousarray(array), "codes")
     if precision.endswith("binary"):
         return _Bits(queries.cpu(), tensor, precision)
     return _Decoded(queries.cpu(), tensor, precision, ranges)
@@ -240,18 +239,13 @@ def _matches(bits: _Array, codes: _Array, width: int) -> _Array:
 
 
 def _rescorer(queries: Tensor, embeddings: Embeddings, ranges: Embeddings | None) -> Scores:
-    dtype = getattr(embeddings, "dtype", None)
-    name = str(dtype).removeprefix("torch.")
-    if isinstance(embeddings, np.ndarray) and name in ("int8", "uint8"):
-        embeddings = np.ascontiguousarray(embeddings)  # which `in_place` leaves what they are
-    rows = in_place(embeddings, "rescore_embeddings")
+    rows = as_matrix(embeddings, "rescore_embeddings", keep=True).cpu()
     if rows.shape[1] != queries.shape[1]:
         raise InputError(
             f"rescore_embeddings has vectors of width {rows.shape[1]}, query_embeddings of width "
             f"{queries.shape[1]}; pass the vectors, or int8 codes of them",
             "rescore_embeddings",
         )
-    if name in ("int8", "uint8"):
-        codes = embeddings.detach() if isinstance(embeddings, Tensor) else rows
-        return _Decoded(queries, codes.cpu(), name, ranges)
-    return Scores(queries, rows.cpu(), cos_sim, ("query_embeddings", "rescore_embeddings"))
+    if rows.dtype in (torch.int8, torch.uint8):
+        return _Decoded(queries, rows, str(rows.dtype).removeprefix("torch."), ranges)
+    return Scores(queries, rows, cos_sim, ("query_embeddings", "rescore_embeddings"))

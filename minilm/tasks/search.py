@@ -23,8 +23,7 @@ from minilm.errors import InputError, InputTypeError
 from minilm.inputs import check_positive_int
 from minilm.similarity import (
     Embeddings,
-    _matrices,
-    _matrix,
+    as_matrices,
     cos_sim,
     dot_score,
     euclidean_sim,
@@ -33,6 +32,7 @@ from minilm.similarity import (
     pairwise_euclidean_sim,
     pairwise_manhattan_sim,
 )
+from minilm.vectors import as_matrix
 
 __all__ = [
     "Best",
@@ -40,7 +40,6 @@ __all__ = [
     "ScoreFunction",
     "Scores",
     "full_precision",
-    "in_place",
     "not_finite",
     "semantic_search",
 ]
@@ -61,7 +60,6 @@ _GROUP = 64  # scores whose largest is looked at first: most groups have none of
 _PAIRS = 4096  # vectors copied for exact scores at a time: 12 MB of float64 at 384 wide
 _UNIT = 1e-6  # lengths that are nearer to 1 are 1, where a score is only a first guess
 _SHORTEST = 1e-30  # a zero vector is as similar as 0 to everything, not 0 / 0
-_KEPT = ("float16", "float32", "float64", "int8", "uint8", "int16")  # exact in float32, or wider
 # What float32 products lose where the user allows TF32 or bfloat16 in them.
 _ALLOWED_LOSS = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}
 
@@ -102,8 +100,8 @@ def semantic_search(
         [[{'corpus_id': 1, 'score': 1.0}]]
     """
     top_k = check_positive_int(top_k, "top_k")
-    corpus = in_place(corpus_embeddings, "corpus_embeddings")
-    head, queries = _matrices(
+    corpus = as_matrix(corpus_embeddings, "corpus_embeddings", keep=True)
+    head, queries = as_matrices(
         corpus[:1], query_embeddings, names=("corpus_embeddings", "query_embeddings")
     )
     if not corpus.numel():
@@ -237,7 +235,8 @@ class Scores:
             scale = self._corpus_scale[start:stop]
             return scores if ((scale - 1).abs() < _UNIT).all() else scores.mul_(scale)
         if not self.exact_is_known:
-            corpus = corpus.clone()  # a stranger might write to it, and the memory be read-only
+            # A stranger might write to them, and the memory be read-only.
+            queries, corpus = queries.clone(), corpus.clone()
         scores = torch.as_tensor(self.score_function(queries, corpus)).detach()
         if scores.shape != (len(queries), len(corpus)):
             raise InputError(
@@ -459,29 +458,3 @@ def not_finite(argument: str, row: int) -> InputError:
         f"{argument}[{row}] has a number that is not finite; leave that vector out",
         f"{argument}[{row}]",
     )
-
-
-def in_place(embeddings: Embeddings, argument: str) -> Tensor:
-    """`[rows, d]`, as `_matrix` gives it, but large arrays are neither copied nor converted.
-
-    Raises:
-        InputError, InputTypeError: As in `cos_sim`.
-    """
-    if (
-        isinstance(embeddings, np.ndarray)
-        and embeddings.ndim == 2
-        and embeddings.dtype.name in _KEPT
-        and embeddings.dtype.isnative
-        and embeddings.flags.c_contiguous
-    ):
-        return torch.from_numpy(np.asarray(_Writable(embeddings)))
-    return _matrix(embeddings, argument)
-
-
-class _Writable:
-    """The memory of an array that is perhaps read-only, as torch wants it. Never written to."""
-
-    def __init__(self, array: np.ndarray[Any, Any]) -> None:
-        self.array = array  # kept alive by what is made of this
-        address, _ = array.__array_interface__["data"]
-        self.__array_interface__ = array.__array_interface__ | {"data": (address, False)}

@@ -33,8 +33,9 @@ from minilm.disk import (
 from minilm.errors import ConfigError, InputError, InputTypeError
 from minilm.fingerprint import Fingerprint
 from minilm.quantize import model_ranges, quantize_embeddings
-from minilm.similarity import Embeddings, _matrix
-from minilm.tasks.search import in_place, not_finite
+from minilm.similarity import Embeddings
+from minilm.tasks.search import not_finite
+from minilm.vectors import as_matrix
 
 __all__ = [
     "LOCK",
@@ -209,7 +210,7 @@ class Segment:
 
     @cached_property
     def tensor(self) -> Tensor:
-        return in_place(self.vectors, str(self.path))
+        return as_matrix(self.vectors, str(self.path))
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -278,14 +279,14 @@ def _checked(
                 f"rows is of type {type(rows).__name__}; pass a list of rows", "rows"
             )
         lines = [_line(row, i, column) for i, row in enumerate(rows)]
-        if not lines and not len(embeddings):
-            continue
         vectors = float_vectors(embeddings, width, "embeddings")
-        if len(vectors) != len(lines):
+        count = len(vectors) if vectors.numel() else 0
+        if count != len(lines):
             raise InputError(
-                f"rows has {len(lines)}, embeddings {len(vectors)}; pass a row for each vector",
-                "rows",
+                f"rows has {len(lines)}, embeddings {count}; pass a row for each vector", "rows"
             )
+        if not lines:
+            continue
         width = vectors.shape[1]
         array: _Array = vectors.to("cpu", torch.float32).numpy()
         finite = np.isfinite(array).all(axis=1)
@@ -295,12 +296,7 @@ def _checked(
 
 
 def float_vectors(embeddings: Embeddings, width: int | None, argument: str) -> Tensor:
-    dtype = str(getattr(embeddings, "dtype", "")).removeprefix("torch.")
-    if dtype in ("int8", "uint8"):
-        raise InputTypeError(
-            f"{argument} is of {dtype}: codes; pass floating-point vectors", argument
-        )
-    vectors = _matrix(embeddings, argument).detach()
+    vectors = as_matrix(embeddings, argument, codes=False).detach()
     if not vectors.numel() and width is not None:
         return vectors.new_zeros(0, width)
     if width not in (None, vectors.shape[1]):
