@@ -31,10 +31,9 @@ into its parts, `tour.py` makes a page of both, `causes.py` finds out why anothe
 gives other vectors. `inside.py` makes methods of them.
 
 Beside them: `vectors.py` reads vectors in any form, `similarity.py` compares them, `inputs.py` says
-what may be passed, `errors.py` what
-can go wrong, `eval_mode.py` keeps dropout out of `encode`, `parity.py` proves equality with the
-reference, `files.py` reads and writes files of texts, `disk.py` whole or not at all, `cli.py` is
-the command line and `commands.py` what it does.
+what may be passed, `errors.py` what can go wrong, `eval_mode.py` keeps dropout out of `encode`,
+`parity.py` proves equality with the reference, `files.py` reads and writes files of texts,
+`disk.py` whole or not at all, `cli.py` is the command line and `commands.py` what it does.
 """
 
 import importlib

@@ -480,6 +480,34 @@ def test_communities_hold_no_square(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(sizes) <= 3000
 
 
+def test_communities_compute_half_of_the_square_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes: list[int] = []
+    block = Scores.block
+
+    def counted(self: Scores, *arguments: Any) -> Tensor:
+        scores = block(self, *arguments)
+        sizes.append(scores.numel())
+        return scores
+
+    monkeypatch.setattr(Scores, "block", counted)
+    vectors = random(14, 300, 16)
+    assert len(community_detection(vectors, 0.99, 1, batch_size=10)) == 300
+    assert sum(sizes) == 10 * sum(range(10, 301, 10))
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_exact_scores_are_of_the_pair_alone(function: Score) -> None:
+    vectors = torch.from_numpy(random(15, 500, 384))
+    scores = Scores(vectors, vectors, function, ("a", "b"))
+    rows, columns = torch.arange(2000) % 500, torch.arange(2000) * 7 % 500
+    whole = scores.exact(rows, columns)  # in several parts
+    apart = torch.cat([scores.exact(rows[k : k + 1], columns[k : k + 1]) for k in range(2000)])
+    assert torch.equal(whole, apart)
+    assert torch.equal(whole, scores.exact(columns, rows))
+    other = Scores(vectors, vectors.clone(), function, ("a", "b"))
+    assert torch.equal(whole, other.exact(rows, columns))
+
+
 @pytest.mark.parametrize(
     ("function", "step"),
     [(community_detection, "batch_size"), (paraphrase_mining_embeddings, "query_chunk_size")],

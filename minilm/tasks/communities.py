@@ -10,6 +10,7 @@ Next: `duplicates.py`, which asks the same question, who is near enough to whom.
 
 import hashlib
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -71,23 +72,25 @@ def community_detection(
     groups = equal_rows(vectors)
     neighbours = Neighbours(first_of_each(groups, vectors), threshold)
     weights = np.array([len(rows) for rows in groups])
-    sizes = _sizes(neighbours, weights, min(batch_size, _BLOCK), show_progress_bar)
+    sizes, pairs = _sizes(neighbours, weights, min(batch_size, _BLOCK), show_progress_bar)
     centres = np.lexsort((np.arange(len(groups)), -sizes))
     centres = centres[sizes[centres] >= smallest]
 
     taken = np.zeros(len(groups), bool)
-    communities: list[list[int]] = []
+    found: list[tuple[int, _Array]] = []
     while len(centres := centres[~taken[centres]]):
         # So many that their neighbours can be held: the first pass has counted them.
         step = int(np.searchsorted(np.cumsum(sizes[centres[:batch_size]]), _BLOCK))
         batch, centres = centres[: max(1, step)], centres[max(1, step) :]
-        for centre, near in zip(batch.tolist(), neighbours.of(batch), strict=True):
-            free = near[~taken[near]]
-            if taken[centre] or weights[free].sum() < smallest:
+        near_each = neighbours.of(batch) if pairs is None else [pairs[row] for row in batch]
+        for centre, near in zip(batch.tolist(), near_each, strict=True):
+            if taken[centre]:
                 continue
-            taken[free] = True
-            communities.append(_community(centre, free, groups, neighbours.scores))
-    return sorted(communities, key=len, reverse=True)
+            free = near[~taken[near]]
+            if weights[free].sum() >= smallest:
+                taken[free] = True
+                found.append((centre, free))
+    return sorted(_communities(found, groups, neighbours.scores), key=len, reverse=True)
 
 
 def check_threshold(threshold: Any) -> float:
@@ -136,6 +139,7 @@ class Neighbours:
             then by the second.
         """
         ids = torch.as_tensor(rows).to(self.scores.queries.device)
+        self.scores.reserve(len(ids) * (stop - start))
         block = self.scores.block(ids, start, stop)
         # Where rounding could decide, the exact score does, in float32 like the threshold.
         error = self.scores.error(ids, block[:, 0]) + torch.finfo(torch.float32).eps
@@ -157,13 +161,20 @@ class Neighbours:
         return np.split(near[order], ends)
 
 
-def _sizes(neighbours: Neighbours, weights: _Array, step: int, show_progress_bar: bool) -> _Array:
+def _sizes(
+    neighbours: Neighbours, weights: _Array, step: int, show_progress_bar: bool
+) -> tuple[_Array, list[_Array] | None]:
     """How many neighbours each vector has, itself included, `[n]`; a neighbour counts its weight.
 
     Of the square of similarities, half is computed: who is near is so from either side.
+
+    Returns:
+        The numbers; and the neighbours of each in order, if they are few enough to be held.
     """
     count = len(weights)
     sizes = np.zeros(count, np.int64)
+    kept: list[tuple[_Array, _Array]] | None = []
+    held = 0
     width = max(1, _BLOCK // step)
     for start in with_progress(range(0, count, step), show_progress_bar):
         stop = min(start + step, count)
@@ -171,39 +182,67 @@ def _sizes(neighbours: Neighbours, weights: _Array, step: int, show_progress_bar
         for first in range(start, count, width):
             i, j = neighbours.pairs(rows, first, min(first + width, count))
             i += start
-            np.add.at(sizes, i, weights[j])
             later = j >= stop
-            np.add.at(sizes, j[later], weights[i[later]])
-    return sizes
+            for one, other in ((i, j), (j[later], i[later])):
+                np.add.at(sizes, one, weights[other])
+                held += len(one)
+                kept = None if kept is None or held > _BLOCK else [*kept, (one, other)]
+    if kept is None:
+        return sizes, None
+    rows, near = (np.concatenate(part) for part in zip(*kept, strict=True))
+    order = np.lexsort((near, rows))
+    ends = np.cumsum(np.bincount(rows, minlength=count))[:-1]
+    return sizes, np.split(near[order], ends)
 
 
-def _community(centre: int, members: _Array, groups: list[list[int]], scores: Scores) -> list[int]:
-    """The rows of one community: the centre, then by descending similarity, then by row."""
-    ids = torch.as_tensor(members, device=scores.queries.device)
-    exact = scores.exact(torch.full_like(ids, centre), ids).tolist()
-    first = groups[centre][0]
-    others = [
-        (-score, row)
-        for member, score in zip(members.tolist(), exact, strict=True)
-        for row in groups[member]
-        if row != first
-    ]
-    return [first, *(row for _, row in sorted(others))]
+def _communities(
+    found: list[tuple[int, _Array]], groups: list[list[int]], scores: Scores
+) -> Iterator[list[int]]:
+    """The rows of each community: the centre, then by descending similarity, then by row."""
+    if not found:
+        return
+    members = np.concatenate([free for _, free in found])
+    counts = [len(free) for _, free in found]
+    centres = np.repeat([centre for centre, _ in found], counts)
+    device = scores.queries.device
+    exact = scores.exact(
+        torch.as_tensor(centres, device=device), torch.as_tensor(members, device=device)
+    )
+    of_each = np.split(exact.cpu().numpy(), np.cumsum(counts)[:-1])
+    for (centre, free), values in zip(found, of_each, strict=True):
+        first = groups[centre][0]
+        others = [
+            (-score, row)
+            for member, score in zip(free.tolist(), values.tolist(), strict=True)
+            for row in groups[member]
+            if row != first
+        ]
+        yield [first, *(row for _, row in sorted(others))]
 
 
 def equal_rows(vectors: Tensor) -> list[list[int]]:
     """Rows that are the same, together, in order of the first. The same sentence many times over
     would otherwise be compared with itself as often, and exactly where the threshold is 1.
     """
-    groups: dict[bytes, list[int]] = {}
     wide = torch.promote_types(vectors.dtype, torch.float32)
+    kind = np.uint64 if wide == torch.float64 else np.uint32
+    random = np.random.default_rng(0)
+    factors = random.integers(1, 2**64, vectors.shape[1], np.uint64, endpoint=False) | np.uint64(1)
+    # A sum of the bits of each row tells nearly all rows apart; of the others the bytes are looked
+    # at.
+    sums = np.empty(len(vectors), np.uint64)
     for start in range(0, len(vectors), 1024):
-        part = vectors[start : start + 1024].detach().to(wide).cpu().numpy()
-        for row, vector in enumerate(part, start):
-            # 128 bits tell vectors apart as their own bytes do, and a million take 16 MB.
-            digest = hashlib.blake2b(vector.tobytes(), digest_size=16).digest()
-            groups.setdefault(digest, []).append(row)
-    return list(groups.values())
+        part = vectors[start : start + 1024].detach().to(wide).cpu().contiguous().numpy()
+        sums[start : start + 1024] = (part.view(kind).astype(np.uint64) * factors).sum(axis=1)
+    _, first, inverse, counts = np.unique(
+        sums, return_index=True, return_inverse=True, return_counts=True
+    )
+    groups: dict[Any, list[int]] = {row: [row] for row in first[counts == 1].tolist()}
+    for row in np.flatnonzero(counts[inverse] > 1).tolist():
+        vector = vectors[row].detach().to(wide).cpu().contiguous().numpy().tobytes()
+        # 128 bits tell vectors apart as their own bytes do, and a million take 16 MB.
+        groups.setdefault(hashlib.blake2b(vector, digest_size=16).digest(), []).append(row)
+    return sorted(groups.values())
 
 
 def first_of_each(groups: list[list[int]], vectors: Tensor) -> Tensor:

@@ -73,15 +73,16 @@ def paraphrase_mining_embeddings(
             pending.clear()
     keys, values = _best([(keys, values), *pending], max_pairs)
     columns = values.tolist(), (keys // count).tolist(), (keys % count).tolist()
-    return [list(pair) for pair in zip(*columns, strict=True)]
+    return list(map(list, zip(*columns, strict=True)))
 
 
 def _best(parts: list[_Pairs], max_pairs: int) -> _Pairs:
     """The best of the pairs, each once."""
     keys, values = (np.concatenate(part) for part in zip(*parts, strict=True))
-    order = np.lexsort((-values, keys))
+    order = np.argsort(keys, kind="stable")
     keys, values = keys[order], values[order]
-    once = np.diff(keys, prepend=-1) != 0  # of the same pair, the first, which has the better score
-    keys, values = keys[once], values[once]
-    order = np.lexsort((keys, -values))[:max_pairs]
+    first = np.flatnonzero(np.diff(keys, prepend=-1))
+    if len(first):  # of the scores of one pair, the better
+        keys, values = keys[first], np.maximum.reduceat(values, first)
+    order = np.argsort(-values, kind="stable")[:max_pairs]  # equal ones stay in order of the keys
     return keys[order], values[order]

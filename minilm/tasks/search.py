@@ -11,6 +11,7 @@ A corpus that is a memory-mapped array stays where it is: it is read block by bl
 each 256 queries, so it may be larger than the memory.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -28,9 +29,6 @@ from minilm.similarity import (
     dot_score,
     euclidean_sim,
     manhattan_sim,
-    pairwise_dot_score,
-    pairwise_euclidean_sim,
-    pairwise_manhattan_sim,
 )
 from minilm.vectors import as_matrix
 
@@ -47,17 +45,32 @@ __all__ = [
 ScoreFunction = Callable[[Any, Any], Tensor]
 Found = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]
 
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.mul(a, b, out=a).sum(dim=-1)
+
+
+def _negated_distance(a: Tensor, b: Tensor, order: int) -> Tensor:
+    distances: Tensor = torch.linalg.vector_norm(torch.sub(a, b, out=a), ord=order, dim=-1)
+    return -distances
+
+
+# The score of each row of `a` with that of `b`, `[n, d] x [n, d] -> [n]`; `a` is overwritten.
 _PAIRWISE: dict[ScoreFunction, ScoreFunction] = {
-    cos_sim: pairwise_dot_score,  # of vectors of length 1
-    dot_score: pairwise_dot_score,
-    euclidean_sim: pairwise_euclidean_sim,
-    manhattan_sim: pairwise_manhattan_sim,
+    cos_sim: _dot,  # to be divided by both lengths
+    dot_score: _dot,
+    euclidean_sim: functools.partial(_negated_distance, order=2),
+    manhattan_sim: functools.partial(_negated_distance, order=1),
 }
 _TILE = 2**22  # scores looked at together: 16 MB in float32, about what a cache holds
 _QUERIES = 256  # of which so many queries: enough for the matrix product to be at its best
 _ROWS = 2**14  # and so many vectors of the corpus: 25 MB in float32 at 384 wide
 _GROUP = 64  # scores whose largest is looked at first: most groups have none of the best
-_PAIRS = 4096  # vectors copied for exact scores at a time: 12 MB of float64 at 384 wide
+_PAIRS = 4096  # vectors whose lengths are computed at a time: 12 MB of float64 at 384 wide
+# Numbers of each side of the exact scores computed at a time: 1 MB of float64, which stays in a
+# cache, and in memory that is there already. In larger parts that are new each time it takes seven
+# times as long, mostly for pages of memory.
+_EXACT = 2**17
 _UNIT = 1e-6  # lengths that are nearer to 1 are 1, where a score is only a first guess
 _SHORTEST = 1e-30  # a zero vector is as similar as 0 to everything, not 0 / 0
 # What float32 products lose where the user allows TF32 or bfloat16 in them.
@@ -213,6 +226,11 @@ class Scores:
         self._longest = max(self._longest, float(lengths.max()))
         return part
 
+    def reserve(self, size: int) -> None:
+        """Have memory for so many scores: the next block is where the one before was."""
+        if len(self._room) < size:
+            self._room = self.queries.new_empty(size)
+
     def block(self, rows: Tensor | slice, start: int, stop: int) -> Tensor:
         """Queries against corpus[start:stop], `[rows, stop - start]`, with a rounding error of up
         to `error`.
@@ -277,12 +295,22 @@ class Scores:
         if not len(rows):
             return self.queries.new_empty(0)
         pairwise, values = _PAIRWISE[self.score_function], []
-        for i, j in zip(torch.split(rows, _PAIRS), torch.split(ids, _PAIRS), strict=True):
-            a = self.queries[i].to(self.exact_device, torch.float64)
-            b = self.vectors(j).to(self.exact_device, torch.float64)
+        width = self.queries.shape[1]
+        step = max(1, _EXACT // max(width, 1))
+        shape, device = (min(step, len(rows)), width), self.exact_device
+        room = self.queries.new_empty(shape)
+        room_a = torch.empty(shape, dtype=torch.float64, device=device)
+        room_b = torch.empty_like(room_a)
+        for i, j in zip(torch.split(rows, step), torch.split(ids, step), strict=True):
+            count = len(i)
+            a = room_a[:count].copy_(torch.index_select(self.queries, 0, i, out=room[:count]))
+            if self.corpus is self.queries:
+                b = room_b[:count].copy_(torch.index_select(self.queries, 0, j, out=room[:count]))
+            else:
+                b = room_b[:count].copy_(self.vectors(j))
             value = pairwise(a, b)
             if self.score_function is cos_sim:
-                i, j = i.to(self.exact_device), j.to(self.exact_device)
+                i, j = i.to(device), j.to(device)
                 of_b = self._query_lengths[j] if self.corpus is self.queries else self._lengths(b)
                 value = value / (self._query_lengths[i] * of_b)
             values.append(value)
@@ -344,11 +372,12 @@ class Scores:
                 step = min(step, _ROWS)  # more than the product is done with each
         if self.score_function is cos_sim:
             # The same memory for all blocks: new memory takes a third of the product's time.
-            self._room = self.queries.new_empty(count * min(step, len(self.corpus)))
+            self.reserve(count * min(step, len(self.corpus)))
         for start in range(0, len(self.corpus), step):
             scores = self.block(rows, start, min(start + step, len(self.corpus)))
             if others_only:
-                scores = _without_diagonal(scores, rows.start - start)
+                own = scores if self.exact_is_known else scores.clone()
+                scores = _without_diagonal(own, rows.start - start)
             tiles = torch.split(scores, max(1, _TILE // count), dim=1)
             for tile in tiles:
                 self._merge(best, tile, start, rows, first_id)
@@ -419,12 +448,11 @@ class Best:
 
 
 def _without_diagonal(scores: Tensor, offset: int) -> Tensor:
-    """-inf in column i + offset of row i; a copy, since another function's result isn't ours."""
+    """-inf in column i + offset of row i, in place."""
     if not -len(scores) < offset < scores.shape[1]:
         return scores
     rows, columns = torch.arange(len(scores)), torch.arange(len(scores)) + offset
     inside = (columns >= 0) & (columns < scores.shape[1])
-    scores = scores.clone()
     scores[rows[inside].to(scores.device), columns[inside].to(scores.device)] = -torch.inf
     return scores
 
