@@ -144,8 +144,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except OSError as error:
         name = error.filename
-        if name is None and error.errno in _ERRORS_OF_WRITING:  # whatever else is written says so
-            name = "standard output"
+        try:
+            sys.stdout.flush()
+            if name is None and error.errno in _ERRORS_OF_WRITING:  # a file says so itself
+                name = "standard output"
+        except OSError:
+            name = name or "standard output"
             # What is left of it goes nowhere: Python would say so once more at exit.
             with suppress(OSError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

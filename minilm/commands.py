@@ -100,24 +100,29 @@ def encode(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None
         truncate_dim=options.truncate_dim,
         normalize_embeddings=options.normalize,
     )
-    if output is None:
-        write_jsonl(sys.stdout, table, embeddings, options.embedding_column)
-        return
-    record = encoder.fingerprint(
-        prompt=options.prompt,
-        truncation=options.truncation,
-        truncate_dim=options.truncate_dim,
-        normalize_embeddings=options.normalize,
-        precision=options.precision,
-    )
-    made = (table, embeddings, record.to_json(), options.embedding_column)
+
+    def write(path: Path) -> None:
+        record = encoder.fingerprint(
+            prompt=options.prompt,
+            truncation=options.truncation,
+            truncate_dim=options.truncate_dim,
+            normalize_embeddings=options.normalize,
+            precision=options.precision,
+        )
+        write_table(path, table, embeddings, record.to_json(), options.embedding_column)
+
     try:
-        write_table(output, *made)
+        if output is None:
+            write_jsonl(sys.stdout, table, embeddings, options.embedding_column)
+            sys.stdout.flush()
+        else:
+            write(output)
     except BrokenPipeError:
         raise
     except OSError as error:
-        kept = _kept_elsewhere(lambda path: write_table(path, *made), form_of(output))
-        raise OSError(error.errno, f"{error.strerror}; {kept}", error.filename) from error
+        kept = _kept_elsewhere(write, ".jsonl" if output is None else form_of(output))
+        told = f"{error.strerror}; {kept}"
+        raise OSError(error.errno, told, error.filename or "standard output") from error
 
 
 # The fewest bits of a number in a file. As text it has 16 and more.

@@ -219,7 +219,8 @@ def fingerprint(encoder: Encoder) -> Fingerprint:
     default, width = encoder.default_prompt_name, config.hidden_size
     dimension = min(width, encoder.truncate_dim or width)
     return Fingerprint(
-        model=_model_name(encoder),
+        # A folder's name can have bytes that are no text, which no file could hold.
+        model=_model_name(encoder).encode("utf-8", "backslashreplace").decode(),
         weights_sha256=from_file or f"tensors:{tensors}",
         tensors_sha256=tensors,
         tokenizer_sha256=_digest_tokenizer(encoder.tokenizer),

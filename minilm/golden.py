@@ -233,8 +233,10 @@ def write_golden(
             "sha256": hashlib.sha256(contents[name]).hexdigest(),
         }
     index = _index(encoder, texts, stages, found) | {"files": files}
-    as_json = json.dumps(index, ensure_ascii=False, indent=1).encode() + b"\n"
-    contents[README] = _readme(index).encode()
+    # A model's folder can have a name that is no text.
+    text = json.dumps(index, ensure_ascii=False, indent=1)
+    as_json = text.encode("utf-8", "backslashreplace") + b"\n"
+    contents[README] = _readme(index).encode("utf-8", "backslashreplace")
     make_folder(folder)
     for name, data in (*contents.items(), (INDEX, as_json)):
         write_atomically(folder / name, lambda file, data=data: file.write(data))  # type: ignore[misc]

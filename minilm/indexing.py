@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minilm.check import CheckResult, check_vectors
@@ -18,6 +19,7 @@ from minilm.errors import InputError
 from minilm.files import Table, column_of
 from minilm.fingerprint import fingerprint_of
 from minilm.inputs import as_many, as_rows, check_positive_int, with_progress
+from minilm.outputs import check_room
 from minilm.tasks import Hit, Index
 from minilm.truncation import Cut, warn_of
 
@@ -57,6 +59,7 @@ def build_index(
     """
     name = column_of(list(table.rows[0]), column, "", "") if table.rows else column or "text"
     plan = _plan(encoder, "document", prompt, truncation)
+    _check_room(Path(folder), encoder, table)
     return Index.create(
         folder,
         fingerprint_of(encoder, plan),
@@ -87,6 +90,7 @@ def add_to_index(
             in `Index.add` and `encode`.
     """
     plan = _plan(encoder, "document", prompt, truncation)
+    _check_room(index.folder, encoder, table)
     index.extend(
         _blocks(encoder, table, index.column, plan, show_progress_bar),
         fingerprint=fingerprint_of(encoder, plan),
@@ -164,6 +168,13 @@ def _plan(
     """
     name = None if prompt is not None else prompt_for(task, encoder.prompts)
     return encoder._plan("sentences", prompt=prompt, prompt_name=name, truncation=truncation)
+
+
+def _check_room(folder: Path, encoder: "SentenceEncoder", table: Table) -> None:
+    width = encoder.bert.config.hidden_size
+    width = min(encoder.truncate_dim or width, width)
+    if folder.parent.is_dir():
+        check_room(folder, len(table.texts) * width * 4)
 
 
 def _blocks(

@@ -6,7 +6,8 @@ is complete or not there, or bytes into what the name stands for.
 A name can stand for more than a new file. A link is followed: what it points to gets the contents,
 and the link stays. A file that is there keeps its mode. /dev/stdout, /dev/fd/63 (which is what
 `>(gzip > x.gz)` stands for), /dev/null and named pipes are written to as they are. Of a file with
-other hard links only the name that was given gets the new contents.
+other hard links only the name that was given gets the new contents. A file that is also what was
+read is replaced like any other: it was read before.
 """
 
 import errno
@@ -93,18 +94,19 @@ def check_folder(folder: Path, argument: str) -> None:
 
 
 def check_room(path: Path, size: int) -> None:
-    """Find out whether a disk has room for a file.
+    """Find out whether a disk has room for a result.
 
     Args:
-        path: The file.
-        size: The least that it will have, in bytes.
+        path: A file, or a folder.
+        size: The least that will be written, in bytes.
 
     Raises:
         OSError: It hasn't, by what the disk tells.
     """
     if is_stream(path):
         return
-    folder = _target(path).parent
+    target = _target(path)
+    folder = target if target.is_dir() else target.parent
     usage = shutil.disk_usage(folder)
     if usage.total and usage.free < size:  # some have no total, and tell nothing
         raise OSError(

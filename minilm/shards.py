@@ -100,7 +100,9 @@ def part_paths(folder: Path) -> list[Path]:
 
 
 class ShardFolder:
-    """The folder, held by one process while it is open as a context manager.
+    """The folder, held by one writer while it is open as a context manager.
+
+    Another thread of the process waits, another process is refused.
 
     Attributes:
         folder: Where it is.
@@ -125,7 +127,8 @@ class ShardFolder:
         """Take hold of it, and read what was done before.
 
         Raises:
-            InputError: Another process has it; or there are files that are none of ours.
+            InputError: Another process has it; it can't be written to; or there are files that are
+                none of ours.
             OSError: It can't be made, or read.
         """
         check_folder(self.folder, "output")
@@ -261,7 +264,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[Part], bool] | None:
             parts = [Part.from_dict(each) for each in header.pop("parts")]
             int(header["rows"]["written"])
             return header, parts, True
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
             what = f"is no manifest, or broken: {error}; remove it, or choose another folder"
             raise ConfigError(path, [what]) from error
     path = folder / PROGRESS

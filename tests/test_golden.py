@@ -229,7 +229,7 @@ def test_folder_is_complete_or_not_there(
     write_golden(tiny_encoder, folder, SOME)  # again: the same bytes
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="file is a file; pass a folder"):
+    with pytest.raises(InputError, match="file: is a file; pass a folder"):
         write_golden(tiny_encoder, tmp_path / "file", SOME)
 
     def fail(*_: Any, **__: Any) -> Any:

@@ -193,10 +193,11 @@ def test_a_disk_without_room(
 ) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(total=9**9, free=255))
     monkeypatch.setattr(SentenceEncoder, "encode", lambda *_, **__: pytest.fail("it went to work"))
-    assert run("encode", "in.txt", "-o", "x.npy") == 1
-    said = capsys.readouterr().err
-    assert said.startswith("minilm: x.npy: needs 256 bytes, and the disk that is mounted at /")
-    assert said.endswith("has 255 left\n")
+    for words, name in ((["encode"], "x.npy"), (["index", "build"], "index")):
+        assert run(*words, "in.txt", "-o", name) == 1
+        said = capsys.readouterr().err
+        assert said.startswith(f"minilm: {name}: needs 256 bytes, and the disk that is mounted at")
+        assert said.endswith("has 255 left\n")
     check_room(Path("x.npy"), 255)
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(total=0, free=0))
     check_room(Path("x.npy"), 255)  # a file system that tells nothing
@@ -334,6 +335,24 @@ def test_devices(run: Callable[..., int], workplace: Path) -> None:
     assert sorted(path.name for path in workplace.iterdir()) == ["in.txt"]
 
 
+@pytest.mark.parametrize("command", ["file", "folder", "index", "golden"])
+def test_a_model_whose_folder_has_a_name_that_is_no_text(
+    workplace: Path, tiny_folder: Path, command: str
+) -> None:
+    model = tiny_folder.rename(os.fsdecode(b"m\xff"))
+    words = {
+        "file": ["encode", "in.txt", "-o", "x.safetensors"],
+        "folder": ["encode", "in.txt", "-o", "out"],
+        "index": ["index", "build", "in.txt", "-o", "out"],
+        "golden": ["parity", "--golden", "out"],
+    }
+    assert cli.main([*words[command], "--model", str(model), "--device", "cpu"]) == 0
+    if command == "file":
+        record = read_fingerprint(Path("x.safetensors"))
+        assert record is not None
+        assert record.model == "m\\udcff"
+
+
 # a full disk
 
 
@@ -374,7 +393,7 @@ def test_vectors_of_a_full_disk_are_kept_elsewhere(
     assert read_fingerprint(kept) is not None
 
 
-def test_a_full_standard_output_is_named(tiny_folder: Path) -> None:
+def test_a_full_standard_output_is_named(tiny_folder: Path, tmp_path: Path) -> None:
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run(
             [sys.executable, "-m", "minilm", "encode", "--model", tiny_folder, "--device", "cpu"],
@@ -382,10 +401,12 @@ def test_a_full_standard_output_is_named(tiny_folder: Path) -> None:
             stdout=full,
             stderr=subprocess.PIPE,
             check=False,
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)},
         )
-    assert done.stderr == b"minilm: standard output: No space left on device\n"
-    assert done.returncode == 1
+    [kept] = tmp_path.glob("minilm-*/embeddings.jsonl")
+    said = f"minilm: standard output: No space left on device; the vectors are kept in {kept}\n"
+    assert (done.stderr.decode(), done.returncode) == (said, 1)
+    assert json.loads(kept.read_text())["text"] == "a cat"
 
 
 # methods

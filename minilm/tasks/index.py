@@ -135,8 +135,9 @@ class Index:
             codes: "int8" and "binary": keep these codes too, for `search` with `precision`.
 
         Raises:
-            InputError: Something is in the folder, another process is writing there, int8 codes
-                are wanted of a model without `model_ranges`; or as in `add`.
+            InputError: Something is in the folder or it can't be written to, another process is
+                writing there, int8 codes are wanted of a model without `model_ranges`; or as in
+                `add`.
             OSError: The folder can't be written to, or the disk is full.
         """
         path = absolute(folder)
@@ -217,6 +218,8 @@ class Index:
         self, embeddings: Embeddings, rows: Sequence[Row], *, fingerprint: Fingerprint | None
     ) -> None:
         """Add vectors with their rows behind those that are there, all or nothing.
+
+        Threads that add to one folder wait for each other, also with an `Index` each.
 
         Args:
             embeddings: `[n, d]`, floating point; kept as float32.
