@@ -7,12 +7,14 @@ data.
 pyarrow is imported only when it is used: it comes with `pip install "minilm[parquet]"`.
 """
 
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import numpy as np
 
 from minilm.errors import InputError, InputTypeError, MissingPackageError
 from minilm.files import METADATA_KEY, VECTOR_FIELDS
+from minilm.rows import column_of
 from minilm.vectors import from_arrow
 
 __all__ = [
@@ -21,6 +23,8 @@ __all__ = [
     "embeddings_of",
     "fingerprint_in",
     "import_pyarrow",
+    "text_column",
+    "texts_of",
     "vector_column",
     "with_fingerprint",
 ]
@@ -133,6 +137,55 @@ def vector_column(schema: Any, place: str) -> str:
         return (named or lists)[0]
     seen = ", ".join(map(repr, lists)) if lists else "no list of numbers"
     raise InputError(f"{place}: has {seen}; one column 'embedding' was expected", "column")
+
+
+def text_column(schema: Any, wanted: str | None, place: str, vectors: str | None = None) -> str:
+    """The name of the column that holds texts: the one wanted, else "text", else the only one.
+
+    Args:
+        schema: Of the file.
+        wanted: The name that was asked for.
+        place: What to call the file in the error.
+        vectors: The name of another column, of which it is none.
+
+    Raises:
+        InputError: There is none, or more than one, or it holds something else than strings.
+    """
+    types = import_pyarrow("reading Parquet files").types
+    name = column_of([each for each in schema.names if each != vectors], wanted, place, "column")
+    if schema.names.count(name) > 1:
+        raise InputError(f"{place}: has more than one column {name!r}", "column")
+    kind = schema.field(name).type
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    is_view = getattr(types, "is_string_view", lambda kind: False)
+    if not (types.is_string(kind) or types.is_large_string(kind) or is_view(kind)):
+        raise InputError(f"{place}: column {name!r} holds {kind}, not strings", "column")
+    return name
+
+
+def texts_of(table: Any, column: str, place: str, rows: Sequence[int] | None = None) -> list[str]:
+    """The texts of a table, of which each has a vector.
+
+    This package writes null and the vector of the empty text for a text that could not be embedded,
+    if it was asked to (`on_bad_row="empty"`): such a null is "". What a null of another program
+    means, nobody can tell.
+
+    Args:
+        table: A `pyarrow.Table` with the column.
+        column: A column of strings, see `text_column`.
+        place: What to call the file in the error.
+        rows: The number of each row in the file, if it is not its own.
+
+    Raises:
+        InputError: A text is null, in a table of another program.
+    """
+    texts: list[str | None] = table.column(column).to_pylist()
+    if None in texts and fingerprint_in(table.schema) is None:
+        row = texts.index(None)
+        row = row if rows is None else rows[row]
+        raise InputError(f"{place}: row {row}: {column} is null, not a string", "column")
+    return [text or "" for text in texts]
 
 
 def with_fingerprint(holder: _Holder, fingerprint: str) -> _Holder:

@@ -16,11 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from minilm.arrow import embeddings_of, vector_column
+from minilm.arrow import embeddings_of, text_column, texts_of, vector_column
 from minilm.check import LONGEST, CheckResult, check_vectors
 from minilm.encoder import SentenceEncoder
 from minilm.errors import InputError
-from minilm.files import column_of
 from minilm.fingerprint import read_fingerprint
 from minilm.inputs import check_positive_int
 from minilm.shards import part_paths, verify_parts
@@ -145,8 +144,8 @@ def _sampled(
     whole = [path for path in paths if path.name not in damaged and counts[path]]
     first = readable(whole[0], lambda: pyarrow.parquet.read_schema(whole[0]))
     place = str(whole[0])
-    name = column_of(list(first.names), column or header.get("column"), place, place)
     vectors = header.get("settings", {}).get("embedding_column") or vector_column(first, place)
+    name = text_column(first, column or header.get("column"), place, vectors)
     starts = [0, *accumulate(counts.values())]
     total = starts[-1]
     rows = {number * total // sample for number in range(sample)} if total > sample else set()
@@ -164,9 +163,9 @@ def _sampled(
         path = paths[number]
         read = partial(pyarrow.parquet.read_table, path, columns=columns)
         table = readable(path, read)
-        table = table.take([row - starts[number] for row in chosen])
-        # A row whose text is none has the vector of the empty text.
-        texts += [text or "" for text in table.column(name).to_pylist()]
+        in_part = [row - starts[number] for row in chosen]
+        table = table.take(in_part)
+        texts += texts_of(table, name, str(path), in_part)
         found.append(embeddings_of(table.column(vectors)))
     stored = np.concatenate(found)
     recorded = read_fingerprint(whole[0])

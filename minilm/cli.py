@@ -6,19 +6,17 @@ usage, 130 interrupted.
 """
 
 import argparse
-import errno
 import io
-import os
 import sys
 import warnings
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from minilm import __version__, commands, hub
 from minilm.errors import MinilmError
 from minilm.files import ROW_SUFFIXES, SUFFIXES
+from minilm.streams import present, tell
 
 __all__ = ["main"]
 
@@ -112,9 +110,6 @@ examples:
 }
 
 
-_ERRORS_OF_WRITING = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF}
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line.
 
@@ -124,44 +119,30 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code.
     """
-    parser = _parser()
-    options = parser.parse_args(arguments)
-    _make_output_safe()
-    try:
-        with warnings.catch_warnings():
-            warnings.showwarning = _show_warning
-            code: int | None = options.run(options, parser)
-        sys.stdout.flush()
-    except BrokenPipeError:
-        code = 0
-        # The reader has what it wanted. Python flushes once more at exit: into nothing.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except KeyboardInterrupt:
-        commands.tell("minilm: interrupted")
-        return 130
-    except MinilmError as error:
-        commands.tell(f"minilm: {error}")
-        return 1
-    except OSError as error:
-        name = error.filename
+    with present():
+        _make_output_safe()
+        parser = _parser()
+        options = parser.parse_args(arguments)
         try:
-            sys.stdout.flush()
-            if name is None and error.errno in _ERRORS_OF_WRITING:  # a file says so itself
-                name = "standard output"
-        except OSError:
-            name = name or "standard output"
-            # What is left of it goes nowhere: Python would say so once more at exit.
-            with suppress(OSError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        commands.tell(f"minilm: {name or 'system'}: {error.strerror or error}")
-        return 1
-    return code or 0
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                code: int | None = options.run(options, parser)
+        except BrokenPipeError:  # whoever reads the file that was named has what he wanted
+            return 0
+        except KeyboardInterrupt:
+            tell("minilm: interrupted")
+            return 130
+        except MinilmError as error:
+            tell(f"minilm: {error}")
+            return 1
+        except OSError as error:
+            tell(f"minilm: {error.filename or 'system'}: {error.strerror or error}")
+            return 1
+        return code or 0
 
 
 def _make_output_safe() -> None:
-    """Text that the output's encoding lacks is escaped; a closed output is an empty one."""
-    if sys.stdout is None:
-        sys.stdout = Path(os.devnull).open("w", encoding="utf-8")  # noqa: SIM115
+    """Text that the output's encoding lacks is escaped."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -206,14 +187,17 @@ def _parser() -> argparse.ArgumentParser:
         "files",
         nargs="*",
         metavar="FILE",
-        help="a text a line, or .jsonl or .csv; - or none is standard input; with -o FOLDER also "
-        ".parquet, folders, and patterns in quotes",
+        help="its suffix says what it is: .txt or none, a text a line; .jsonl or .ndjson; .csv; - "
+        "or no FILE is standard input, a text a line; with -o FOLDER also .parquet, folders, and "
+        "patterns in quotes",
     )
     encode.add_argument(
         "-t", "--text", action="append", default=[], metavar="TEXT", help="a text; repeatable"
     )
     encode.add_argument(
-        "--column", metavar="NAME", help="the name of the text in .jsonl and .csv (default: text)"
+        "--column",
+        metavar="NAME",
+        help="the name of the text (default: text, or in .jsonl and .csv the only one)",
     )
     encode.add_argument(
         "-o",
@@ -395,7 +379,10 @@ def _parser() -> argparse.ArgumentParser:
         "compared with its manifest too",
     )
     check.add_argument(
-        "--texts", type=Path, metavar="FILE", help="the texts of a FILE that has none"
+        "--texts",
+        type=Path,
+        metavar="FILE",
+        help="the texts of a FILE that has none, as encode reads them",
     )
     check.add_argument("--column", metavar="NAME", help="the name of the text (default: text)")
     check.add_argument(
@@ -421,9 +408,9 @@ def _parser() -> argparse.ArgumentParser:
         "--texts",
         type=Path,
         metavar="FILE",
-        help="the texts of a FILE that has none: one a line, or .jsonl with a field text "
-        "(default: the golden texts)",
+        help="the texts of a FILE that has none, as encode reads them (default: the golden texts)",
     )
+    parity.add_argument("--column", metavar="NAME", help="the name of the text (default: text)")
     parity.add_argument(
         "--golden",
         type=Path,
@@ -503,6 +490,7 @@ def _add_index(command: Any, model: argparse.ArgumentParser) -> None:
     search.add_argument(
         "-f", "--file", action="append", default=[], metavar="FILE", help="queries from a file"
     )
+    search.add_argument("--column", metavar="NAME", help="as for encode, of FILE")
     search.add_argument(
         "-k", "--top-k", type=_positive, default=10, metavar="N", help="(default: %(default)s)"
     )
@@ -539,4 +527,4 @@ _positive.__name__ = "positive integer"  # argparse: "invalid positive integer v
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    commands.tell(f"minilm: warning: {message}")
+    tell(f"minilm: warning: {message}")

@@ -13,6 +13,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,8 @@ from minilm.outputs import (
     is_stream,
     write_output,
 )
+from minilm.rows import DEFAULT_COLUMN, as_json
+from minilm.streams import is_watched, standard_output, tell
 
 if TYPE_CHECKING:
     from minilm.encoder import SentenceEncoder
@@ -59,7 +62,6 @@ __all__ = [
     "mine",
     "parity",
     "similarity",
-    "tell",
     "tour",
 ]
 
@@ -86,20 +88,26 @@ def encode(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None
         check_output(output, "-o", sidecars_of(output))
     table = _texts(options.text, options.files or ([] if options.text else ["-"]), options.column)
     encoder = _load(options)
-    if output is not None:
-        width = encoder.bert.config.hidden_size
-        width = min(options.truncate_dim or encoder.truncate_dim or width, width)
-        check_room(output, len(table.texts) * width * _BITS[options.precision] // 8)
-    embeddings = encoder.encode(
-        table.texts,
+    encode = partial(
+        encoder.encode,
         prompt=options.prompt,
         batch_size=options.batch_size,
-        show_progress_bar=sys.stderr.isatty() and len(table.texts) > 1,
+        show_progress_bar=is_watched(sys.stderr) and len(table.texts) > 1,
         precision=options.precision,
         truncation=options.truncation,
         truncate_dim=options.truncate_dim,
         normalize_embeddings=options.normalize,
     )
+    width = encoder.bert.config.hidden_size
+    width = min(options.truncate_dim or encoder.truncate_dim or width, width)
+    if options.precision in ("binary", "ubinary"):
+        width = -(-width // 8)
+    suffix = ".jsonl" if output is None else form_of(output)
+    check_rows(table, suffix, options.embedding_column, width)
+    if output is not None:
+        size = 4 if options.precision == "float32" else 1  # of a number; as text it has more
+        check_room(output, len(table.texts) * width * size)
+    embeddings = encode(table.texts)
 
     def write(path: Path) -> None:
         record = encoder.fingerprint(
@@ -113,8 +121,8 @@ def encode(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None
 
     try:
         if output is None:
-            write_jsonl(sys.stdout, table, embeddings, options.embedding_column)
-            sys.stdout.flush()
+            with standard_output() as file:
+                write_jsonl(file, table, embeddings, options.embedding_column)
         else:
             write(output)
     except BrokenPipeError:
@@ -123,10 +131,6 @@ def encode(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None
         kept = _kept_elsewhere(write, ".jsonl" if output is None else form_of(output))
         told = f"{error.strerror}; {kept}"
         raise OSError(error.errno, told, error.filename or "standard output") from error
-
-
-# The fewest bits of a number in a file. As text it has 16 and more.
-_BITS = {"float32": 32, "int8": 8, "uint8": 8, "binary": 1, "ubinary": 1}
 
 
 def _kept_elsewhere(write: Callable[[Path], object], suffix: str) -> str:
@@ -183,7 +187,7 @@ def _encode_files(options: argparse.Namespace, parser: argparse.ArgumentParser) 
         normalize_embeddings=options.normalize,
         batch_size=options.batch_size,
         overwrite=options.overwrite,
-        show_progress_bar=sys.stderr.isatty(),
+        show_progress_bar=is_watched(sys.stderr),
         **chosen,
     )
     tell(str(report))
@@ -193,7 +197,7 @@ def _texts(texts: Sequence[str], files: Sequence[str], column: str | None) -> Ta
     """Those of the command line, then those of the files."""
     table = Table()
     for text in texts:
-        table.add(text, {"text": text})
+        table.add(text, {column or DEFAULT_COLUMN: text})
     of_files = read_table(files, column)
     return Table(table.texts + of_files.texts, table.rows + of_files.rows)
 
@@ -207,11 +211,9 @@ def similarity(options: argparse.Namespace, parser: argparse.ArgumentParser) -> 
     embeddings = encoder.encode(texts, convert_to_tensor=True)
     matrix = encoder.similarity(embeddings, embeddings).tolist()
     if options.json:
-        print(
-            json.dumps({"texts": texts, "similarity": matrix}, ensure_ascii=not is_utf8(sys.stdout))
-        )
+        _print_json({"texts": texts, "similarity": matrix})
     else:
-        print(_matrix(texts, matrix))
+        _show(_matrix(texts, matrix))
 
 
 def mine(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -223,7 +225,7 @@ def mine(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         embeddings,
         max_pairs=options.max_pairs,
         top_k=options.top_k,
-        show_progress_bar=sys.stderr.isatty(),
+        show_progress_bar=is_watched(sys.stderr),
     )
     found = [(score, int(i), int(j)) for score, i, j in pairs]
     if options.json:
@@ -243,14 +245,16 @@ def cluster(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
         embeddings,
         options.threshold,
         options.min_size,
-        show_progress_bar=sys.stderr.isatty(),
+        show_progress_bar=is_watched(sys.stderr),
     )
     if options.json:
         _print_json([{"rows": rows, "texts": [texts[row] for row in rows]} for rows in groups])
         return
+    lines = []
     for rows in groups:
-        print(f"{len(rows)} texts")
-        print("\n".join(f"  {_one_line(texts[row], 90)}" for row in rows))
+        lines += [f"{len(rows)} texts", *(f"  {_one_line(texts[row], 90)}" for row in rows)]
+    if lines:
+        _show("\n".join(lines))
 
 
 def dedup(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -262,9 +266,9 @@ def dedup(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         parser.error(f"argument -o: {output} has no suffix of {', '.join(ROW_SUFFIXES)}")
     table = read_table(options.files or ["-"], options.column)
     if output is not None:
-        check_rows(output, table)
+        check_rows(table, form_of(output))
     texts, embeddings = _embedded(options, table)
-    found = near_duplicates(embeddings, options.threshold, show_progress_bar=sys.stderr.isatty())
+    found = near_duplicates(embeddings, options.threshold, show_progress_bar=is_watched(sys.stderr))
     if output is not None:
         gone = {each.row for each in found}
         stay = [row for row in range(len(texts)) if row not in gone]
@@ -285,16 +289,19 @@ def _embedded(options: argparse.Namespace, table: Table | None = None) -> tuple[
     """The texts of the files and their vectors."""
     texts = (table or read_table(options.files or ["-"], options.column)).texts
     encoder = _load(options)
-    return texts, encoder.encode(texts, show_progress_bar=sys.stderr.isatty() and len(texts) > 1)
+    return texts, encoder.encode(texts, show_progress_bar=is_watched(sys.stderr) and len(texts) > 1)
 
 
 def _print_pairs(pairs: Iterable[tuple[float, str, str]]) -> None:
-    for score, a, b in pairs:
-        print(f"{score:7.4f}  {_one_line(a, 90)}\n{'':7}  {_one_line(b, 90)}")
+    lines = [
+        f"{score:7.4f}  {_one_line(a, 90)}\n{'':7}  {_one_line(b, 90)}" for score, a, b in pairs
+    ]
+    if lines:
+        _show("\n".join(lines))
 
 
 def _print_json(value: Any) -> None:
-    print(json.dumps(value, ensure_ascii=not is_utf8(sys.stdout)))
+    _show(as_json(value, is_ascii=not is_utf8(sys.stdout)))
 
 
 def index_build(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -313,7 +320,7 @@ def index_build(options: argparse.Namespace, parser: argparse.ArgumentParser) ->
         prompt=options.prompt,
         truncation=options.truncation,
         codes=options.codes,
-        show_progress_bar=sys.stderr.isatty(),
+        show_progress_bar=is_watched(sys.stderr),
     )
     tell(f"{output}: {len(index):,} rows")
 
@@ -331,7 +338,7 @@ def index_add(options: argparse.Namespace, parser: argparse.ArgumentParser) -> N
         table,
         prompt=options.prompt,
         truncation=options.truncation,
-        show_progress_bar=sys.stderr.isatty(),
+        show_progress_bar=is_watched(sys.stderr),
     )
     tell(f"{options.index}: {len(index):,} rows")
 
@@ -342,7 +349,7 @@ def index_search(options: argparse.Namespace, parser: argparse.ArgumentParser) -
     from minilm.tasks import Index
 
     index = Index.open(options.index)
-    queries = options.queries + read_table(options.file, None).texts
+    queries = _texts(options.queries, options.file, options.column).texts
     if not queries:
         parser.error("argument QUERY: pass a text, or -f FILE")
     results = search_index(
@@ -358,12 +365,15 @@ def index_search(options: argparse.Namespace, parser: argparse.ArgumentParser) -
         _print_json([{"query": q, "hits": hits} for q, hits in zip(queries, results, strict=True)])
         return
     digits = len(str(len(index)))
+    lines = []
     for query, hits in zip(queries, results, strict=True):
         if len(queries) > 1:
-            print(_one_line(query, 90))
+            lines.append(_one_line(query, 90))
         for hit in hits:
             text = _one_line(text_of(hit["row"], index.column), 90)
-            print(f"{hit['score']:7.4f}  {hit['corpus_id']:>{digits}}  {text}")
+            lines.append(f"{hit['score']:7.4f}  {hit['corpus_id']:>{digits}}  {text}")
+    if lines:
+        _show("\n".join(lines))
 
 
 def index_check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -376,7 +386,7 @@ def index_check(options: argparse.Namespace, parser: argparse.ArgumentParser) ->
     tell(f"{options.index}: {len(index):,} rows; every file is as it was written")
     if result is None:
         return 0
-    print(json.dumps(result.to_dict(), indent=2) if options.json else result.table())
+    _show(json.dumps(result.to_dict(), indent=2) if options.json else result.table())
     return 0 if result.is_compatible else 1
 
 
@@ -387,13 +397,13 @@ def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
     if options.file.is_dir():
         return _check_folder(options, parser)
-    texts = None if options.texts is None else read_texts(options.texts)
+    texts = None if options.texts is None else read_texts(options.texts, options.column)
     foreign = read_vectors(options.file, texts, column=options.column, argument="FILE")
     recorded = read_fingerprint(options.file)
     result = check_vectors(
         _load(options), foreign.texts, foreign.vectors, recorded, sample=options.sample
     )
-    print(json.dumps(result.to_dict(), indent=2) if options.json else result.table())
+    _show(json.dumps(result.to_dict(), indent=2) if options.json else result.table())
     return 0 if result.is_compatible else 1
 
 
@@ -403,7 +413,7 @@ def _check_folder(options: argparse.Namespace, parser: argparse.ArgumentParser) 
     if options.texts is not None:
         parser.error("argument --texts: a folder has its texts in it")
     found = check_folder(_load(options), options.file, column=options.column, sample=options.sample)
-    print(json.dumps(found.to_dict(), indent=2) if options.json else found.table())
+    _show(json.dumps(found.to_dict(), indent=2) if options.json else found.table())
     return 0 if found.is_compatible else 1
 
 
@@ -429,7 +439,7 @@ def explain(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
     if _is_printed(png) or _is_printed(page):
         return
     if options.json:
-        print(json.dumps(explanation.to_dict(), ensure_ascii=not is_utf8(sys.stdout)))
+        _print_json(explanation.to_dict())
         return
     table = explanation.table()
     if _in_colour():
@@ -437,8 +447,8 @@ def explain(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
         # Blue adds, yellow takes away, as in the picture.
         table = re.sub(r"\+\d\.\d{4}", "\033[34m\\g<0>\033[0m", table)
         table = re.sub(r"-\d\.\d{4}", "\033[33m\\g<0>\033[0m", table)
-    print(title)
-    print(table)
+    _show(title)
+    _show(table)
 
 
 def tour(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -455,7 +465,9 @@ def tour(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 def _in_colour() -> bool:
     """Whether the output is a terminal whose user has not asked for none (no-color.org)."""
     return (
-        sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+        is_watched(sys.stdout)
+        and not os.environ.get("NO_COLOR")
+        and os.environ.get("TERM") != "dumb"
     )
 
 
@@ -483,10 +495,10 @@ def info(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         "versions": f"minilm {__version__}, torch {torch.__version__}",
     }
     if options.json:
-        print(json.dumps(rows | {"fingerprint": encoder.fingerprint().to_dict()}, indent=2))
+        _show(json.dumps(rows | {"fingerprint": encoder.fingerprint().to_dict()}, indent=2))
         return
-    print(encoder)
-    print("\n".join(f"{name + ':':<13}{value}" for name, value in rows.items()))
+    _show(str(encoder))
+    _show("\n".join(f"{name + ':':<13}{value}" for name, value in rows.items()))
 
 
 def parity(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -495,23 +507,24 @@ def parity(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
         parser.error("parity: pass one of --against FILE and --golden FOLDER")
     if options.against_stages is not None and options.golden is None:
         parser.error("argument --against-stages: goes with --golden FOLDER")
-    if options.texts is not None and options.against is None:
-        parser.error("argument --texts: goes with --against FILE")
+    for name in ("texts", "column"):
+        if getattr(options, name) is not None and options.against is None:
+            parser.error(f"argument --{name}: goes with --against FILE")
     if options.against is not None:
         return _parity_against(options)
     from minilm.golden import compare_stages_file, write_golden
 
     if options.against_stages is not None:
         report = compare_stages_file(options.golden, options.against_stages)
-        print(json.dumps(report.to_dict(), indent=2) if options.json else report.table())
+        _show(json.dumps(report.to_dict(), indent=2) if options.json else report.table())
         return 0 if report.passed else 1
     folder = _folder(str(options.golden), "--golden", parser)
     written = write_golden(_load(options), folder)
     sizes = {str(path): path.stat().st_size for path in written}
     if options.json:
-        print(json.dumps(sizes, indent=2))
+        _show(json.dumps(sizes, indent=2))
     else:
-        print("\n".join(f"{size / 1e6:6.1f} MB  {name}" for name, size in sizes.items()))
+        _show("\n".join(f"{size / 1e6:6.1f} MB  {name}" for name, size in sizes.items()))
     return 0
 
 
@@ -520,17 +533,17 @@ def _parity_against(options: argparse.Namespace) -> int:
     from minilm.golden import TEXTS
 
     file: Path = options.against
-    texts = None if options.texts is None else read_texts(options.texts)
+    texts = None if options.texts is None else read_texts(options.texts, options.column)
     golden = [each.text for each in TEXTS]
-    if file.suffix == ".onnx":
+    if file.suffix.lower() == ".onnx":
         encoder = _load(options)
         foreign = run_onnx(file, encoder, texts or golden)
     else:
         # Before the model is loaded: an error of the file comes at once.
-        foreign = read_vectors(file, texts, default=golden)
+        foreign = read_vectors(file, texts, default=golden, column=options.column)
         encoder = _load(options)
     diagnosis = diagnose(encoder, foreign.texts, foreign.vectors)
-    print(json.dumps(diagnosis.to_dict(), indent=2) if options.json else diagnosis.table())
+    _show(json.dumps(diagnosis.to_dict(), indent=2) if options.json else diagnosis.table())
     return 0 if diagnosis.is_equal else 1
 
 
@@ -604,6 +617,6 @@ def _weights_hash(source: hub.ModelFiles) -> tuple[str, str]:
     return actual, "the published all-MiniLM-L6-v2" if published else "not a model that we know"
 
 
-def tell(line: str) -> None:
-    """Tell the user, apart from the results."""
-    print(line, file=sys.stderr)
+def _show(text: str) -> None:
+    with standard_output() as file:
+        print(text, file=file)

@@ -1,7 +1,7 @@
 """Files of texts, and of texts with their vectors: what the command line reads and writes.
 
-In: .txt, .jsonl or .csv files, or standard input. Out: `Table`, the texts and all that stood beside
-them, and files that hold those and the vectors. Next: `cli.py`.
+In: the rows of files, see `rows.py`. Out: `Table`, all texts and what stood beside them, and files
+that hold those and the vectors. Next: `cli.py`.
 
 torch is not imported, and NumPy only when vectors are written, so that `--help` answers at once.
 """
@@ -9,20 +9,19 @@ torch is not imported, and NumPy only when vectors are written, so that `--help`
 import csv
 import io
 import json
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from minilm.errors import InputError
 from minilm.outputs import is_stream, write_output
+from minilm.rows import DEFAULT_COLUMN, Reader, as_json, lone_surrogate
 
 if TYPE_CHECKING:
     import numpy as np
 
 __all__ = [
-    "DEFAULT_COLUMN",
     "METADATA_KEY",
     "NPZ_KEY",
     "ROW_SUFFIXES",
@@ -30,11 +29,8 @@ __all__ = [
     "VECTOR_FIELDS",
     "Table",
     "check_rows",
-    "column_of",
-    "csv_rows",
     "form_of",
     "is_utf8",
-    "read_lines",
     "read_table",
     "sidecar_path",
     "sidecars_of",
@@ -53,8 +49,8 @@ ROW_SUFFIXES = (".jsonl", ".csv", ".txt")
 NPZ_KEY = "fingerprint_json"  # an array of uint8: the bytes of the JSON
 METADATA_KEY = "minilm.fingerprint"  # in the header of safetensors files
 
-DEFAULT_COLUMN = "text"
-_LONGEST_FIELD = 2**27  # characters of a field of a .csv file
+# Of a safetensors file, without which nobody reads it; some of it is for what is no metadata.
+_LARGEST_HEADER = 100_000_000 - 1_000
 
 # What a column of vectors may be called.
 VECTOR_FIELDS = ("embedding", "embeddings", "vector", "vectors")
@@ -82,164 +78,84 @@ class Table:
         return any(row.keys() != {DEFAULT_COLUMN} for row in self.rows)
 
 
-def read_lines(name: str) -> Iterator[str]:
-    """The lines of a file, blank ones too, so that row n of the result is line n.
-
-    Args:
-        name: A file of UTF-8 text, or - for standard input.
-
-    Raises:
-        InputError: A line is not UTF-8; the message names the file and the line.
-        OSError: The file can't be read.
-    """
-    for line in _whole_lines(name):
-        yield line.removesuffix("\n").removesuffix("\r")
-
-
-def _whole_lines(name: str) -> Iterator[str]:
-    """The same with their ends."""
-    if name == "-":
-        yield from _decoded(sys.stdin.buffer, "standard input")
-    else:
-        with Path(name).open("rb") as file:
-            yield from _decoded(file, name)
-
-
-def _decoded(file: IO[bytes], name: str) -> Iterator[str]:
-    for number, line in enumerate(file, 1):
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"{name}: line {number} is not UTF-8 ({error.reason}); convert the file", name
-            ) from error
-        yield text
-
-
 def read_table(names: Sequence[str], column: str | None = None) -> Table:
     """Read texts from files, with all that stands beside them.
 
     Args:
-        names: Paths, or - for standard input. The suffix says what a file is: .jsonl, an object or
-            a string a line; .csv, a heading and rows; anything else, a text a line.
-        column: The name of the text in .jsonl and .csv; by default "text", or the only one.
+        names: Paths, or - for standard input. The suffix says what a file is, see `minilm.rows`:
+            .jsonl or .ndjson, an object or a string a line; .csv, a heading and rows; .txt or none,
+            a text a line.
+        column: The name of the text; by default "text", or in .jsonl and .csv the only one.
 
     Raises:
-        InputError: A file is broken or has no such column; the message names the file and the line.
+        InputError: A file is broken or of another form, or a row has no text of that name; the
+            message names the file and the line.
         OSError: A file can't be read.
     """
+    if list(names).count("-") > 1:
+        raise InputError("standard input can be read only once; name - once", "-")
     table = Table()
     for name in names:
-        kind = Path(name).suffix.lower()
-        if kind == ".parquet":
-            raise InputError(
-                f"{name}: Parquet is read into a folder of Parquet files only: -o FOLDER", name
-            )
-        read = {".jsonl": _read_jsonl, ".csv": _read_csv}.get(kind, _read_plain)
-        read(name, column, table)
+        for _, text, row in Reader(column).good_rows(name):
+            table.add(text, row)
     return table
 
 
-def _read_plain(name: str, column: str | None, table: Table) -> None:
-    for line in read_lines(name):
-        table.add(line, {DEFAULT_COLUMN: line})
-
-
-def _read_jsonl(name: str, column: str | None, table: Table) -> None:
-    first: tuple[str, int] | None = None
-    for number, line in enumerate(read_lines(name), 1):
-        if not line.strip():
-            continue
-        place = f"{name}: line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{place} is not JSON: {error}", name) from error
-        if isinstance(row, str):
-            table.add(row, {column or DEFAULT_COLUMN: row})
-            continue
-        if not isinstance(row, dict):
-            raise InputError(f"{place} is no object and no string", name)
-        key = column_of(list(row), column, place, name)
-        first = first or (key, number)
-        if key != first[0]:
-            raise InputError(
-                f"{place}: the text would be {key!r}, that of line {first[1]} {first[0]!r}; choose "
-                "with --column",
-                name,
-            )
-        if not isinstance(row[key], str):
-            raise InputError(f"{place}: {key} is {json.dumps(row[key])[:40]}, not a string", name)
-        table.add(row[key], row)
-
-
-def _read_csv(name: str, column: str | None, table: Table) -> None:
-    rows = csv_rows(name, column)
-    _, heading = next(rows)
-    key = column_of(heading, column, name, name)
-    for line, row in rows:
-        if len(row) != len(heading):
-            raise InputError(
-                f"{name}: line {line} has {len(row)} fields, the first line {len(heading)}", name
-            )
-        of_row = dict(zip(heading, row, strict=True))
-        table.add(of_row[key], of_row)
-
-
-def csv_rows(name: str, column: str | None = None) -> Iterator[tuple[int, list[str]]]:
-    """The rows of a .csv file, each with the line that it ends in; the first is the heading.
+def check_rows(table: Table, suffix: str, column: str | None = None, width: int = 0) -> None:
+    """Whether a form can hold rows, and what is added to them; ask before anything is computed.
 
     Args:
-        name: The file, or -.
-        column: The name of the text, if one was given.
+        table: n rows.
+        suffix: That of the form.
+        column: The name under which .jsonl adds a vector.
+        width: How many columns .csv adds, which are called 0, 1, 2, ...
 
     Raises:
-        InputError: The file has no heading, two columns of a name, no commas, or is broken.
+        InputError: The rows have something of such a name already; or there is a text or a value
+            that the form can't hold. The message names the row, from 0.
     """
-    # A text can be longer than the 131,072 characters that the module allows at first.
-    csv.field_size_limit(max(csv.field_size_limit(), _LONGEST_FIELD))
-    reader = csv.reader(_whole_lines(name), strict=True)
-    before = 0
-    try:
-        heading = next(reader, None)
-        if heading is None:
-            raise InputError(f"{name}: is empty; the first line names the columns", name)
-        doubled = sorted({each for each in heading if heading.count(each) > 1})
-        if doubled:
-            raise InputError(f"{name}: has more than one column {doubled[0]!r}", name)
-        if len(heading) == 1 and heading[0] != column:
-            for mark in (";", "\t", "|"):
-                if mark in heading[0]:
-                    raise InputError(
-                        f"{name}: has one column, {heading[0][:40]!r}; separate columns by commas, "
-                        f"not by {mark!r}, or name that column with --column",
-                        name,
-                    )
-        before = reader.line_num
-        yield before, heading
-        for row in reader:
-            before = reader.line_num
-            if row:
-                yield before, row
-    except csv.Error as error:
+    if suffix == ".safetensors":
+        size = len(json.dumps(_metadata(table)))
+        if size > _LARGEST_HEADER:
+            raise InputError(
+                f".safetensors has room for {_LARGEST_HEADER:,} bytes of texts, and these take "
+                f"{size:,}; write .npz",
+                "table",
+            )
+    elif suffix == ".jsonl" and any(column in row for row in table.rows):
         raise InputError(
-            f"{name}: the row that begins in line {before + 1}: {error}", name
-        ) from error
-
-
-def column_of(columns: list[str], wanted: str | None, place: str, name: str) -> str:
-    """The column that holds the texts: the one wanted, else "text", else the only one.
-
-    Raises:
-        InputError: There is none; `place` is what to call the columns' home, `name` the file.
-    """
-    if wanted is None and DEFAULT_COLUMN not in columns and len(columns) == 1:
-        return columns[0]
-    key = wanted or DEFAULT_COLUMN
-    if key not in columns:
-        known = ", ".join(map(repr, columns)) or "none"
-        raise InputError(f"{place}: has no {key!r}; choose with --column, of {known}", name)
-    return key
+            f"the rows have {column!r} already; choose another name with --embedding-column, or "
+            "write .npz",
+            "table",
+        )
+    elif suffix == ".csv":
+        names = [*map(str, range(width))]
+        for number, row in enumerate(table.rows):
+            taken = next((name for name in names if name in row), None)
+            if taken is not None:
+                raise InputError(
+                    f"the rows have {taken!r} already, which is what .csv calls a number of the "
+                    "vector; write .jsonl or .npz",
+                    "table",
+                )
+            for name, value in row.items():
+                half = lone_surrogate([name, value])
+                if half:
+                    raise InputError(
+                        f"row {number} has a lone surrogate, {half!r}, in {name!r}, which .csv "
+                        "can't hold; write .jsonl",
+                        "table",
+                    )
+    elif suffix == ".txt":
+        for number, text in enumerate(table.texts):
+            bad = "NUL" if "\0" in text else None
+            if "\n" in text or text.endswith("\r"):
+                bad = "line break"
+            if bad:
+                raise InputError(
+                    f"the text of row {number} has a {bad}, which .txt can't hold; write .jsonl",
+                    "table",
+                )
 
 
 def write_table(
@@ -267,12 +183,11 @@ def write_table(
         column: The name of the vector.
 
     Raises:
-        InputError: The rows have something else of that name.
+        InputError: As in `check_rows`.
         OSError: The file can't be written; what was there before still is.
     """
     suffix = form_of(output)
-    if suffix in (".jsonl", ".csv"):
-        _check_free(table, column, embeddings.shape[1] if suffix == ".csv" else 0)
+    check_rows(table, suffix, column, embeddings.shape[1])
 
     def write(file: IO[bytes]) -> None:
         import numpy as np
@@ -290,9 +205,7 @@ def write_table(
         elif suffix == ".safetensors":
             import safetensors.numpy
 
-            metadata = {"texts_json": json.dumps(table.texts)}
-            if table.has_more:
-                metadata["rows_json"] = json.dumps(table.rows)
+            metadata = _metadata(table)
             if fingerprint is not None:
                 metadata[METADATA_KEY] = fingerprint
             file.write(safetensors.numpy.save({"embeddings": embeddings}, metadata))
@@ -324,17 +237,12 @@ def sidecar_path(path: str | Path) -> Path:
     return path.with_name(f"{path.name}.fingerprint.json")
 
 
-def _check_free(table: Table, column: str, width: int) -> None:
-    taken = set(map(str, range(width))) if width else {column}
-    for row in table.rows:
-        found = taken & row.keys()
-        if found:
-            name = sorted(found)[0]
-            raise InputError(
-                f"the rows have {name!r} already; choose another name with --embedding-column, or "
-                "write .npz",
-                "--embedding-column",
-            )
+def _metadata(table: Table) -> dict[str, str]:
+    """What .safetensors holds beside the vectors."""
+    metadata = {"texts_json": json.dumps(table.texts)}
+    if table.has_more:
+        metadata["rows_json"] = json.dumps(table.rows)
+    return metadata
 
 
 def _json_bytes(value: Any) -> Any:
@@ -349,7 +257,7 @@ def write_jsonl(
     """The rows as they were, each with its vector, an object a line."""
     for row, embedding in zip(table.rows, embeddings, strict=True):
         line = row | {column: _numbers(embedding)}
-        file.write(json.dumps(line, ensure_ascii=not is_utf8(file)) + "\n")
+        file.write(as_json(line, is_ascii=not is_utf8(file)) + "\n")
 
 
 def write_rows(output: Path, table: Table) -> None:
@@ -362,16 +270,18 @@ def write_rows(output: Path, table: Table) -> None:
         table: n rows.
 
     Raises:
-        InputError: There is no such form; or a text has a line break, which `.txt` can't hold.
+        InputError: There is no such form, or as in `check_rows`.
         OSError: The file can't be written; what was there before still is.
     """
-    check_rows(output, table)
     suffix = form_of(output)
+    if suffix not in ROW_SUFFIXES:
+        raise InputError(f"{output}: has no suffix of {', '.join(ROW_SUFFIXES)}", str(output))
+    check_rows(table, suffix)
 
     def write(file: IO[bytes]) -> None:
         text_file = io.TextIOWrapper(file, encoding="utf-8", newline="")
         if suffix == ".jsonl":
-            text_file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in table.rows)
+            text_file.writelines(as_json(row) + "\n" for row in table.rows)
         elif suffix == ".csv":
             names = _columns(table)
             writer = csv.writer(text_file)
@@ -382,19 +292,6 @@ def write_rows(output: Path, table: Table) -> None:
         text_file.detach()  # flushed, and left open
 
     write_output(output, write)
-
-
-def check_rows(output: Path, table: Table) -> None:
-    """Find out whether `write_rows` has a form for these rows. Errors as there."""
-    suffix = form_of(output)
-    if suffix not in ROW_SUFFIXES:
-        raise InputError(f"{output}: has no suffix of {', '.join(ROW_SUFFIXES)}", str(output))
-    if suffix == ".txt":
-        for row, text in enumerate(table.texts):
-            if "\n" in text or text.endswith("\r"):
-                raise InputError(
-                    f"{output}: the text of row {row} has a line break; write .jsonl", str(output)
-                )
 
 
 def _columns(table: Table) -> list[str]:

@@ -6,15 +6,16 @@ NumPy, torch and onnxruntime are imported only when they are used, so that the c
 `--help` at once.
 """
 
-import csv
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minilm.errors import InputError, MissingPackageError
-from minilm.files import SUFFIXES, VECTOR_FIELDS, column_of, read_lines
+from minilm.files import SUFFIXES, VECTOR_FIELDS, read_table
+from minilm.rows import DEFAULT_COLUMN, Reader
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,29 +44,21 @@ class Foreign:
     origin: str
 
 
-def read_texts(path: Path, argument: str = "--texts") -> list[str]:
-    """One text a line, or the field `text` of every object of a .jsonl file.
+def read_texts(path: Path, column: str | None = None, argument: str = "--texts") -> list[str]:
+    """The texts of a file, as `minilm.files.read_table` reads them, of which there is at least one.
 
     Args:
         path: The file.
+        column: The name of the text in it.
         argument: What to call it in an error.
 
     Raises:
-        InputError: It is empty, not UTF-8, or a line of the .jsonl has no such field.
+        InputError: It is empty, or as in `read_table`.
         OSError: The file can't be read.
     """
-    lines = list(read_lines(str(path)))
-    if not lines:
+    texts = read_table([str(path)], column).texts
+    if not texts:
         raise InputError(f"{path}: is empty; give one text a line", argument)
-    if path.suffix != ".jsonl":
-        return lines
-    texts = []
-    for number, line in enumerate(lines, 1):
-        try:
-            texts.append(str(json.loads(line)["text"]))
-        except (ValueError, KeyError, TypeError) as error:
-            message = f"{path}: line {number} is not a JSON object with a field text"
-            raise InputError(message, argument) from error
     return texts
 
 
@@ -84,16 +77,17 @@ def read_vectors(
             `embeddings` (or the only one), and `texts_json`, as `minilm encode` writes it, or
             `texts`. `.safetensors`: likewise, the texts as metadata. `.jsonl`: objects with `text`
             and `embedding`. `.csv`: a heading, then rows in which the columns 0, 1, 2, ... are the
-            numbers. `.parquet`: a column of texts, and one of lists of numbers.
+            numbers, else all behind the text. `.parquet`: a column of texts, and one of lists of
+            numbers; of what this package wrote, a null is the empty text.
         texts: The texts of a file that has none.
         default: Likewise, where `texts` is not given.
-        column: The name of the text in `.jsonl`, `.csv` and `.parquet`, by default "text"; else, in
-            `.csv`, the first column.
+        column: The name of the text in `.jsonl`, `.csv` and `.parquet`, by default "text", or the
+            only one beside the vectors; in a `.csv` without columns 0, 1, 2, ... the first.
         argument: What to call the file in an error.
 
     Raises:
-        InputError: The file is of another form, has texts of its own beside `texts` or none at
-            all, or not as many texts as vectors.
+        InputError: The file is of another form or broken, has texts of its own beside `texts` or
+            none at all, or not as many texts as vectors; or one of its texts is no string.
         OSError: The file can't be read.
     """
     import numpy as np
@@ -103,17 +97,19 @@ def read_vectors(
         ".npz": _read_npz,
         ".safetensors": _read_safetensors,
         ".jsonl": _read_jsonl,
+        ".ndjson": _read_jsonl,
         ".csv": _read_csv,
         ".parquet": _read_parquet,
     }
-    if path.suffix not in readers:
+    read = readers.get(path.suffix.lower())
+    if read is None:
         raise InputError(
             f"{path}: has no suffix of {', '.join(SUFFIXES)}, .parquet, .onnx; name it after its "
             "form",
             argument,
         )
     try:
-        own, rows = readers[path.suffix](path, column)
+        own, rows = read(path, column)
         vectors = np.asarray(rows)
         if vectors.dtype.kind not in "fiu":
             raise ValueError(f"holds {vectors.dtype}, not numbers")
@@ -161,9 +157,9 @@ def _read_npz(path: Path, column: str | None) -> tuple[list[str] | None, Any]:
 def _from_archive(archive: Any) -> tuple[list[str] | None, Any]:
     texts = None
     if "texts_json" in archive:
-        texts = list(map(str, json.loads(archive["texts_json"].tobytes())))
+        texts = _strings("texts_json", json.loads(archive["texts_json"].tobytes()))
     elif "texts" in archive:
-        texts = list(map(str, archive["texts"].tolist()))
+        texts = _strings("texts", archive["texts"].tolist())
     names = [name for name in archive if name != "texts" and not name.endswith("_json")]
     name = next((name for name in VECTOR_FIELDS if name in names), None)
     if name is None and len(names) == 1:
@@ -181,49 +177,79 @@ def _read_safetensors(path: Path, column: str | None) -> tuple[list[str] | None,
             names = list(file.keys())
             name = next((name for name in VECTOR_FIELDS if name in names), names[0])
             texts = (file.metadata() or {}).get("texts_json")
-            return texts and list(map(str, json.loads(texts))), file.get_tensor(name)
+            own = None if texts is None else _strings("texts_json", json.loads(texts))
+            return own, file.get_tensor(name)
     except safetensors.SafetensorError as error:
         raise ValueError(error) from error
 
 
+def _strings(name: str, texts: Any) -> list[str]:
+    if not isinstance(texts, list):
+        raise ValueError(f"{name} is of type {type(texts).__name__}, not a list")
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"{name}[{row}] is {repr(text)[:40]}, not a string")
+    return texts
+
+
 def _read_jsonl(path: Path, column: str | None) -> tuple[list[str] | None, Any]:
-    texts, rows = [], []
-    for number, line in enumerate(read_lines(str(path)), 1):
-        try:
-            row = json.loads(line)
-            texts.append(str(row[column or "text"]))
-            rows.append(row[next(name for name in VECTOR_FIELDS if name in row)])
-        except (ValueError, KeyError, TypeError, StopIteration) as error:
-            raise ValueError(f"line {number} has no text and embedding") from error
-    return texts, rows
+    def others(names: Sequence[str]) -> Sequence[str]:
+        return [name for name in names if name not in VECTOR_FIELDS]
+
+    texts: list[str] = []
+    vectors: list[Any] = []
+    for line, text, row in Reader(column, candidates=others).good_rows(str(path)):
+        vector = next((row[name] for name in VECTOR_FIELDS if name in row), None)
+        if not isinstance(vector, list):
+            raise ValueError(f"line {line} has no list of numbers under {VECTOR_FIELDS[0]!r}")
+        if vectors and len(vector) != len(vectors[0]):
+            raise ValueError(f"line {line} has {len(vector)} numbers, the first {len(vectors[0])}")
+        texts.append(text)
+        vectors.append(vector)
+    return texts, vectors
 
 
 def _read_csv(path: Path, column: str | None) -> tuple[list[str] | None, Any]:
-    with path.open(encoding="utf-8-sig", newline="") as file:
-        heading, *rows = csv.reader(file)
-    text = heading.index(column or "text") if (column or "text") in heading else 0
-    if column is not None and column not in heading:
-        raise KeyError(f"column {column!r}")
-    numbers = [place for place, name in enumerate(heading) if name.isdigit() and place != text]
-    if not numbers:  # another program's: all behind the text
-        numbers = [place for place in range(len(heading)) if place > text]
-    return [row[text] for row in rows], [[float(row[i]) for i in numbers] for row in rows]
+    def others(names: Sequence[str]) -> Sequence[str]:
+        numbers = _numbered(names)
+        if not numbers and DEFAULT_COLUMN not in names:  # another program's
+            return names[:1]
+        return [name for name in names if name not in numbers]
+
+    texts: list[str] = []
+    vectors: list[list[float]] = []
+    reader = Reader(column, candidates=others)
+    names: Sequence[str] = ()
+    for line, text, row in reader.good_rows(str(path)):
+        if not texts:
+            assert reader.column is not None
+            heading = list(row)
+            names = _numbered(heading) or heading[heading.index(reader.column) + 1 :]
+        try:
+            vectors.append([float(row[name]) for name in names])
+        except ValueError as error:
+            raise ValueError(f"line {line}: {error}") from error
+        texts.append(text)
+    return texts, vectors
+
+
+def _numbered(names: Sequence[str]) -> list[str]:
+    """Those that are called 0, 1, 2 and so on: numbers of a vector."""
+    known = set(names)
+    return list(takewhile(known.__contains__, map(str, count())))
 
 
 def _read_parquet(path: Path, column: str | None) -> tuple[list[str] | None, Any]:
-    from minilm.arrow import embeddings_of, import_pyarrow, vector_column
+    from minilm.arrow import embeddings_of, import_pyarrow, text_column, texts_of, vector_column
 
     import_pyarrow("reading Parquet files")
     import pyarrow.parquet
 
     schema = pyarrow.parquet.read_schema(path)
     name = vector_column(schema, str(path))
-    others = [each for each in schema.names if each != name]
-    texts = column_of(others, column, str(path), "column")
+    texts = text_column(schema, column, str(path), name)
     table = pyarrow.parquet.read_table(path, columns=[texts, name])
-    return [text or "" for text in table.column(texts).to_pylist()], embeddings_of(
-        table.column(name)
-    )
+    return texts_of(table, texts, str(path)), embeddings_of(table.column(name))
 
 
 def run_onnx(

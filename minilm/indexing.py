@@ -5,7 +5,6 @@ An index knows vectors only; here are the texts, with the prompts that a model h
 of a search, in blocks, so that memory holds the vectors of some thousand texts at a time.
 """
 
-import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -16,10 +15,11 @@ from minilm.check import CheckResult, check_vectors
 from minilm.compute import Plan
 from minilm.encode import prompt_for
 from minilm.errors import InputError
-from minilm.files import Table, column_of
+from minilm.files import Table
 from minilm.fingerprint import fingerprint_of
-from minilm.inputs import as_many, as_rows, check_positive_int, with_progress
+from minilm.inputs import as_many, as_rows, check_positive_int, check_unicode, with_progress
 from minilm.outputs import check_room
+from minilm.rows import as_json, column_of
 from minilm.tasks import Hit, Index
 from minilm.truncation import Cut, warn_of
 
@@ -57,7 +57,10 @@ def build_index(
     Raises:
         InputError, OSError: As in `Index.create` and `encode`; an empty folder is left at most.
     """
-    name = column_of(list(table.rows[0]), column, "", "") if table.rows else column or "text"
+    name = column or "text"
+    if table.rows:
+        name = column_of(list(table.rows[0]), column, "table.rows[0]", "column")
+    check_unicode([name], "column")
     plan = _plan(encoder, "document", prompt, truncation)
     _check_room(Path(folder), encoder, table)
     return Index.create(
@@ -157,7 +160,7 @@ def check_index(encoder: "SentenceEncoder", index: Index, sample: int = 256) -> 
 def text_of(row: dict[str, Any], column: str) -> str:
     """The text of a row; of one that was added without, all of it as JSON."""
     text = row.get(column)
-    return text if isinstance(text, str) else _json(row)
+    return text if isinstance(text, str) else as_json(row)
 
 
 def _plan(
@@ -185,6 +188,8 @@ def _blocks(
     show_progress_bar: bool | None,
 ) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
     """Vectors and rows, some thousand at a time; what was cut is told at the end, of all."""
+    for text, row in zip(table.texts, table.rows, strict=True):
+        _with_text(text, row, column)  # an error, if there is one, before anything is computed
     cut = Cut()
     quiet = replace(
         plan,
@@ -207,12 +212,9 @@ def _with_text(text: str, row: dict[str, Any], column: str) -> dict[str, Any]:
     row = {**row}
     if row.setdefault(column, text) != text:
         raise InputError(
-            f"the index has its texts under {column!r}, where a row has {_json(row[column])[:40]} "
-            f"and {_json(text)[:40]} is its text; rename that column, or build another index",
+            f"the index has its texts under {column!r}, where a row has "
+            f"{as_json(row[column])[:40]} and {as_json(text)[:40]} is its text; rename that "
+            "column, or build another index",
             "column",
         )
     return row
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)

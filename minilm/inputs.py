@@ -7,6 +7,7 @@ No framework is imported here: columns are told apart by what they can do.
 """
 
 import logging
+import sys
 from collections.abc import Collection, Iterable, Iterator, KeysView, Mapping, Sequence, Set
 from itertools import islice
 from pathlib import PurePath
@@ -16,6 +17,7 @@ import numpy as np
 import torch
 
 from minilm.errors import InputError, InputTypeError
+from minilm.streams import is_open
 
 __all__ = [
     "EncodeOptions",
@@ -62,6 +64,8 @@ def progress_bar(show: bool | None, **options: Any) -> Any:
 
 
 def _is_shown(show: bool | None) -> bool:
+    if not is_open(sys.stderr):  # there is nowhere to show it
+        return False
     return show if show is not None else logging.getLogger("minilm").isEnabledFor(logging.INFO)
 
 

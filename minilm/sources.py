@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from minilm.arrow import import_pyarrow
+from minilm.arrow import import_pyarrow, text_column
 from minilm.errors import BadRowError, InputError
-from minilm.files import DEFAULT_COLUMN, column_of, csv_rows, read_lines
+from minilm.rows import DEFAULT_COLUMN, FORMS, Reader, Row, input_form
 
 __all__ = [
     "ON_BAD_ROW", "Layout", "Shard", "find_files", "read_shards", "readable", "survey",
@@ -29,15 +29,6 @@ __all__ = [
 # What can be done about a row whose text can't be embedded.
 ON_BAD_ROW = ("error", "skip", "empty")
 
-_FORMS = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".csv": "csv",
-    ".parquet": "parquet",
-    ".txt": "text",
-}
-# Not what their lines are, so that reading them as text would be a mistake.
-_UNREADABLE = (".json", ".tsv", ".gz", ".zip", ".zst", ".bz2", ".xz", ".xlsx", ".npy", ".npz")
 _AT_ONCE = 1024  # rows made into columns at a time
 _MOST_COLUMNS = 1000
 _REPORTED = 5  # bad rows that are told of one by one
@@ -86,10 +77,6 @@ class Shard:
     places: list[tuple[int, int]]
 
 
-# One row of a file of lines: its line, its columns, its text, and else what is wrong with it.
-_Record = tuple[int, dict[str, Any], str | None, str | None]
-
-
 def find_files(
     inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], output: Path | None = None
 ) -> list[Path]:
@@ -117,7 +104,7 @@ def find_files(
         if path.is_dir():
             files = _in_folder(path)
             if not files:
-                raise InputError(f"{name}: has no file of {', '.join(_FORMS)} in it", "inputs")
+                raise InputError(f"{name}: has no file of {', '.join(FORMS)} in it", "inputs")
         elif not path.exists() and glob.has_magic(name):
             # Path.glob takes no absolute patterns.
             files = sorted(map(Path, glob.glob(name, recursive=True)))  # noqa: PTH207
@@ -137,7 +124,7 @@ def find_files(
     for path in found:
         if times[path.resolve()] > 1:
             raise InputError(f"{path}: is named twice; its rows would be in twice", "inputs")
-    forms = {_form(path): path for path in reversed(found)}
+    forms = {input_form(str(path)): path for path in reversed(found)}
     if len(forms) > 1:
         some = " and ".join(str(path) for path in list(forms.values())[:2])
         raise InputError(f"{some} are not of one form; encode each into a folder", "inputs")
@@ -153,16 +140,8 @@ def _in_folder(folder: Path) -> list[Path]:
     for place, folders, names in os.walk(folder, onerror=stop):
         folders[:] = [name for name in folders if name[0] not in "._"]
         paths = [Path(place, name) for name in names if name[0] not in "._"]
-        found += [path for path in paths if path.suffix.lower() in _FORMS]
+        found += [path for path in paths if path.suffix.lower() in FORMS]
     return sorted(found)
-
-
-def _form(path: Path) -> str:
-    suffix = path.suffix.lower()
-    if suffix in _UNREADABLE:
-        known = ", ".join(_FORMS)
-        raise InputError(f"{path}: {suffix} can't be read; convert it to one of {known}", "inputs")
-    return _FORMS.get(suffix, "text")
 
 
 # --- the first reading
@@ -187,18 +166,19 @@ def survey(
         InputError: A file is broken, lacks the column, or has other columns than the first.
         OSError: A file can't be read.
     """
-    form = _form(files[0])
+    form = input_form(str(files[0]))
     if form == "parquet":
         return _survey_parquet(files, column, on_bad_row, progress)
-    layout = Layout(form, column or "", {})
+    layout = Layout(form, "", {})
+    reader = Reader(column, is_unicode=True)  # as Parquet wants all strings to be
     kinds: dict[str, set[str]] = {}
-    found = False
+    found = form != "jsonl"
     for file in files:
         rows = 0
-        for line, row, text, problem in _records(file, layout):
+        for line, row, text, problem in reader.rows(str(file)):
             rows += 1
             progress(1)
-            found |= layout.column in row
+            found |= (reader.column or DEFAULT_COLUMN) in row
             _note(layout, file, f"line {line}", text, problem, on_bad_row)
             for name, value in row.items():
                 if name not in kinds:
@@ -212,22 +192,22 @@ def survey(
                 if form == "jsonl":
                     kinds[name].add(_kind(value))
         layout.rows.append(rows)
+    layout.column = reader.column or DEFAULT_COLUMN
     if not column and layout.column != DEFAULT_COLUMN and DEFAULT_COLUMN in kinds:
         raise InputError(
-            f"{files[0]}: the first line has only {layout.column!r}, later lines have "
-            f"{DEFAULT_COLUMN!r}; choose with --column",
+            f"{files[0]}: has plain strings, and objects that have only {layout.column!r}; choose "
+            "with --column",
             "column",
         )
-    if any(layout.rows) and not layout.column:
-        raise InputError(f"{files[0]}: no line is a JSON object or a string", "inputs")
     if any(layout.rows) and not found:
-        known = ", ".join(map(repr, list(kinds)[:20])) or "none"
+        if not kinds:
+            raise InputError(f"{files[0]}: no line is a JSON object or a string", "inputs")
+        known = ", ".join(map(repr, list(kinds)[:20]))
         raise InputError(
             f"{files[0]}: no row has {layout.column!r}; choose with --column, of {known}", "column"
         )
-    layout.column = layout.column or DEFAULT_COLUMN
     if form == "csv":
-        layout.columns = dict.fromkeys(layout.columns, "string")
+        layout.columns = dict.fromkeys(reader.heading or (), "string")
     else:
         layout.columns = {name: _column_type(seen) for name, seen in kinds.items()}
         layout.columns[layout.column] = "string"
@@ -280,10 +260,7 @@ def _survey_parquet(
     progress: Callable[[int], object],
 ) -> Layout:
     first = _schema(files[0])
-    name = column_of(list(first.names), column, str(files[0]), str(files[0]))
-    kind = first.field(name).type
-    if not _is_text(kind):
-        raise InputError(f"{files[0]}: column {name!r} holds {kind}, not strings", "column")
+    name = text_column(first, column, str(files[0]))
     layout = Layout("parquet", name, {each.name: str(each.type) for each in first})
     for file in files:
         schema = _schema(file)
@@ -310,14 +287,6 @@ def _survey_parquet(
                 progress(1)
         layout.rows.append(row)
     return layout
-
-
-def _is_text(kind: Any) -> bool:
-    types = import_pyarrow("reading Parquet files").types
-    if types.is_dictionary(kind):
-        kind = kind.value_type
-    is_view = getattr(types, "is_string_view", lambda kind: False)
-    return bool(types.is_string(kind) or types.is_large_string(kind) or is_view(kind))
 
 
 # --- the second reading
@@ -386,8 +355,8 @@ def _pieces(
             yield table, found, list(range(row, row + len(found)))
             row += len(found)
         return
-    records: list[_Record] = []
-    for record in _records(file, layout):
+    records: list[Row] = []
+    for record in Reader(layout.column, is_unicode=True).rows(str(file)):
         records.append(record)
         if len(records) == _AT_ONCE:
             yield _piece(records, layout, schema)
@@ -397,7 +366,7 @@ def _pieces(
 
 
 def _piece(
-    records: list[_Record], layout: Layout, schema: Any
+    records: list[Row], layout: Layout, schema: Any
 ) -> tuple[Any, list[str | None], list[int]]:
     pyarrow = import_pyarrow("writing Parquet files")
     texts = [text for _, _, text, _ in records]
@@ -437,68 +406,7 @@ def _kept_schema(files: Sequence[Path], layout: Layout) -> Any:
     return pyarrow.schema([(name, types[kind]) for name, kind in layout.columns.items()])
 
 
-# --- one file
-
-
-def _records(file: Path, layout: Layout) -> Iterator[_Record]:
-    """The rows of a file of lines. Settles `layout.column`, and the columns of .csv, on the way."""
-    if layout.form == "csv":
-        yield from _csv_records(file, layout)
-        return
-    for number, line in enumerate(read_lines(str(file)), 1):
-        if layout.form == "text":
-            layout.column = DEFAULT_COLUMN
-            yield number, {DEFAULT_COLUMN: line}, line, None
-        elif line.strip():
-            row, problem = _object(line, layout)
-            text = row.get(layout.column)
-            if problem is None and not isinstance(text, str):
-                problem = f"{layout.column} is {json.dumps(text)[:40]}, not a string"
-                if layout.column not in row:
-                    known = ", ".join(map(repr, list(row)[:20])) or "nothing"
-                    problem = f"has no {layout.column!r} but {known} (choose with --column)"
-            yield number, row, text if problem is None else None, problem
-
-
-def _object(line: str, layout: Layout) -> tuple[dict[str, Any], str | None]:
-    """A line of JSON; else what is wrong with it."""
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return {}, f"is not JSON: {error}"
-    if isinstance(row, str):
-        layout.column = layout.column or DEFAULT_COLUMN
-        row = {layout.column: row}
-    if not isinstance(row, dict):
-        return {}, "is no object and no string"
-    if "\\u" in line:  # only so can half a character be written in UTF-8
-        try:
-            json.dumps(row, ensure_ascii=False).encode()
-        except UnicodeEncodeError as error:
-            return {}, f"has a lone surrogate, {error.object[error.start]!r}"
-    if not layout.column:
-        layout.column = next(iter(row)) if len(row) == 1 else DEFAULT_COLUMN
-    return row, None
-
-
-def _csv_records(file: Path, layout: Layout) -> Iterator[_Record]:
-    rows = csv_rows(str(file), layout.column or None)
-    _, heading = next(rows)
-    if not layout.columns:
-        layout.column = column_of(heading, layout.column or None, str(file), str(file))
-        layout.columns = dict.fromkeys(heading, "string")
-    elif set(heading) != set(layout.columns):
-        raise InputError(
-            f"{file}: has the columns {', '.join(heading)}, the first file "
-            f"{', '.join(layout.columns)}",
-            "inputs",
-        )
-    for line, row in rows:
-        if len(row) == len(heading):
-            of_row = dict(zip(heading, row, strict=True))
-            yield line, of_row, of_row[layout.column], None
-        else:
-            yield line, {}, None, f"has {len(row)} fields, the first line {len(heading)}"
+# --- one Parquet file
 
 
 def _schema(file: Path) -> Any:

@@ -31,9 +31,9 @@ from minilm.errors import (
     NotFiniteError,
     TruncationError,
 )
-from minilm.files import DEFAULT_COLUMN
-from minilm.inputs import check_choice, check_positive_int, progress_bar
+from minilm.inputs import check_choice, check_positive_int, check_unicode, progress_bar
 from minilm.quantize import PRECISIONS, as_stored
+from minilm.rows import DEFAULT_COLUMN
 from minilm.shards import Part, ShardFolder
 from minilm.sources import ON_BAD_ROW, Layout, Shard, find_files, read_shards, survey
 from minilm.truncation import TRUNCATION, Cut, caller_level, warn_of
@@ -101,7 +101,7 @@ def encode_files(
     type that holds all values of a key: bool, int64, double or string, and a key that a line lacks
     is null there; lists, objects, and keys whose values are of different kinds become strings that
     hold their JSON, which the manifest tells (`columns`: "json"). Numbers with a point are doubles,
-    of a key that an object has twice the last counts, and no whole number is rounded.
+    and no whole number is rounded.
 
     Each file is read once before anything is computed, and once to compute. Called again after it
     was interrupted, with the same arguments, it goes on. `output` holds the fingerprint of the
@@ -118,11 +118,12 @@ def encode_files(
         prompt, truncation, truncate_dim, normalize_embeddings, batch_size: As in `encode`.
             Truncation is told once, of all parts together.
         on_bad_row: What to do about a row whose text is missing, null or no string, or about a line
-            that is broken. "error" stops at the first, before anything is computed; "skip" leaves
-            the row out; "empty" keeps it, its text null, with the vector of the empty text "", so
-            that the rows are as many as before; of one that can't be read all is null. The last two
-            warn once, with the first few. A file that is not UTF-8, and a .csv file whose
-            quotes are broken, can't be read on from there, and stop the run in any case.
+            that is broken or has a key twice. "error" stops at the first, before anything is
+            computed; "skip" leaves the row out; "empty" keeps it, its text null, with the vector of
+            the empty text "", so that the rows are as many as before; of one that can't be read all
+            is null. The last two warn once, with the first few. A file that is not UTF-8, and a
+            .csv file whose quotes are broken, can't be read on from there, and stop the run in any
+            case.
         workers: Processes, which share the threads. One that dies is replaced. A script that asks
             for several needs `if __name__ == "__main__":`, as always with processes.
         overwrite: Remove what another run has left in `output`. Only its own files are removed.
@@ -143,6 +144,8 @@ def encode_files(
     pyarrow = import_pyarrow("writing Parquet files")
     check_positive_int(shard_rows, "shard_rows")
     check_positive_int(workers, "workers")
+    check_unicode([column or ""], "column")
+    check_unicode([embedding_column], "embedding_column")
     check_choice(on_bad_row, ON_BAD_ROW, "on_bad_row")
     check_choice(truncation, TRUNCATION, "truncation")
     check_choice(precision, (*PRECISIONS, "float16"), "precision")

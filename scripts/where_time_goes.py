@@ -229,9 +229,7 @@ def no_layout(*shape: Any) -> None:
 TRICKS: dict[str, list[Any]] = {
     "no padding": [mock.patch.object(minilm.encoder, "make_features", padded)],
     "weights in a second layout": [mock.patch.object(kernels, "layout_for", no_layout)],
-    "GELU within the product": [
-        mock.patch.object(kernels.FastFeedForward, "__call__", gelu_apart)
-    ],
+    "GELU within the product": [mock.patch.object(kernels.FastFeedForward, "__call__", gelu_apart)],
     "keys up to a multiple of 16": [mock.patch.object(packed, "_STEP", 1)],
     "rows up to a multiple of 64": [mock.patch.object(packed, "_MULTIPLES", ((-1, 1),))],
 }

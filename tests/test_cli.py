@@ -419,11 +419,11 @@ def test_options_of_encode(workplace: Path, model: list[str], loaded: SentenceEn
     ("name", "content", "message"),
     [
         ("a.jsonl", '{"text": "a"}\n{"text": 5}\n', "a.jsonl: line 2: text is 5, not a string"),
-        ("a.jsonl", '{"text": "a"\n', "a.jsonl: line 1 is not JSON"),
+        ("a.jsonl", '{"text": "a"\n', "a.jsonl: line 1: is not JSON"),
         ("a.jsonl", '{"a": "x", "b": "y"}\n', "has no 'text'; choose with --column, of 'a', 'b'"),
-        ("a.jsonl", "5\n", "a.jsonl: line 1 is no object and no string"),
+        ("a.jsonl", "5\n", "a.jsonl: line 1: is no object and no string"),
         ("a.csv", "a,b\n1,2\n", "a.csv: has no 'text'; choose with --column, of 'a', 'b'"),
-        ("a.csv", "text,b\n1\n", "a.csv: line 2 has 1 fields, the first line 2"),
+        ("a.csv", "text,b\n1\n", "a.csv: line 2: has 1 fields, the first line 2"),
         ("a.csv", "text,text\n1,2\n", "has more than one column 'text'"),
         ("a.csv", 'text\n"a\n', "a.csv: the row that begins in line 2: "),
         ("a.csv", "", "a.csv: is empty"),
@@ -644,4 +644,4 @@ def test_lines_whose_text_has_different_names(model: list[str], tmp_path: Path) 
     path.write_text('{"id": "r1"}\n{"id": "r2", "text": "a dog"}\n')
     done = minilm("encode", path, *model)
     assert done.returncode == 1
-    assert b"line 2: the text would be 'text', that of line 1 'id'; choose with" in done.stderr
+    assert b"line 2: has 'text', lines before it only 'id'; choose with --column" in done.stderr

@@ -21,8 +21,8 @@ PACKAGE = ROOT / "minilm"
 # From the bottom up; a file may import only files of lower levels (and those named beside it).
 LEVELS = [
     {"errors"},
-    {"config", "disk"},
-    {"bert", "pooling", "inputs", "hub", "outputs"},
+    {"config", "disk", "streams"},
+    {"bert", "pooling", "inputs", "hub", "outputs", "rows"},
     {"vectors", "tokenizer", "checkpoint", "eval_mode", "kernels"},
     {"similarity"},
     {"options", "quantize", "files", "tasks.search", "packed", "truncation"},

@@ -279,11 +279,13 @@ def test_other_forms_are_refused(tmp_path: Path) -> None:
 def test_a_guess_that_later_lines_contradict(tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", {"id": "r1"}, {"id": "r2", "text": "a dog"})
     for on_bad_row in ("skip", "empty"):
-        with pytest.raises(InputError, match=r"only 'id', later lines have 'text'; choose with"):
+        with pytest.raises(
+            InputError, match=r"line 2: has 'text', lines before it only 'id'; choose"
+        ):
             survey([path], None, on_bad_row)
     layout = survey([path], "text", "skip")
     assert (layout.column, layout.bad) == ("text", 1)
-    assert layout.examples == [f"{path}: line 1: has no 'text' but 'id' (choose with --column)"]
+    assert layout.examples == [f"{path}: line 1: has no 'text'; choose with --column, of 'id'"]
 
 
 def test_no_line_is_json(tmp_path: Path) -> None:
