@@ -50,9 +50,13 @@ def prepare(extra: str = "", folder: Path = FOLDER) -> Path:
     return python
 
 
-def run(*command: str | Path) -> None:
-    """Run a command in the checkout; exit with its status if it fails."""
-    status = subprocess.run([str(word) for word in command], cwd=ROOT, check=False).returncode
+def run(*command: str | Path, **variables: str) -> None:
+    """Run a command in the checkout, with these environment variables besides those there are;
+    exit with its status if it fails.
+    """
+    status = subprocess.run(
+        [str(word) for word in command], cwd=ROOT, check=False, env=os.environ | variables
+    ).returncode
     if status:
         sys.exit(status)
 

@@ -41,7 +41,7 @@ from minilm.parity import (  # noqa: E402
 )
 
 DATA = ROOT / "tests" / "data"
-MAX_INVARIANCE_TEXTS = 100  # alone, beside a long neighbour, ...: costly, and says the same
+MAX_INVARIANCE_TEXTS = 50  # alone, beside a long neighbour, ...: costly, and says the same
 
 
 def main() -> int:

@@ -520,6 +520,76 @@ def test_bfloat16_without_onednn(candidates: Callable[..., Any], layouts: list[A
     np.testing.assert_allclose(without.encode(TEXTS), with_layouts, rtol=0, atol=5e-3)
 
 
+# somebody else's global state
+
+
+@contextmanager
+def set_back(change: Callable[[Any], Any], before: Any, after: Any) -> Any:
+    change(after)
+    try:
+        yield
+    finally:
+        change(before)
+
+
+STATES: dict[str, Callable[[], Any]] = {
+    "default device": lambda: torch.device("meta"),
+    "default dtype": lambda: set_back(torch.set_default_dtype, torch.float32, torch.float64),
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+    "deterministic algorithms": lambda: set_back(torch.use_deterministic_algorithms, False, True),
+    "inference mode": torch.inference_mode,
+    "grad mode": torch.enable_grad,
+}
+
+
+@pytest.mark.parametrize("state", STATES)
+@pytest.mark.parametrize("shape", [(32, 32), (64, 32)])
+def test_layout_is_found_under_any_global_state(
+    monkeypatch: pytest.MonkeyPatch, state: str, shape: tuple[int, int]
+) -> None:
+    expected = kernels.layout_for(torch.float32, *shape)
+    assert expected is not None
+    monkeypatch.setattr(kernels, "_choices", {})
+    with STATES[state]():
+        assert kernels.layout_for(torch.float32, *shape) is expected
+    assert list(kernels._choices.values()) == [expected]
+
+
+def test_number_of_threads_is_part_of_the_choice() -> None:
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            kernels.layout_for(torch.float32, 32, 32)
+            assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert len(kernels._choices) == 2
+
+
+def test_trial_that_broke_is_made_again(candidates: Callable[..., Any]) -> None:
+    broken, second = candidates(Unusable(RuntimeError("out of memory"), "linear"), Apart())
+    assert kernels.layout_for(torch.float32, 64, 32) is second
+    assert not kernels._choices
+    broken.linear = second.linear  # memory is there again
+    broken.pack = second.pack
+    assert kernels.layout_for(torch.float32, 64, 32) is broken
+    assert kernels._choices
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*quantized.*:UserWarning")
+def test_tools_that_ask_for_linear_layers_find_them(tiny_encoder: SentenceEncoder) -> None:
+    """In silence nothing was quantized: no layer was of that class."""
+    expected = tiny_encoder.encode(TEXTS)
+    quantized = untyped.ao.quantization.quantize_dynamic(tiny_encoder, {nn.Linear})
+    assert not linear_layers(quantized)
+    assert len(linear_layers(tiny_encoder)) == 12
+    difference = np.abs(quantized.encode(TEXTS) - expected).max()
+    assert 1e-4 < difference < 0.05  # weights of 8 bits
+    np.testing.assert_array_equal(tiny_encoder.encode(TEXTS), expected)
+
+
 # the layer
 
 

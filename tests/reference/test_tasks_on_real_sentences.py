@@ -128,6 +128,8 @@ def test_communities_are_the_same(
     smallest: int,
 ) -> None:
     assert_nothing_is_near(pairs, threshold)
+    if smallest == 1:  # for which the reference takes minutes: each text is a community
+        vectors = vectors[:1500]
     ours = community_detection(vectors, threshold, smallest)
     theirs = util.community_detection(vectors, threshold, smallest)
     assert len(ours) > 5
