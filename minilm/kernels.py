@@ -1,7 +1,8 @@
-"""The matrix products, faster: `nn.Linear` with a second layout of its weight.
+"""The matrix products, faster: `nn.Linear`, where that pays with a second layout of its weight.
 
-In: the linear layers of `bert.py`. Out: the same layers, whose `forward` multiplies by a copy of
-the weight in the layout that suits the processor, within `fast_products`, which `encode` enters.
+In: the linear layers of `bert.py`. Out: the same layers, each with a `forward` among its own
+attributes, which multiplies in the way that suits the processor, often by a copy of the weight in
+another layout, within `fast_products`, which `encode` enters.
 Everything else (a plain call, training, `torch.compile`, `torch.export`, other devices and dtypes)
 goes through `F.linear`, which is the definition. Next: `encoder.py`.
 
@@ -36,20 +37,40 @@ What each trick is worth (the time without it, over the time with it, same sente
 In float32 the processor multiplies nearly all of the time, whatever is done around it; bfloat16
 products are six times as fast, and then all else counts.
 
+These figures are of such an Intel processor, when all its products were by the two layouts that it
+still takes, with the rows of a query not filled up.
+
 Why a second layout. A linear layer computes x Wᵀ, each output a dot product of two rows. Libraries
 have a kernel of their own for a handful of rows, which adds up in another order, and split a long
-sum between threads: the same text then gets other bits in another batch. Two layouts avoid that:
+sum between threads: the same text then gets other bits in another batch. And they differ in how
+much they round. A chain of multiply-adds rounds at each step, in proportion to what it has so far:
+two chains of half the length, added up, round less by a third. Relative rounding errors of one
+product (root mean square), on the published weights, as `scripts/where_time_goes.py` printed them
+on an AMD EPYC (Zen 5), with its AVX-512 and as with AVX2:
 
-- `Transposed` keeps Wᵀ, so that the product runs along contiguous columns, and adds up slices of
-  384: no kernel has reason to split those, and each output is one chain of multiply-adds in the
-  order of the columns, for any number of rows. Public operators only.
+                                       384 -> 384   384 -> 1536   1536 -> 384
+    `F.linear`, and so the reference      2.5e-07       2.5e-07       2.5e-07
+    oneDNN, one chain                     3.5e-07       3.5e-07       5.2e-07
+    oneDNN, slices of 192 columns         2.5e-07       2.5e-07       2.5e-07
+    oneDNN, slices of 96 columns          1.8e-07       1.8e-07       1.9e-07
+
+So three things make a good product: a row keeps its bits in any company, the error is not above
+`F.linear`'s, and it is fast. What has them depends on the processor:
+
+- `Plain` is `F.linear` on the weight itself. Where batches are filled up to a multiple of 16 rows,
+  as `packed.py` fills them, it keeps a row's bits on AMD's processors: nothing to copy, nothing to
+  become out of date. The choice with AVX2.
 - `Packed` keeps W in oneDNN's blocked order: the operators that `torch.compile` emits when it
   freezes a model. They are no public API, so that they are looked up, tried and compared with
-  `F.linear` first. They have bfloat16 kernels for the processor's matrix units.
+  `F.linear` first. They multiply twice as fast on AMD's processors with AVX-512, which MKL, the
+  library behind `F.linear`, doesn't use there; in slices of 192 columns the result is that of
+  `F.linear` to the bit. They have bfloat16 kernels for the processor's matrix units.
+- `Transposed` keeps Wᵀ, so that the product runs along contiguous columns, and adds up slices of
+  384, each one chain: for long sums on Intel's processors, whose `F.linear` mixes rows.
+- `ByRows` is there for the shorter ones: `Transposed` for few rows, `Packed` for more.
 
-A layout is chosen once for each dtype and shape, by `layout_for`: it is tried on a small product,
-must agree with `F.linear`, and should give a row the same bits in any company. If none can be used,
-speed is lost and nothing else.
+A layout is chosen once for each dtype, shape and number of threads, by `layout_for`: all candidates
+are tried on a small product. If none can be used, speed is lost and nothing else.
 """
 
 import ctypes

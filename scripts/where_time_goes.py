@@ -2,10 +2,10 @@
 
     python scripts/where_time_goes.py [--model PATH_OR_NAME] [--rounds N] [--scale SHARE]
 
-Three tables, on the workloads of scripts/bench.py: the matrix products alone, at the model's
-shapes, by dtype; the share of each kind of operation in the time, as torch's profiler counts it;
-and the time with one trick switched off, over the time with all of them: 1.10 means that it saves a
-tenth. On and off run in turn, in one process, with another number of tokens a pass in each round,
+Four tables, on the workloads of scripts/bench.py: the matrix products alone, at the model's
+shapes, by dtype; what they round in float32; the share of each kind of operation in the time, as
+torch's profiler counts it; and the time with one trick switched off, over the time with all of
+them: 1.10 means that it saves a tenth. On and off run in turn, in one process, with another number of tokens a pass in each round,
 so that neither finds what the other has prepared. The module docstrings of `minilm/kernels.py` and
 `minilm/packed.py` explain the tricks.
 
@@ -66,6 +66,7 @@ def main() -> None:
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     rates = print_products(options.rounds)
     times = {}
+    print_errors(options.model)
     for dtype in DTYPES:
         encoder = SentenceEncoder.from_pretrained(options.model, device="cpu", dtype=dtype)
         texts = workloads(encoder, options.scale)
@@ -175,6 +176,47 @@ def operands(dtype: torch.dtype, columns: int, outputs: int) -> tuple[Tensor, Te
 
 def activated(output: Tensor, gelu: bool) -> Tensor:
     return F.gelu(output) if gelu else output
+
+
+# --- What the products round ----------------------------------------------------------------------
+
+
+def print_errors(model: str) -> None:
+    """Relative rounding errors of the float32 products of all layers, by layout."""
+    encoder = SentenceEncoder.from_pretrained(model, device="cpu")
+    parts = ("attention.query", "feed_forward.intermediate", "feed_forward.output")
+    layouts = {
+        "F.linear": kernels.Plain(),
+        "oneDNN, one chain": kernels.Packed(),
+        "oneDNN, slices of 192 columns": kernels.Packed(192),
+        "oneDNN, slices of 96 columns": kernels.Packed(96),
+        "Transposed": kernels.Transposed(),
+    }
+    print(f"| rounding of float32 products | {' | '.join(parts)} |")
+    print("| --- |" + " ---: |" * len(parts))
+    for name, layout in layouts.items():
+        try:
+            errors = [rounding(encoder, part, layout) for part in parts]
+        except (AttributeError, RuntimeError) as error:
+            print(f"| {name} | not here: {str(error).splitlines()[0][:60]} |" + " |" * 2)
+            continue
+        print(f"| {name} | {' | '.join(f'{error:.1e}' for error in errors)} |")
+    print()
+
+
+@torch.inference_mode()
+def rounding(encoder: SentenceEncoder, part: str, layout: kernels.Layout) -> float:
+    """Of random rows by the weights of one part of each layer, root mean square."""
+    random = torch.Generator().manual_seed(0)
+    off = whole = 0.0
+    for layer in encoder.bert.layers:
+        linear: Any = layer.get_submodule(part)
+        rows = torch.randn(256, linear.in_features, generator=random)
+        product = layout.linear(rows, layout.pack(linear.weight), linear.bias, False)
+        exact = F.linear(rows.double(), linear.weight.double(), linear.bias.double())
+        off += float((product - exact).square().sum())
+        whole += float(exact.square().sum())
+    return (off / whole) ** 0.5
 
 
 # --- Shares of the time ---------------------------------------------------------------------------
