@@ -210,13 +210,20 @@ def reference(published: Path) -> Any:
 
 
 @pytest.fixture
-def small_files() -> Iterator[None]:
-    """No file may grow beyond 20 kB, as on a full disk."""
+def small_files() -> None:
+    """No file may grow beyond 20 kB, as on a full disk: see `pytest_runtest_call`."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
+    """Set the limit of `small_files` for the test alone: pytest's own output may be longer."""
+    if "small_files" not in getattr(item, "fixturenames", ()):
+        return (yield)
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, before[1]))
     try:
-        yield
+        return (yield)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
