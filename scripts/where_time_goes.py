@@ -5,15 +5,16 @@
 Four tables, on the workloads of scripts/bench.py: the matrix products alone, at the model's
 shapes, by dtype; what they round in float32; the share of each kind of operation in the time, as
 torch's profiler counts it; and the time with one trick switched off, over the time with all of
-them: 1.10 means that it saves a tenth. On and off run in turn, in one process, with another number of tokens a pass in each round,
-so that neither finds what the other has prepared. The module docstrings of `minilm/kernels.py` and
-`minilm/packed.py` explain the tricks.
+them: 1.10 means that it saves a tenth. On and off run in turn, in one process, with another number
+of tokens a pass in each round, so that neither finds what the other has prepared. The module
+docstrings of `minilm/kernels.py` and `minilm/packed.py` explain the tricks.
 
 The last lines say what 8-bit products could save at most.
 """
 
 import argparse
 import contextlib
+import math
 import statistics
 import subprocess
 import sys
@@ -216,7 +217,7 @@ def rounding(encoder: SentenceEncoder, part: str, layout: kernels.Layout) -> flo
         exact = F.linear(rows.double(), linear.weight.double(), linear.bias.double())
         off += float((product - exact).square().sum())
         whole += float(exact.square().sum())
-    return (off / whole) ** 0.5
+    return math.sqrt(off / whole)
 
 
 # --- Shares of the time ---------------------------------------------------------------------------

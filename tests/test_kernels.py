@@ -568,7 +568,9 @@ def test_number_of_threads_is_part_of_the_choice() -> None:
 
 
 def test_trial_that_broke_is_made_again(candidates: Callable[..., Any]) -> None:
-    broken, second = candidates(Unusable(RuntimeError("out of memory"), "linear"), Apart())
+    broken: Any = Unusable(RuntimeError("out of memory"), "linear")
+    second = Apart()
+    candidates(broken, second)
     assert kernels.layout_for(torch.float32, 64, 32) is second
     assert not kernels._choices
     broken.linear = second.linear  # memory is there again
