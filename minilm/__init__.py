@@ -21,9 +21,9 @@ processes, `quantize.py` vectors in few bits, `options.py` what may be passed to
 tells it from the vectors. `tasks/` searches and groups them, `indexing.py` keeps texts to search
 in, and `util.py` has the names that sentence-transformers gives to all that.
 
-Files of any size: `sources.py` reads them, `streaming.py` embeds them, `workers.py` with several
-processes, `shards.py` writes the parts, `arrow.py` makes vectors a column, `check_folder.py`
-verifies it all. `adapters/` puts the encoder into the frameworks that people use.
+Files of any size: `sources.py` reads them, `streaming.py` embeds them, `shards.py` writes the
+parts, `arrow.py` makes vectors a column, `check_folder.py` verifies it all. `adapters/` puts the
+encoder into the frameworks that people use.
 
 The same numbers faster: `packed.py` lays sentences end to end, `kernels.py` multiplies. And the
 model explained by itself: `trace.py` shows every number of a pass, `explain.py` splits a similarity
@@ -32,8 +32,9 @@ gives other vectors. `inside.py` makes methods of them.
 
 Beside them: `vectors.py` reads vectors in any form, `similarity.py` compares them, `inputs.py` says
 what may be passed, `errors.py` what can go wrong, `eval_mode.py` keeps dropout out of `encode`,
-`parity.py` proves equality with the reference, `files.py` reads and writes files of texts,
-`disk.py` whole or not at all, `cli.py` is the command line and `commands.py` what it does.
+`forks.py` looks after forked children, `parity.py` proves equality with the reference, `files.py`
+reads and writes files of texts, `disk.py` whole or not at all, `cli.py` is the command line and
+`commands.py` what it does.
 """
 
 import importlib
@@ -41,6 +42,8 @@ import logging
 import sys
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
+
+from minilm import forks  # noqa: F401  # which looks after forked children from here on
 
 __version__ = "0.1.0"
 

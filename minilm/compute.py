@@ -5,7 +5,6 @@ the vectors the form that was asked for. It may run in another process (`process
 """
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
@@ -16,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from minilm.errors import InputError, NotFiniteError
 from minilm.eval_mode import eval_mode
+from minilm.forks import mark_in_use
 from minilm.inputs import Row, with_progress
 from minilm.kernels import fast_products
 from minilm.packed import batch_limits, make_features, plan_batches
@@ -30,18 +30,6 @@ __all__ = ["Outcome", "Plan", "extras_of", "read", "run", "windows_of", "with_pr
 _PADDED_BATCH = 32  # rows of `output_value=None`, which are as wide as the longest of their batch
 
 _LOOKED_AT_ALONE = 256  # rows with NaN at most, which cost a pass each, to say which are to blame
-
-# A forked child must not wait for threads that only its parent has: it computes in one.
-_in_use = False
-
-
-def _after_fork() -> None:
-    if _in_use:
-        torch.set_num_threads(1)
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 @dataclass(frozen=True)
@@ -108,8 +96,7 @@ def read(
 
 def run(encoder: "SentenceEncoder", rows: list[Row], plan: Plan) -> Outcome:
     """Compute what a plan asks for, in this process."""
-    global _in_use
-    _in_use = True
+    mark_in_use()
     prefixed = with_prompt(rows, plan.prompt)
     tokens = read(
         encoder,

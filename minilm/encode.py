@@ -11,7 +11,7 @@ vectors get the form that was asked for (`_finish`).
 import logging
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Unpack, cast, overload
@@ -258,10 +258,16 @@ class Encode:
         Args:
             sentences: An iterable of str.
             window: Texts read and held at a time.
-            options: As in `encode`.
+            options: As in `encode`. They are looked at before the first text is read. With several
+                devices the processes are started once, and stopped at the end.
 
         Yields:
-            One vector `[384]` for each text, in order.
+            For each text, in order, what `encode` gives for it in a list: a vector `[384]`, unless
+            the options ask for something else.
+
+        Raises:
+            InputTypeError, InputError: As in `encode`. There is no `return_report`: a report is of
+                all texts.
         """
         check_positive_int(window, "window")
         given: dict[str, Any] = dict(options)
@@ -281,9 +287,15 @@ class Encode:
     def _stream(
         self, windows: Iterable[list[Row]], plan: Plan, places: dict[str, Any]
     ) -> Iterator[np.ndarray[Any, Any]]:
-        for rows in windows:
-            yield from self._run(rows, plan, **places)[0]
-            plan = replace(plan, first_row=plan.first_row + len(rows))
+        with ExitStack() as stack:
+            if places["pool"] is None and isinstance(places["device"], list | tuple):
+                pool = self.start_multi_process_pool(places["device"])
+                places = places | {"device": None, "pool": stack.enter_context(pool)}
+            # What can't be used is refused before a text is read.
+            self._run([], replace(plan, show_progress_bar=False), **places)
+            for rows in windows:
+                yield from self._run(rows, plan, **places)[0]
+                plan = replace(plan, first_row=plan.first_row + len(rows))
 
     def encode_windows(
         self, text: str, *, prompt_name: str | None = None, prompt: str | None = None

@@ -4,16 +4,17 @@ A mode is state of the modules, shared by all threads. So the first user of a mo
 and the last one switches it back: to what it was, or what was asked for meanwhile.
 """
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from weakref import WeakKeyDictionary
 
 from torch import nn
 
+from minilm.forks import Lock
+
 __all__ = ["eval_mode", "set_mode"]
 
-_lock = threading.Lock()
+_lock = Lock()
 # model: [how many are inside, the modules to put back into training mode]
 _users: WeakKeyDictionary[nn.Module, tuple[int, list[nn.Module]]] = WeakKeyDictionary()
 

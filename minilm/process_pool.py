@@ -1,10 +1,17 @@
-"""Several processes that compute one call of `encode` together, each with a copy of the model.
+"""Several processes that embed together, each with a copy of the model.
 
-In: rows of text and a `Plan`. Out: the `Outcome` that one process would give, in order.
+In: jobs, which are texts and what to do with them. Out: the answers, as they get ready. `encode`
+computes one call in them, `streaming.py` files of any size.
 
 The processes are started afresh (spawn): a copy by fork would share locks of threads that it lacks.
-The weights are shared where the system can. A worker that fails says why, and one that dies is
-noticed: either is an error of the call, never an endless wait.
+Each is in an executor of its own, so that when one dies it is known of which job, and only that job
+fails. A worker that fails says why, and one that dies is noticed: either is an error of the call or
+is made good by another worker, never an endless wait.
+
+The model reaches them in a file, after they have started. What is large must not be an argument of
+a process: spawn writes arguments into a pipe whose reading end it holds itself, and so waits for
+ever for a process that died before it read them. Their memory is that of the file: one copy for
+all on the processor.
 """
 
 import itertools
@@ -14,41 +21,67 @@ import os
 import pickle
 import queue
 import signal
+import tempfile
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import replace
-from multiprocessing import connection
+import weakref
+import zlib
+from collections import Counter, deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import CancelledError, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager, suppress
+from dataclasses import dataclass, replace
+from io import BytesIO
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import numpy as np
 import torch
-import torch.multiprocessing
-from torch import Tensor
 
 from minilm.compute import Outcome, Plan, run, with_prompt
 from minilm.errors import InputError, InputTypeError, WorkerError
 from minilm.inputs import Row, as_device, with_progress
+from minilm.kernels import keep_few_kernels
 from minilm.truncation import raise_if_cut, warn_if_cut
 
 if TYPE_CHECKING:
     from minilm.encoder import SentenceEncoder
 
-__all__ = ["ProcessPool", "begin_work", "run_in", "sendable"]
+__all__ = ["Job", "ProcessPool", "run_in", "sendable"]
 
-_POLL = 0.2  # seconds
-_LAST_BREATH = 5.0  # seconds for a process that closed its pipe to end
+_POLL = 0.2  # seconds until a look at Ctrl-C
+_START_LIMIT = 300.0  # seconds: file systems of clusters take minutes to give all of torch
+_STOP_LIMIT = 10.0
+_LAST_BREATH = 5.0  # seconds until it is known how a process died
 _LARGEST_CHUNK = 5000  # texts
 _DEFAULT_WORKERS = 4  # on a processor
 
-_calls = itertools.count()
+_GUARD = (
+    'if this is a script, what starts processes belongs under `if __name__ == "__main__":`, '
+    "since each of them imports the script"
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """Something for one worker to do.
+
+    Attributes:
+        key: What the answer is told apart by.
+        arguments: Of the function, behind the encoder.
+        name: What to call it in an error.
+    """
+
+    key: int
+    arguments: tuple[Any, ...]
+    name: str
 
 
 class ProcessPool(dict[str, Any]):
-    """Worker processes, in the form that sentence-transformers gives: a dict of queues.
+    """Worker processes. As in sentence-transformers a dict, whose "processes" are the processes.
 
-    It is a context manager, which stops them at its end.
+    The "input" and "output" that are queues there are None. It is a context manager, which stops
+    the processes at its end. Threads may share it.
 
     Attributes:
         encoder: The model of which they have copies.
@@ -68,8 +101,10 @@ class ProcessPool(dict[str, Any]):
 
         Raises:
             InputTypeError, InputError: These are no devices that can be used.
+            WorkerError: The model can't be sent to other processes, or these can't be started: a
+                script lacks its main guard, there is no memory.
         """
-        super().__init__()
+        super().__init__(input=None, output=None, processes=[])
         if isinstance(target_devices, str | torch.device):
             raise InputTypeError("target_devices is one device; pass a list", "target_devices")
         names = _default_devices() if target_devices is None else target_devices
@@ -77,41 +112,37 @@ class ProcessPool(dict[str, Any]):
         if not devices:
             raise InputError("target_devices is empty; pass at least one", "target_devices")
         on_cpu = sum(device.type == "cpu" for device in devices)
-        threads = max(1, torch.get_num_threads() // max(on_cpu, 1))
         self.encoder = encoder
-        context = torch.multiprocessing.get_context("spawn")
-        self["input"] = context.Queue()
-        self["input"].cancel_join_thread()  # Python's end doesn't wait for jobs to be taken
-        self["output"] = queue.SimpleQueue()
-        self["processes"] = []
-        pipes: list[Any] = []  # one from each process: that it ends says that the process died
+        self._threads = max(1, torch.get_num_threads() // max(on_cpu, 1))
+        self._owner = os.getpid()
+        self._lock = threading.RLock()
+        self._workers: list[_Worker] = []
+        self._sent: Any = None  # the state of the model that the workers have
+        self._stopped = False
         try:
             for device in devices:
-                answers, sender = context.Pipe(duplex=False)
-                pipes.append(answers)
-                with sender:  # only the process keeps it
-                    process = context.Process(
-                        target=_work,
-                        args=(encoder, str(device), threads, self["input"], sender),
-                        daemon=True,
-                    )
-                    process.start()
-                self["processes"].append(process)
+                self._workers.append(_Worker(str(device), self._threads))
+            self._send_model(dict(enumerate(self._workers)), _START_LIMIT)
         except BaseException:
             self.stop()
             raise
-        # In a thread, so that Ctrl-C can't interrupt the reading of an answer halfway.
-        threading.Thread(target=_read, args=(pipes, self["output"]), daemon=True).start()
 
     def stop(self) -> None:
-        """End the processes. A second time it does nothing."""
-        for process in self["processes"]:
-            process.terminate()
-        for process in self["processes"]:
-            process.join()
-            process.close()
+        """End the processes, whatever they do. A second time it does nothing."""
+        if os.getpid() != self._owner:  # a fork, whose they are not
+            return
+        self._stopped = True
+        ended = [worker.stop() for worker in self._workers]
+        until = time.monotonic() + _STOP_LIMIT
+        while wait(ended, _POLL).not_done and time.monotonic() < until:
+            for worker in self._workers:
+                worker.kill()  # one that was just being started
         self["processes"] = []
-        self["input"].close()
+
+    @property
+    def workers(self) -> int:
+        """How many there are."""
+        return len(self._workers)
 
     def __enter__(self) -> "ProcessPool":
         return self
@@ -119,11 +150,308 @@ class ProcessPool(dict[str, Any]):
     def __exit__(self, *_: object) -> None:
         self.stop()
 
+    def answers(
+        self, function: Callable[..., Any], jobs: Iterable[Job], attempts: int = 1
+    ) -> Generator[tuple[Job, Any], None, None]:
+        """Do jobs, each process one at a time; one more is read ahead.
+
+        Args:
+            function: Of a module, called with the encoder and a job's arguments.
+            jobs: What to do.
+            attempts: How many processes may die of one job. If it is 1 a death is an error, else
+                another process takes the place, and the job.
+
+        Returns:
+            An iterator over each job once, as they get ready, with its answer, or the Exception
+            that it ended in. It raises a WorkerError if so many processes died of a job, or if the
+            pool is stopped meanwhile.
+
+        Raises:
+            WorkerError: The pool was stopped, or belongs to another process.
+        """
+        if os.getpid() != self._owner:
+            raise WorkerError(
+                f"the pool belongs to process {self._owner}, of which this one is a fork; start "
+                "another one here"
+            )
+        with self._lock:
+            self._check_running()
+            if _state(self.encoder) != self._sent:  # it was changed since
+                self._send_model(dict(enumerate(self._workers)))
+        return self._answers(function, iter(jobs), attempts)
+
+    def _answers(
+        self, function: Callable[..., Any], coming: Iterator[Job], attempts: int
+    ) -> Generator[tuple[Job, Any], None, None]:
+        ahead = next(coming, None)
+        again: deque[Job] = deque()
+        deaths: Counter[int] = Counter()
+        idle = deque(range(len(self._workers)))
+        busy: dict[Future[bytes], tuple[int, _Worker, Job]] = {}
+        done: queue.SimpleQueue[Future[bytes]] = queue.SimpleQueue()
+        ready: list[tuple[Job, Any]] = []
+        while True:
+            while idle and (again or ahead is not None):
+                place = idle.popleft()
+                job = again.popleft() if again else cast("Job", ahead)
+                worker = self._workers[place]
+                future = worker.submit(_answer, function, job.arguments)
+                busy[future] = place, worker, job
+                future.add_done_callback(done.put)
+                if job is ahead:
+                    ahead = next(coming, None)
+            # Only now: the processes work while whoever gets this writes it.
+            yield from ready
+            ready = []
+            if not busy:
+                return
+            future = _next(done)
+            place, worker, job = busy.pop(future)
+            idle.append(place)
+            try:
+                ready = [(job, _unpacked(future.result()))]
+            except (BrokenProcessPool, CancelledError):
+                self._check_running()
+                deaths[job.key] += 1
+                self._replace(place, worker, job, deaths[job.key], attempts)
+                again.append(job)
+            except Exception as error:
+                ready = [(job, error)]
+
+    def _check_running(self) -> None:
+        if self._stopped:
+            raise WorkerError("the pool was stopped; start another one")
+
+    def _replace(self, place: int, worker: "_Worker", job: Job, deaths: int, attempts: int) -> None:
+        """Start another worker in place of one that died; an error if enough of them have."""
+        if attempts == 1:
+            raise WorkerError(
+                f"process {place} of the pool, {worker.death()}; stop the pool and start another "
+                "one"
+            )
+        if deaths >= attempts:
+            raise WorkerError(
+                f"{job.name}: {deaths} processes died of it; the last, {worker.death()}; what was "
+                "written before stays"
+            )
+        with self._lock:
+            if self._workers[place] is not worker:  # another thread has seen it too
+                return
+            worker.stop()
+            self._workers[place] = _Worker(worker.device, self._threads)
+            try:
+                self._send_model({place: self._workers[place]}, _START_LIMIT)
+            except WorkerError as error:
+                # One that dies as it starts can't do the job either: that is counted there.
+                if not isinstance(error.__cause__, BrokenProcessPool):
+                    raise
+            finally:
+                if self._stopped:
+                    self._workers[place].stop()
+
+    def _send_model(self, workers: "dict[int, _Worker]", limit: float = math.inf) -> None:
+        """Give workers the model as it is now; those that don't run yet are started."""
+        state = _state(self.encoder)
+        if state != self._sent:  # all or none: there are never two models at work
+            workers, self._sent = dict(enumerate(self._workers)), None
+        try:
+            folder = tempfile.TemporaryDirectory(prefix="minilm-", ignore_cleanup_errors=True)
+        except OSError as error:
+            raise WorkerError(f"the model can't be sent to other processes: {error}") from error
+        with folder:
+            path = Path(folder.name, "model.pt")
+            try:
+                with path.open("wb") as file:
+                    torch.save(self.encoder, file, pickle_protocol=pickle.HIGHEST_PROTOCOL)
+            except Exception as error:
+                raise WorkerError(
+                    f"the model can't be sent to other processes: {type(error).__name__}: {error}"
+                ) from error
+            loading: dict[Future[None], int] = {}
+            done: queue.SimpleQueue[Future[None]] = queue.SimpleQueue()
+            for place, worker in workers.items():
+                with _starting():
+                    future = _in_background(worker.load, str(path))
+                loading[future] = place
+                future.add_done_callback(done.put)
+            until = time.monotonic() + limit
+            while loading:
+                try:
+                    future = _next(done, until)
+                    place = loading.pop(future)
+                    future.result()
+                except queue.Empty as error:
+                    raise WorkerError(
+                        f"{len(loading)} of {len(workers)} processes did not start within "
+                        f"{limit:.0f} seconds; {_GUARD}"
+                    ) from error
+                except Exception as error:
+                    self._check_running()
+                    if not isinstance(error, BrokenProcessPool):
+                        raise
+                    raise WorkerError(
+                        f"process {place} of the pool, {workers[place].death()} as it started; "
+                        f"what it said is on standard error; {_GUARD}"
+                    ) from error
+        self["processes"] = [worker.process for worker in self._workers]
+        self._sent = state
+
+
+class _Worker:
+    """A process, in an executor of its own.
+
+    Attributes:
+        device: Where its copy of the model is.
+    """
+
+    def __init__(self, device: str, threads: int) -> None:
+        self.device = device
+        with _starting():
+            self._executor = ProcessPoolExecutor(
+                1, multiprocessing.get_context("spawn"), _begin, (threads,)
+            )
+        self._started = self._executor._processes  # of which it forgets at its end
+        self._owner = os.getpid()
+        _workers.add(self)
+
+    @property
+    def process(self) -> Any:
+        """The `multiprocessing.Process`; None before its start."""
+        return next(iter(self._started.values()), None)
+
+    def submit(self, *call: Any) -> "Future[Any]":
+        """Queue a call; if the process is dead, one that failed."""
+        try:
+            return self._executor.submit(*call)
+        except RuntimeError as error:  # BrokenProcessPool is one
+            failed: Future[Any] = Future()
+            failed.set_exception(BrokenProcessPool(str(error)))
+            return failed
+
+    def load(self, path: str) -> None:
+        """Let it read the model, and start it before if it does not run. To be called in a thread.
+
+        Raises:
+            WorkerError: It can't be started.
+            BrokenProcessPool: It died.
+            Exception: It can't read the model.
+        """
+        if hasattr(signal, "pthread_sigmask"):  # it inherits this: Ctrl-C is for the parent
+            signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        with _starting():
+            future = self._executor.submit(_load, path, self.device)
+        # With an end of our own we would wait for the rest of an answer that a process died of.
+        answers: Any = self._executor._result_queue
+        answers._writer.close()
+        future.result()
+
+    def death(self) -> str:
+        """Its number, and how it ended."""
+        until = time.monotonic() + _LAST_BREATH
+        process = self.process
+        if process is None:
+            return "which never began, died"
+        while process.exitcode is None and time.monotonic() < until:
+            time.sleep(0.01)
+        memory = " (out of memory?)" if process.exitcode == -signal.SIGKILL else ""
+        return f"{process.pid}, died unexpectedly (exit code {process.exitcode}{memory})"
+
+    def kill(self) -> None:
+        """End the process, if it runs, and is ours."""
+        process = self.process
+        if process is not None and os.getpid() == self._owner:
+            process.kill()
+
+    def stop(self) -> "Future[None]":
+        """End the process, and the executor behind it, which may take a moment."""
+        self.kill()
+        try:
+            return _in_background(self._executor.shutdown, cancel_futures=True)
+        except RuntimeError:  # there is no room for a thread
+            self._executor.shutdown(wait=False, cancel_futures=True)
+            ended: Future[None] = Future()
+            ended.set_result(None)
+            return ended
+
+
+_workers: "weakref.WeakSet[_Worker]" = weakref.WeakSet()
+
+
+def _kill_all() -> None:
+    for worker in list(_workers):
+        worker.kill()
+
+
+def _forget_all() -> None:
+    children: set[Any] = getattr(multiprocessing.process, "_children", set())
+    children.difference_update([worker.process for worker in _workers])
+
+
+if hasattr(os, "register_at_fork"):  # a fork that ends would join them, which it can't
+    os.register_at_fork(after_in_child=_forget_all)
+# An executor lets Python's end wait for what its process computes. Here nobody waits for that.
+getattr(threading, "_register_atexit", lambda _: None)(_kill_all)
+
+
+@contextmanager
+def _starting() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool:
+        raise
+    except Exception as error:
+        raise WorkerError(
+            f"no process can be started: {type(error).__name__}: {error}; {_GUARD}"
+        ) from error
+
+
+def _in_background(function: Callable[..., Any], *args: Any, **options: Any) -> "Future[Any]":
+    """Call it in a thread, which Ctrl-C can't interrupt halfway, and which may wait for ever."""
+    future: Future[Any] = Future()
+
+    def call() -> None:
+        try:
+            future.set_result(function(*args, **options))
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=call, daemon=True).start()
+    return future
+
+
+def _next(done: "queue.SimpleQueue[Future[Any]]", until: float = math.inf) -> "Future[Any]":
+    """What comes next out of a queue, with a look at Ctrl-C from time to time.
+
+    Raises:
+        queue.Empty: The time is up.
+    """
+    while True:
+        try:
+            return done.get(timeout=_POLL)
+        except queue.Empty:
+            if time.monotonic() > until:
+                raise
+
 
 def _default_devices() -> list[str]:
     if torch.cuda.is_available():
         return [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     return ["cpu"] * min(_DEFAULT_WORKERS, os.cpu_count() or 1)
+
+
+def _state(encoder: "SentenceEncoder") -> tuple[Any, ...]:
+    """What another model would have otherwise: modules, and all numbers (13 ms for 90 MB)."""
+    modules = [type(module) for module in encoder.modules()]
+    tensors = itertools.chain(encoder.named_parameters(), encoder.named_buffers())
+    weights = [
+        (name, tensor.dtype, tensor.shape, _checksum(tensor.detach())) for name, tensor in tensors
+    ]
+    return modules, weights, encoder.tokenizer
+
+
+def _checksum(tensor: torch.Tensor) -> int:
+    numbers: Any = tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return zlib.crc32(numbers)
 
 
 def run_in(
@@ -152,103 +480,50 @@ def run_in(
         raise InputTypeError(
             f"pool is {type(pool).__name__}; pass what start_multi_process_pool gives", "pool"
         )
-    if not pool["processes"]:
-        raise WorkerError("the pool was stopped; start another one")
     if pool.encoder is not encoder:
         raise InputError("pool has copies of another model; start one from this model", "pool")
     if plan.truncation == "error":
         counts = encoder._tokenizer(with_prompt(rows, plan.prompt)).token_counts
-        kept = [min(count, encoder.max_seq_length) for count in counts]
+        kept = [min(count, plan.max_seq_length) for count in counts]
         raise_if_cut(counts, kept, plan.first_row)
-    workers = len(pool["processes"])
     if chunk_size is None:
-        chunk_size = min(math.ceil(len(rows) / workers / 10) or 1, _LARGEST_CHUNK)
+        chunk_size = min(math.ceil(len(rows) / pool.workers / 10) or 1, _LARGEST_CHUNK)
     # The warning adds up what was cut in all chunks.
     quiet = "silent" if plan.truncation in ("warn", "error") else plan.truncation
-    settings = (encoder.max_seq_length, encoder.truncate_dim)
-    call = next(_calls)
+    part = replace(plan, truncation=quiet, show_progress_bar=False, on_device=False)
     starts = range(0, len(rows), chunk_size)
-    for number, start in enumerate(starts):
-        part = replace(
-            plan,
-            truncation=quiet,
-            first_row=plan.first_row + start,
-            show_progress_bar=False,
-            on_device=False,
+    jobs = (
+        Job(
+            number,
+            (rows[start : start + chunk_size], replace(part, first_row=plan.first_row + start)),
+            f"chunk {number}",
         )
-        pool["input"].put((call, number, rows[start : start + chunk_size], part, settings))
+        for number, start in enumerate(starts)
+    )
     outcomes: dict[int, Outcome] = {}
-    try:
+    with closing(pool.answers(run, jobs)) as answers:
         for _ in with_progress(range(len(starts)), plan.show_progress_bar):
-            number, outcome = _next(pool, call)
-            if isinstance(outcome, BaseException):
+            job, outcome = next(answers)
+            if isinstance(outcome, Exception):
                 raise outcome
-            outcomes[number] = outcome
-    except BaseException:  # Ctrl-C too
-        _throw_away(pool["input"])
-        raise
+            outcomes[job.key] = outcome
     whole = _joined([outcomes[number] for number in range(len(starts))], plan, encoder)
     if plan.truncation == "warn":
         warn_if_cut(whole.token_counts, whole.kept, plan.first_row)
     return whole
 
 
-def _throw_away(jobs: Any) -> None:
-    """What nobody has begun shall not keep the next call waiting."""
-    until = time.monotonic() + _POLL
-    # Not endlessly: a process that died may have kept the queue locked.
-    while not jobs.empty() and time.monotonic() < until:
-        with suppress(queue.Empty):
-            while True:
-                jobs.get(timeout=_POLL / 10)
-
-
-def _next(pool: ProcessPool, call: int) -> tuple[int, Any]:
-    """The next answer to this call; those to an earlier one, which was left, are thrown away."""
-    while True:
-        try:
-            place, answer = pool["output"].get(timeout=_POLL)
-        except queue.Empty:  # a look at Ctrl-C
-            continue
-        if answer is None:
-            pool["output"].put((place, None))  # for the next call
-            process = pool["processes"][place]
-            process.join(_LAST_BREATH)
-            raise WorkerError(
-                f"process {place} of the pool, {process.pid}, died unexpectedly (exit code "
-                f"{process.exitcode}); stop the pool and start another one"
-            )
-        of_call, number, outcome = answer
-        if of_call == call:
-            return number, outcome
-
-
-def _read(pipes: list[Any], found: "queue.SimpleQueue[tuple[int, Any]]") -> None:
-    """Put what comes out of the pipes into a queue, with the number of the process; its end, None.
-
-    A process that is killed while it writes ends its pipe, where in a queue shared by all its half
-    answer would be waited for endlessly.
-    """
-    places = {pipe: place for place, pipe in enumerate(pipes)}
-    while places:
-        for pipe in cast("list[Any]", connection.wait(list(places))):
-            try:
-                found.put((places[pipe], pipe.recv()))
-            except Exception:
-                found.put((places.pop(pipe), None))
-                pipe.close()
-
-
 def _joined(parts: list[Outcome], plan: Plan, encoder: "SentenceEncoder") -> Outcome:
     whole = Outcome([], [], [], [] if plan.spans else None, [])
-    values = [_as_tensors(part.values) for part in parts]
     if plan.output_value == "sentence_embedding":
         dtype = encoder.bert.embeddings.word_embeddings.weight.dtype
-        whole.values = torch.cat([torch.empty(0, plan.width, dtype=dtype), *values])
+        whole.values = torch.cat(
+            [torch.empty(0, plan.width, dtype=dtype), *(part.values for part in parts)]
+        )
         if plan.on_device:
             whole.values = whole.values.to(encoder.device)
     else:
-        whole.values = [value for of_part in values for value in of_part]
+        whole.values = [value for part in parts for value in part.values]
     for part in parts:
         whole.token_counts += part.token_counts
         whole.kept += part.kept
@@ -258,41 +533,62 @@ def _joined(parts: list[Outcome], plan: Plan, encoder: "SentenceEncoder") -> Out
     return whole
 
 
-def _work(encoder: "SentenceEncoder", device: str, threads: int, jobs: Any, answers: Any) -> None:
-    """A worker's life."""
-    begin_work(threads)
-    trouble: Exception | None = None
-    try:
-        encoder.to(device)
-    except Exception as error:
-        trouble = error
-    while True:
-        call, number, rows, plan, (limit, truncate_dim) = jobs.get()
-        try:
-            if trouble is not None:
-                raise trouble
-            # What was set on the model after the pool was started.
-            encoder.max_seq_length, encoder.truncate_dim = limit, truncate_dim
-            answer: Any = run(encoder, rows, plan)
-            answer.values = _as_arrays(answer.values)
-        except Exception as error:
-            answer = sendable(error)
-        answers.send((call, number, answer))
+# --- in a worker
+
+_encoder: "SentenceEncoder | None" = None
 
 
-def begin_work(threads: int) -> None:
-    """What a process that works for another does first."""
+def _begin(threads: int) -> None:
+    """What a worker does first."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which stops us
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
+    keep_few_kernels()
     torch.set_num_threads(threads)
 
 
 def _end_with_the_parent() -> None:
     """A parent that is killed can't stop its workers, which would wait for jobs for ever."""
     parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    while parent is not None:
+        parent.join(5)  # until it ends, and all of its forks, which have its end of the pipe
+        if not parent.is_alive() or os.getppid() != parent.pid:
+            os._exit(1)
+
+
+def _load(path: str, device: str) -> None:
+    """Take a model in place of that before. Its weights stay in the file, which all map."""
+    global _encoder
+    with _errors_sent():
+        try:
+            encoder = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+        except Exception as error:
+            raise WorkerError(
+                f"another process can't read the model: {type(error).__name__}: {error}"
+            ) from error
+        _encoder = encoder.to(device)
+
+
+def _answer(function: Callable[..., Any], arguments: tuple[Any, ...]) -> bytes:
+    """Do a job. The answer is packed, since tensors would be lent by way of /dev/shm."""
+    with _errors_sent():
+        packed = BytesIO()
+        torch.save(function(_encoder, *arguments), packed)
+        return packed.getvalue()
+
+
+def _unpacked(answer: bytes) -> Any:
+    return torch.load(BytesIO(answer), map_location="cpu", weights_only=False)
+
+
+@contextmanager
+def _errors_sent() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        told = sendable(error)
+        if told is error:
+            raise
+        raise told from None
 
 
 def sendable(error: Exception) -> Exception:
@@ -303,24 +599,3 @@ def sendable(error: Exception) -> Exception:
     import traceback
 
     return WorkerError("".join(traceback.format_exception(error)))
-
-
-def _as_arrays(values: Any) -> Any:
-    """Tensors as arrays: those are copied into the queue, not lent."""
-    if isinstance(values, Tensor):
-        if values.dtype == torch.bfloat16:  # which NumPy lacks; float32 holds it exactly
-            return ("bfloat16", values.float().cpu().numpy())
-        return values.cpu().numpy()
-    if isinstance(values, dict):
-        return {name: _as_arrays(value) for name, value in values.items()}
-    return [_as_arrays(value) for value in values] if isinstance(values, list) else values
-
-
-def _as_tensors(values: Any) -> Any:
-    if isinstance(values, tuple):
-        return torch.from_numpy(values[1]).to(torch.bfloat16)
-    if isinstance(values, np.ndarray):
-        return torch.from_numpy(values) if values.ndim else torch.from_numpy(values[None])[0]
-    if isinstance(values, dict):
-        return {name: _as_tensors(value) for name, value in values.items()}
-    return [_as_tensors(value) for value in values] if isinstance(values, list) else values

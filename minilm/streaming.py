@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from minilm import __version__
@@ -32,12 +33,13 @@ from minilm.errors import (
     TruncationError,
 )
 from minilm.inputs import check_choice, check_positive_int, check_unicode, progress_bar
+from minilm.kernels import give_back_freed_memory
+from minilm.process_pool import Job, ProcessPool
 from minilm.quantize import PRECISIONS, as_stored
 from minilm.rows import DEFAULT_COLUMN
 from minilm.shards import Part, ShardFolder
 from minilm.sources import ON_BAD_ROW, Layout, Shard, find_files, read_shards, survey
 from minilm.truncation import TRUNCATION, Cut, caller_level, warn_of
-from minilm.workers import Answer, Job, Workers, embed
 
 if TYPE_CHECKING:
     from minilm.encoder import SentenceEncoder
@@ -45,6 +47,8 @@ if TYPE_CHECKING:
 __all__ = ["FilesReport", "encode_files"]
 
 FORMAT_VERSION = 1  # of the manifest
+
+_ATTEMPTS = 3  # processes that may die of one part: a run takes a night, and memory gets short
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,27 @@ class FilesReport:
             f"{self.output}: {self.rows:,} rows in {parts}"
             f"{f', of which {before:,} were there' if before else ''}"
         )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of a list of texts.
+
+    Attributes:
+        vectors: `[n, d]`.
+        token_counts, kept: How many tokens each text has, and how many were read.
+    """
+
+    vectors: "np.ndarray[Any, Any]"
+    token_counts: tuple[int, ...]
+    kept: tuple[int, ...]
+
+
+def embed(encoder: "SentenceEncoder", texts: list[str], options: dict[str, Any]) -> Answer:
+    """The vectors of some texts, and how much was read of them."""
+    vectors, report = encoder.encode(texts, return_report=True, **options)
+    give_back_freed_memory()
+    return Answer(vectors, report.token_counts, report.kept_token_counts)
 
 
 def encode_files(
@@ -275,8 +300,8 @@ class _Run:
             if workers == 1:
                 answers = self._answers(jobs)
             else:
-                started = Workers(self.encoder, self.options, workers)
-                answers = stack.enter_context(started).answers(jobs)
+                pool = ProcessPool(self.encoder, [self.encoder.device] * workers)
+                answers = stack.enter_context(pool).answers(embed, jobs, _ATTEMPTS)
             for job, answer in answers:
                 shard, rows = self.flight.pop(job.key)
                 if isinstance(answer, Exception):
@@ -301,7 +326,7 @@ class _Run:
             places = {text: place for place, text in enumerate(dict.fromkeys(shard.texts))}
             rows = [places[text] for text in shard.texts]
             self.flight[shard.number] = shard, rows
-            yield Job(shard.number, list(places), self._called(shard))
+            yield Job(shard.number, (list(places), self.options), self._called(shard))
 
     def _called(self, shard: Shard) -> str:
         if not shard.places:
@@ -317,10 +342,10 @@ class _Run:
         return f"{self.files[place[0]]}: {kind} {place[1]}"
 
     def _answers(self, jobs: Iterator[Job]) -> Iterator[tuple[Job, Answer | Exception]]:
-        """As `Workers.answers`, in this process."""
+        """As `ProcessPool.answers`, in this process."""
         for job in jobs:
             try:
-                answer: Answer | Exception = embed(self.encoder, job.texts, self.options)
+                answer: Answer | Exception = embed(self.encoder, *job.arguments)
             except (TruncationError, NotFiniteError) as error:
                 answer = error
             yield job, answer

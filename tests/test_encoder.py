@@ -14,6 +14,7 @@ from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from minilm import (
     SentenceEncoder,
     TruncationWarning,
 )
+from minilm.compute import run
 from minilm.errors import InputError, InputTypeError
 from minilm.parity import bars
 
@@ -652,6 +654,70 @@ def test_stream_passes_the_options_on(tiny_encoder: SentenceEncoder) -> None:
     for wrong in ({"batch_size": 0}, {"token_budget": 0}, {"device": "nonsense"}):
         with pytest.raises(InputError, match=f"{next(iter(wrong))} is"):
             list(tiny_encoder.encode_stream(TEXTS, **wrong))
+
+
+def test_stream_refuses_before_the_first_text(tiny_encoder: SentenceEncoder) -> None:
+    source = Source(TEXTS)
+    refused: list[dict[str, Any]] = [
+        {"return_report": True},
+        {"inputs": ["a cat"]},
+        {"nonsense": 1},
+        {"truncation": "nope"},
+        {"output_value": "cls"},
+        {"device": ["nonsense"]},
+    ]
+    for options in refused:
+        with pytest.raises(InputError, match=next(iter(options))):
+            list(tiny_encoder.encode_stream(source, **options))
+        assert source.taken == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"convert_to_tensor": True},
+        {"convert_to_numpy": False},
+        {"output_value": "token_embeddings"},
+        {"output_value": None},
+        {"precision": "ubinary"},
+        {"return_report": False},
+    ],
+)
+def test_stream_gives_the_rows_of_encode(
+    tiny_encoder: SentenceEncoder, options: dict[str, Any]
+) -> None:
+    stream = list(tiny_encoder.encode_stream(TEXTS, window=len(TEXTS), **options))
+    expected = tiny_encoder.encode(TEXTS, **options)
+    assert len(stream) == len(TEXTS)
+    for ours, row in zip(stream, expected, strict=True):
+        assert type(ours) is type(row)
+        for name in row if isinstance(row, dict) else [...]:
+            np.testing.assert_array_equal(ours[name], row[name])
+
+
+def test_stream_starts_its_processes_once(tiny_encoder: SentenceEncoder) -> None:
+    expected = tiny_encoder.encode(TEXTS)
+    with (
+        patch("minilm.process_pool.ProcessPool") as pool,
+        patch("minilm.process_pool.run_in") as run_in,
+    ):
+        run_in.side_effect = lambda _pool, encoder, rows, plan, _size: run(encoder, rows, plan)
+        options: Any = {"window": 2, "device": ["cpu", "cpu"]}
+        stream = tiny_encoder.encode_stream(TEXTS, **options)
+        np.testing.assert_array_equal(list(stream), expected)
+        pool.assert_called_once_with(tiny_encoder, ["cpu", "cpu"])
+        leave = pool.return_value.__exit__
+        assert leave.call_count == 1
+        stream = tiny_encoder.encode_stream(TEXTS, **options)
+        next(stream)
+        stream.close()  # type: ignore[attr-defined]
+        assert leave.call_count == 2
+        leave.return_value = None
+        broken: Any = [*TEXTS, None]
+        with pytest.raises(InputError):
+            list(tiny_encoder.encode_stream(broken, **options))
+        assert leave.call_count == 3
+        assert pool.call_count == 3
 
 
 def test_stream_of_nothing(tiny_encoder: SentenceEncoder) -> None:

@@ -20,7 +20,7 @@ PACKAGE = ROOT / "minilm"
 
 # From the bottom up; a file may import only files of lower levels (and those named beside it).
 LEVELS = [
-    {"errors"},
+    {"errors", "forks"},
     {"config", "disk", "streams"},
     {"bert", "pooling", "inputs", "hub", "outputs", "rows"},
     {"vectors", "tokenizer", "checkpoint", "eval_mode", "kernels"},
@@ -29,7 +29,7 @@ LEVELS = [
     {"folder", "trace", "save", "compute", "arrow"}
     | {"tasks.paraphrase", "tasks.communities", "tasks.rescoring"},
     {"explain", "fingerprint", "process_pool", "shards", "sources", "tasks.duplicates"},
-    {"workers", "tasks.segments"},
+    {"tasks.segments"},
     {"inside", "encode", "streaming", "tasks.index"},
     {"tasks"},
     {"util"},

@@ -2,6 +2,7 @@
 
 import contextlib
 import multiprocessing
+import multiprocessing.connection
 import os
 import pickle
 import signal
@@ -11,17 +12,17 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from conftest import ROOT
-from minilm import SentenceEncoder, TruncationWarning
+from conftest import ROOT, write_model_folder
+from minilm import SentenceEncoder, TruncationWarning, kernels, process_pool
 from minilm.errors import (
     InputError,
     InputTypeError,
@@ -29,10 +30,12 @@ from minilm.errors import (
     TruncationError,
     WorkerError,
 )
-from minilm.process_pool import ProcessPool, _as_arrays, _as_tensors, sendable
+from minilm.process_pool import Job, ProcessPool, sendable
+from minilm.streaming import Answer, embed
 
 TEXTS = ["the dog bites the man", "", "a cat", "the sun is out .", "man sees dog", "a", "run !"]
 LONG = "the dog sees " * 9
+OPTIONS: dict[str, Any] = {"truncation": "silent"}
 
 
 @pytest.fixture(scope="module")
@@ -251,6 +254,25 @@ def test_rows_of_a_worker_error_are_those_of_the_call(tiny_encoder: SentenceEnco
         assert np.isfinite(tiny_encoder.encode(["a"], pool=pool)).all()
 
 
+# What workers are told to do.
+
+
+def _half_an_answer(_: SentenceEncoder) -> None:
+    def send(connection: Any, message: Any) -> None:
+        os.write(connection.fileno(), b"\x00\x00\x10\x00half")
+        os._exit(1)
+
+    multiprocessing.connection.Connection._send_bytes = send  # type: ignore[attr-defined]
+
+
+def _echo(_: SentenceEncoder, size: int) -> bytes:
+    return bytes(size)
+
+
+def _sleep(_: SentenceEncoder, seconds: float) -> None:
+    time.sleep(seconds)
+
+
 class _UnsendableError(Exception):
     def __init__(self, first: str, second: str) -> None:
         super().__init__(first + second)
@@ -267,12 +289,6 @@ def test_errors_that_cannot_be_sent_are_told() -> None:
         assert type(again) is type(sent)
         assert vars(again) == vars(sent)
         assert str(again) == str(sent)
-
-
-def test_values_survive_the_way() -> None:
-    values = [{"a": torch.ones(2, dtype=torch.bfloat16), "b": torch.tensor(3), "c": "text", "d": 5}]
-    same(_as_tensors(_as_arrays(values)), values)
-    same(_as_tensors(_as_arrays(torch.ones(2, 3))), torch.ones(2, 3))
 
 
 # --- workers that die
@@ -304,17 +320,11 @@ def test_worker_killed_in_the_middle_of_a_call(tiny_encoder: SentenceEncoder) ->
 
 
 def test_worker_killed_in_the_middle_of_an_answer(tiny_encoder: SentenceEncoder) -> None:
-    texts = ["the dog bites the man"] * 20_000  # 2.5 MB of vectors: more than a pipe holds
+    # What it has written is half an answer, and there is nobody who would write the rest.
     with tiny_encoder.start_multi_process_pool(["cpu"]) as pool:
-        tiny_encoder.encode(TEXTS, pool=pool)
-        with (
-            patch("minilm.process_pool._next", side_effect=KeyboardInterrupt),
-            pytest.raises(KeyboardInterrupt),
-        ):
-            tiny_encoder.encode(texts, pool=pool, chunk_size=20_000)
-        time.sleep(1.5)  # it has computed, and waits for somebody to read
-        os.kill(pool["processes"][0].pid, signal.SIGKILL)
-        died(tiny_encoder, pool, TEXTS, 1)
+        jobs = [Job(0, (), "")]
+        with pytest.raises(WorkerError, match=r"process 0 of the pool, .* died unexpectedly"):
+            list(pool.answers(_half_an_answer, jobs))
 
 
 def test_interrupted_call_leaves_a_pool_that_works(
@@ -431,14 +441,235 @@ def test_workers_end_with_a_parent_that_is_killed(tiny_folder: Path) -> None:
     assert not any(map(is_running, pids))
 
 
-def test_jobs_that_were_left_are_not_done(model: SentenceEncoder, pool: ProcessPool) -> None:
-    texts = TEXTS * 300
-    with (
-        patch("minilm.process_pool._next", side_effect=KeyboardInterrupt),
-        warnings.catch_warnings(),
-    ):
-        warnings.simplefilter("ignore")
-        with pytest.raises(KeyboardInterrupt):
-            model.encode(texts, pool=pool, chunk_size=1)
-    assert pool["input"].empty()
-    np.testing.assert_array_equal(model.encode(TEXTS, pool=pool), model.encode(TEXTS))
+# --- several at once
+
+
+def test_threads_share_a_pool(model: SentenceEncoder, pool: ProcessPool) -> None:
+    calls: list[list[str]] = [TEXTS[start:] * 20 for start in range(6)]
+    expected = [model.encode(texts) for texts in calls]
+
+    def call(number: int) -> Any:
+        if number == 3:  # whose error is nobody else's
+            bad = ["a", ("the dog " * 9, "a")] * 20
+            with pytest.raises(InputError, match=r"sentences\[1\] is a pair"):
+                model.encode(bad, pool=pool, chunk_size=2, truncation="chunk")
+        return model.encode(calls[number], pool=pool, chunk_size=5)
+
+    with ThreadPoolExecutor(6) as threads:
+        for found, alone in zip(threads.map(call, range(6), timeout=120), expected, strict=True):
+            same(found, alone)
+
+
+def test_answers_that_nobody_takes(model: SentenceEncoder, pool: ProcessPool) -> None:
+    # Each is larger than what a pipe holds.
+    jobs = [Job(key, (100_000,), "") for key in range(9)]
+    left = pool.answers(_echo, iter(jobs))
+    assert len(next(left)[1]) == 100_000
+    same(model.encode(TEXTS, pool=pool, chunk_size=1), model.encode(TEXTS))
+    left.close()
+    same(model.encode(TEXTS, pool=pool, chunk_size=1), model.encode(TEXTS))
+
+
+def test_stopped_while_threads_wait_for_it(tiny_encoder: SentenceEncoder) -> None:
+    pool = tiny_encoder.start_multi_process_pool(["cpu"])
+    jobs = [Job(0, (60.0,), "")]
+    with ThreadPoolExecutor(3) as threads:
+        waiting = [threads.submit(list, pool.answers(_sleep, jobs)) for _ in range(3)]
+        time.sleep(0.5)
+        begin = time.monotonic()
+        pool.stop()
+        for call in waiting:
+            with pytest.raises(WorkerError, match="the pool was stopped"):
+                call.result(20)
+    assert time.monotonic() - begin < 20
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_fork_of_the_owner_has_no_pool(model: SentenceEncoder, pool: ProcessPool) -> None:
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            model.encode(["a cat"], pool=pool)
+        except WorkerError as error:
+            pool.stop()  # which stops nothing
+            status = 0 if "of which this one is a fork" in str(error) else 2
+        finally:
+            os._exit(status)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    same(model.encode(TEXTS, pool=pool), model.encode(TEXTS))
+
+
+# --- the model
+
+
+def test_weights_changed_after_the_start_are_followed(tiny_encoder: SentenceEncoder) -> None:
+    with tiny_encoder.start_multi_process_pool(["cpu"]) as pool:
+        tiny_encoder.bert.layers[0].attention.query.weight.data[3] *= 2  # type: ignore[union-attr,operator,index]
+        same(tiny_encoder.encode(TEXTS, pool=pool), tiny_encoder.encode(TEXTS))
+        tiny_encoder.double()
+        exact = tiny_encoder.encode(TEXTS)
+        np.testing.assert_allclose(tiny_encoder.encode(TEXTS, pool=pool), exact, rtol=0, atol=1e-14)
+
+
+def test_a_model_that_cannot_be_sent(tiny_encoder: SentenceEncoder) -> None:
+    tiny_encoder.bert.register_forward_hook(lambda *_: None)
+    with pytest.raises(WorkerError, match=r"the model can't be sent .*lambda"):
+        tiny_encoder.encode(TEXTS, device=["cpu"])
+
+
+class Fatal(SentenceEncoder):
+    """Can be sent, and ends who reads it."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        if multiprocessing.parent_process() is not None:
+            os._exit(7)
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+
+
+def test_a_worker_that_dies_as_it_starts(tiny_folder: Path) -> None:
+    encoder = Fatal.from_pretrained(tiny_folder, device="cpu")
+    with pytest.raises(WorkerError, match=r"exit code 7\) as it started; .*`if __name__ == "):
+        encoder.encode(TEXTS, device=["cpu"])
+
+
+def test_a_start_that_takes_too_long(
+    tiny_encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process_pool, "_START_LIMIT", 0.2)
+    before = {process.pid for process in multiprocessing.active_children()}
+    with pytest.raises(WorkerError, match="2 of 2 processes did not start within 0 seconds"):
+        tiny_encoder.start_multi_process_pool(["cpu", "cpu"])
+    assert {process.pid for process in multiprocessing.active_children()} == before
+
+
+UNGUARDED = """
+import resource, sys
+from minilm import SentenceEncoder
+encoder = SentenceEncoder.from_pretrained(sys.argv[1], device="cpu")
+if "short of memory" in sys.argv:
+    resource.setrlimit(resource.RLIMIT_AS, (2**20, 2**20))
+encoder.encode(["the dog"], device=["cpu", "cpu"])
+"""
+
+
+@pytest.mark.parametrize("how", ["", "short of memory"])
+def test_scripts_whose_workers_die_as_they_start(published: Path, tmp_path: Path, how: str) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(UNGUARDED, encoding="utf-8")
+    done = subprocess.run(
+        [sys.executable, str(script), str(published), how],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 1
+    told = done.stderr.splitlines()[-1]
+    assert told.startswith("minilm.errors.WorkerError: ")
+    assert 'belongs under `if __name__ == "__main__":`' in told
+
+
+# --- workers that are replaced: one file after the other
+
+
+class Mortal(SentenceEncoder):
+    """Dies of the text "poison", and of "venom" unless the file of that name is there."""
+
+    folder = ""
+
+    def encode(self, sentences: Any = None, *args: Any, **options: Any) -> Any:
+        texts = list(sentences)
+        antidote = Path(self.folder, "venom")
+        dies = "poison" in texts
+        if "venom" in texts and not antidote.exists():
+            antidote.touch()
+            dies = True
+        if dies:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().encode(sentences, *args, **options)
+
+
+@pytest.fixture(scope="module")
+def mortal(tmp_path_factory: pytest.TempPathFactory) -> Mortal:
+    folder = write_model_folder(tmp_path_factory.mktemp("model") / "tiny")
+    encoder = Mortal.from_pretrained(folder, device="cpu")
+    assert isinstance(encoder, Mortal)
+    encoder.folder = str(folder)
+    return encoder
+
+
+@pytest.fixture(scope="module")
+def workers(mortal: Mortal) -> Iterator[ProcessPool]:
+    """Two, for all tests here: each takes seconds to start."""
+    with mortal.start_multi_process_pool(["cpu", "cpu"]) as started:
+        yield started
+
+
+def jobs_of(*texts: list[Any]) -> list[Job]:
+    return [Job(key, (each, OPTIONS), f"job {key}") for key, each in enumerate(texts)]
+
+
+def pids_of(pool: ProcessPool) -> set[int]:
+    return {process.pid for process in pool["processes"]}
+
+
+def test_it_reads_one_job_ahead(workers: ProcessPool) -> None:
+    taken: list[int] = []
+
+    def counted() -> Iterator[Job]:
+        for key in range(8):
+            taken.append(key)
+            yield Job(key, (["a cat"], OPTIONS), "")
+
+    for done, _ in enumerate(workers.answers(embed, counted()), 1):
+        # Those that are done (another may be ready too) or computed now, and one in the hand.
+        assert len(taken) <= done + 1 + 2 + 1
+    assert done == 8
+
+
+def test_every_job_is_done_once_whoever_dies(mortal: Mortal, workers: ProcessPool) -> None:
+    given: list[list[Any]] = [["the dog"], ["venom", "a cat"], ["sun ."] * 3, [5], ["out"], []]
+    before = pids_of(workers)
+    found = {job.key: answer for job, answer in workers.answers(embed, jobs_of(*given), 3)}
+    assert len(before) == len(pids_of(workers)) == 2
+    assert len(before & pids_of(workers)) == 1  # one was replaced
+    assert sorted(found) == list(range(6))
+    assert isinstance(found.pop(3), InputTypeError)
+    for key, answer in found.items():
+        assert isinstance(answer, Answer)
+        expected = embed(mortal, given[key], OPTIONS)
+        np.testing.assert_array_equal(answer.vectors, expected.vectors)
+        assert answer.token_counts == expected.token_counts
+        assert answer.kept == expected.kept
+
+
+def test_a_job_that_kills_one_after_the_other_is_an_error(workers: ProcessPool) -> None:
+    pids = pids_of(workers)
+    jobs = jobs_of(["a cat"], ["poison"], ["the dog"])
+    with pytest.raises(WorkerError, match=r"job 1: 2 processes died of it.*code -9 \(out of mem"):
+        list(workers.answers(embed, jobs, 2))
+    workers.stop()
+    for pid in pids:  # none is left
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+# --- their memory
+
+
+def test_memory_is_given_back_where_that_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels.give_back_freed_memory()
+    monkeypatch.setattr(kernels, "_c_library", lambda: None)  # as on other systems
+    kernels.give_back_freed_memory()
+
+
+def test_what_the_environment_says_of_kernels_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    given, other = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"
+    monkeypatch.setenv(given, "7")
+    monkeypatch.setenv(other, "7")
+    monkeypatch.delenv(other)
+    kernels.keep_few_kernels()
+    assert (os.environ[given], os.environ[other]) == ("7", "16")

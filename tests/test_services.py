@@ -19,6 +19,7 @@ import torch.multiprocessing
 
 from conftest import ROOT
 from minilm import SentenceEncoder
+from minilm.forks import Lock
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 
@@ -88,6 +89,94 @@ if not os.fork():
 print(os.waitstatus_to_exitcode(os.wait()[1]))
 """
     assert run_python(code, str(tiny_folder)) == "0\n"
+
+
+# After each of these a child has ended: it has tokenized, computed and loaded.
+ROUTES = """
+import os, signal, sys, threading, time, warnings
+import torch
+from minilm import SentenceEncoder
+warnings.simplefilter("ignore")
+torch.set_num_threads(2)
+texts = ["the dog bites the man", "", "a cat"] * 100
+
+def child(*does):
+    pid = os.fork()
+    if not pid:
+        status = 1
+        try:
+            for do in does:
+                do()
+            status = 0
+        finally:
+            os._exit(status)
+    until = time.monotonic() + 60
+    while time.monotonic() < until:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    os.kill(pid, signal.SIGKILL)
+    os.waitpid(pid, 0)
+    return "waits for ever"
+
+def load():
+    return SentenceEncoder.from_pretrained(sys.argv[1], device="cpu")
+
+def compute():
+    torch.ones(10**6).exp()  # in all threads
+
+def embed():
+    encoder.encode(texts)
+    compute()
+
+def nested():
+    embed()
+    assert child(embed) == 0
+
+def told(route, *does):
+    print(route, child(*does), flush=True)
+
+encoder = load()
+told("loaded", embed)
+encoder.token_counts(texts)
+told("tokenized", embed, lambda: load().encode(texts))
+compute()
+told("computed", embed, nested)
+with encoder.start_multi_process_pool(["cpu"]) as pool:
+    encoder.encode(texts, pool=pool)
+    told("has a pool", embed)
+told("had a pool", nested)
+encoder.encode(texts)
+told("embedded", nested)
+thread = threading.Thread(target=embed)
+thread.start()
+told("embeds", embed, nested)
+thread.join()
+"""
+
+
+@needs_fork
+@pytest.mark.parametrize("parallelism", ["true", "false", None])
+def test_a_forked_child_never_waits_for_threads_of_its_parent(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, parallelism: str | None
+) -> None:
+    monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
+    if parallelism is not None:
+        monkeypatch.setenv("TOKENIZERS_PARALLELISM", parallelism)
+    found = run_python(ROUTES, str(tiny_folder), timeout=500).splitlines()
+    routes = ["loaded", "tokenized", "computed", "has a pool", "had a pool", "embedded", "embeds"]
+    assert found == [f"{route} 0" for route in routes]
+
+
+@needs_fork
+def test_locks_are_free_in_a_forked_child() -> None:
+    lock = Lock()
+    with lock:
+        child = os.fork()
+        if not child:
+            os._exit(0 if lock.acquire(timeout=5) else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 # spawn, DataLoader workers

@@ -32,10 +32,10 @@ from minilm.errors import (
     WorkerError,
 )
 from minilm.fingerprint import read_fingerprint
+from minilm.process_pool import ProcessPool
 from minilm.shards import MANIFEST, PROGRESS, ShardFolder
 from minilm.sources import read_shards
-from minilm.streaming import FilesReport, encode_files
-from minilm.workers import Workers, embed
+from minilm.streaming import FilesReport, embed, encode_files
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
@@ -498,10 +498,10 @@ def test_killed_anywhere_it_goes_on_to_the_same_bytes(tiny_folder: Path, tmp_pat
     assert (found["errno"], Path(found["name"]).name) == (27, "part-00003.parquet")  # EFBIG
 
 
-class _Watched(Workers):
+class _Watched(ProcessPool):
     """Keeps what was started, for the test to kill."""
 
-    started: list[Workers] = []  # noqa: RUF012
+    started: list[ProcessPool] = []  # noqa: RUF012
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
@@ -517,27 +517,27 @@ def test_workers_that_die_leave_no_trace(
 
     def add(folder: ShardFolder, *arguments: Any, **more: Any) -> Any:
         if len(killed) < 2:
-            killed.append(generator.choice(_Watched.started[-1].pids))
+            killed.append(generator.choice(_Watched.started[-1]["processes"]).pid)
             os.kill(killed[-1], signal.SIGKILL)
         return real(folder, *arguments, **more)
 
     real = ShardFolder.add
     monkeypatch.setattr(ShardFolder, "add", add)
-    monkeypatch.setattr(streaming, "Workers", _Watched)
+    monkeypatch.setattr(streaming, "ProcessPool", _Watched)
     run(tiny_encoder, source, tmp_path / "two", shard_rows=6, workers=2)
     assert len(killed) == 2
     assert contents(tmp_path / "two") == contents(tmp_path / "one")
-    assert _Watched.started[-1].pids == []
+    assert _Watched.started[-1]["processes"] == []
 
 
 def test_a_part_that_kills_processes_is_named(
     tiny_encoder: SentenceEncoder, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def answers(workers: Workers, jobs: Any) -> Any:
+    def answers(workers: ProcessPool, function: Any, jobs: Any, attempts: int) -> Any:
         raise WorkerError(f"{list(jobs)[1].name}: 3 processes died of it")
 
     monkeypatch.setattr(_Watched, "answers", answers)
-    monkeypatch.setattr(streaming, "Workers", _Watched)
+    monkeypatch.setattr(streaming, "ProcessPool", _Watched)
     expected = r"part-00001.parquet \(.*a.jsonl: line 21 to .*a.jsonl: line 40\): 3 processes died"
     with pytest.raises(WorkerError, match=expected):
         run(tiny_encoder, source, tmp_path / "out", shard_rows=20, workers=2)

@@ -8,7 +8,6 @@ What is sent is the name; the weights are read again where they are used.
 """
 
 import os
-import threading
 from collections.abc import Iterable
 from typing import Any, TypedDict, Unpack
 
@@ -18,6 +17,7 @@ from minilm import hub
 from minilm.encoder import SentenceEncoder
 from minilm.errors import InputTypeError
 from minilm.fingerprint import Fingerprint
+from minilm.forks import Lock
 from minilm.inputs import as_many, check_choice, check_positive_int
 from minilm.options import SECRETS, LoadOptions, load_options, to_keep
 from minilm.truncation import TRUNCATION
@@ -88,7 +88,7 @@ class LazyEncoder:
             if self._encode.get(name) is not None:
                 check_positive_int(self._encode[name], name)
         self._encoder: SentenceEncoder | None = None
-        self._lock = threading.Lock()
+        self._lock = Lock()
         if isinstance(model, SentenceEncoder):
             for name, value in self._load.items():
                 if value is not None and value is not False:

@@ -1,0 +1,63 @@
+"""What a forked child needs, so that it never waits for threads that only its parent has.
+
+Nothing is called here by anyone but the system: the package is imported, and `os.fork` does the
+rest. Three kinds of threads and locks are inherited without what would end the waiting for them:
+
+- OpenMP's threads, in which torch computes, and which it keeps for the next time. They are let go
+  just before a fork, whoever started them; parent and child start new ones when they need them.
+- The threads of `tokenizers`. The library looks after them, but not where TOKENIZERS_PARALLELISM
+  asks for them expressly; so the child has it say "false".
+- Locks of this package that another thread of the parent held.
+"""
+
+import ctypes
+import os
+import sys
+import threading
+from weakref import WeakSet
+
+__all__ = ["Lock", "mark_in_use"]
+
+_SOFT = 1  # omp_pause_soft
+
+_in_use = False
+_let_go = False
+_locks: "WeakSet[threading.Lock]" = WeakSet()
+
+
+def mark_in_use() -> None:
+    """Say that texts are embedded in this process, so that forks of it compute in one thread.
+
+    Before that a server only gets ready, and the processes that it forks may use all threads.
+    """
+    global _in_use
+    _in_use = True
+
+
+def Lock() -> threading.Lock:  # noqa: N802  # as threading.Lock
+    """A lock that is free in a forked child."""
+    lock = threading.Lock()
+    _locks.add(lock)
+    return lock
+
+
+def _before() -> None:
+    global _let_go
+    if "torch" in sys.modules:
+        # OpenMP 5.0; of the library that torch brings, which no other one stands in front of.
+        pause = getattr(ctypes.CDLL(None), "omp_pause_resource_all", None)
+        _let_go = pause is not None and pause(_SOFT) == 0
+
+
+def _in_child() -> None:
+    set_num_threads = getattr(sys.modules.get("torch"), "set_num_threads", None)
+    if set_num_threads is not None and (_in_use or not _let_go):
+        set_num_threads(1)
+    if os.environ.get("TOKENIZERS_PARALLELISM"):
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    for lock in _locks:
+        lock._at_fork_reinit()  # type: ignore[attr-defined]
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(before=_before, after_in_child=_in_child)
