@@ -27,6 +27,7 @@ from minilm.errors import (
     TruncationError,
     TruncationWarning,
 )
+from minilm.hub import AccessToken
 from minilm.inputs import EncodeOptions
 from minilm.options import load_options
 from minilm.quantize import model_ranges, quantize_embeddings
@@ -668,9 +669,9 @@ def test_options_by_default() -> None:
 @pytest.mark.parametrize(
     ("options", "found"),
     [
-        ({"cache_folder": "a"}, {"cache_dir": "a"}),
-        ({"cache_dir": "a", "cache_folder": None}, {"cache_dir": "a"}),
-        ({"use_auth_token": "a"}, {"token": "a"}),
+        ({"cache_folder": "a"}, {"cache_dir": str(Path("a").absolute())}),
+        ({"cache_dir": "a", "cache_folder": None}, {"cache_dir": str(Path("a").absolute())}),
+        ({"use_auth_token": "a"}, {"token": AccessToken("a")}),
         ({"token": True}, {"token": True}),
         ({"local_files_only": True}, {"local_files_only": True}),
         ({"revision": "main"}, {"revision": "main"}),
