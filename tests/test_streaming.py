@@ -462,7 +462,7 @@ for stop in stops:
 
 # Killed again and again.
 output, times = place / "often", 0
-while child(output, generator.randrange(4, 16))[0] == -9:
+while child(output, generator.randrange(4, 24))[0] == -9:
     times += 1
 assert contents(output) == whole
 
