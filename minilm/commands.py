@@ -13,7 +13,6 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,16 +87,13 @@ def encode(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None
         check_output(output, "-o", sidecars_of(output))
     table = _texts(options.text, options.files or ([] if options.text else ["-"]), options.column)
     encoder = _load(options)
-    encode = partial(
-        encoder.encode,
-        prompt=options.prompt,
-        batch_size=options.batch_size,
-        show_progress_bar=is_watched(sys.stderr) and len(table.texts) > 1,
-        precision=options.precision,
-        truncation=options.truncation,
-        truncate_dim=options.truncate_dim,
-        normalize_embeddings=options.normalize,
-    )
+    chosen: dict[str, Any] = {
+        "prompt": options.prompt,
+        "precision": options.precision,
+        "truncation": options.truncation,
+        "truncate_dim": options.truncate_dim,
+        "normalize_embeddings": options.normalize,
+    }
     width = encoder.bert.config.hidden_size
     width = min(options.truncate_dim or encoder.truncate_dim or width, width)
     if options.precision in ("binary", "ubinary"):
@@ -107,16 +103,15 @@ def encode(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None
     if output is not None:
         size = 4 if options.precision == "float32" else 1  # of a number; as text it has more
         check_room(output, len(table.texts) * width * size)
-    embeddings = encode(table.texts)
+    embeddings = encoder.encode(
+        table.texts,
+        batch_size=options.batch_size,
+        show_progress_bar=is_watched(sys.stderr) and len(table.texts) > 1,
+        **chosen,
+    )
 
     def write(path: Path) -> None:
-        record = encoder.fingerprint(
-            prompt=options.prompt,
-            truncation=options.truncation,
-            truncate_dim=options.truncate_dim,
-            normalize_embeddings=options.normalize,
-            precision=options.precision,
-        )
+        record = encoder.fingerprint(**chosen)
         write_table(path, table, embeddings, record.to_json(), options.embedding_column)
 
     try:
@@ -128,7 +123,7 @@ def encode(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None
     except BrokenPipeError:
         raise
     except OSError as error:
-        kept = _kept_elsewhere(write, ".jsonl" if output is None else form_of(output))
+        kept = _kept_elsewhere(write, suffix)
         told = f"{error.strerror}; {kept}"
         raise OSError(error.errno, told, error.filename or "standard output") from error
 
