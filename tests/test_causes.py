@@ -20,7 +20,7 @@ from minilm.errors import InputError, InputTypeError, MissingPackageError
 from minilm.foreign import Foreign, read_texts, read_vectors, run_onnx
 from minilm.golden import TEXTS as GOLDEN
 from minilm.mistakes import causes_for
-from mutations import planted
+from mutations import norms, planted
 
 pytestmark = pytest.mark.filterwarnings("ignore::minilm.errors.TruncationWarning")
 
@@ -276,10 +276,11 @@ def test_fewer_bits_of_the_arithmetic_are_named(
     diagnosis = diagnose(encoder, SHORT, vectors)
     (name,) = names(diagnosis)
     assert name.startswith(dtype), diagnosis.table()
-    # By their pattern; or, where vectors were stored in so few bits that this explains the rest,
-    # as it does for bfloat16 on some processors, by what is left.
-    stored = whole and f"the numbers were stored in {dtype}" in diagnosis.table()
-    assert "correlate" in diagnosis.table() or stored
+    # By the pattern of the errors; or, as bfloat16 is on some processors, since what the cause
+    # leaves is no more than writing the vectors down in so few bits does.
+    written = float(vectors.abs().max()) * torch.finfo(kind).eps / 2
+    is_explained = whole and diagnosis.remaining <= 1.25 * written + 2e-6
+    assert is_explained or "correlate" in diagnosis.table()
 
 
 def test_int8_of_weights_and_activations_is_named(encoder: SentenceEncoder) -> None:
@@ -348,15 +349,16 @@ def test_what_no_text_shows_is_said(encoder: SentenceEncoder) -> None:
 )  # fmt: skip
 def test_unknown_mistakes_are_not_given_a_name(encoder: SentenceEncoder, mutation: str) -> None:
     with planted(mutation, encoder) as broken:
+        if mutation == "eps_1e_5_in_one_norm":
+            # In the sixth it moves these vectors by 1.9e-6, which is next to what counts as
+            # rounding; in the last one by 6.4e-6.
+            norms(broken)[5].eps, norms(broken)[-1].eps = 1e-12, 1e-5
         vectors = port(broken, FEW)
         if mutation == "tokens_normalized_before_the_mean":
             vectors = broken(broken.tokenize(FEW))["sentence_embedding"].detach().numpy()
     diagnosis = diagnose(encoder, FEW, vectors)
-    if mutation == "eps_1e_5_in_one_norm" and diagnosis.is_equal:
-        # It moves these vectors by 2e-6, which on some processors is what counts as rounding.
-        assert 1e-6 < diagnosis.max_abs < 3e-6
-        return
     assert diagnosis.verdict in ("none", "another model"), diagnosis.table()
+    assert not diagnosis.is_equal
 
 
 def test_noise_has_no_name(encoder: SentenceEncoder) -> None:
