@@ -387,10 +387,12 @@ def test_order_and_batch_size_do_not_matter(tiny_encoder: SentenceEncoder) -> No
 
 
 def test_batches_are_formed_by_length(tiny_encoder: SentenceEncoder) -> None:
-    shapes = []
-    tiny_encoder.bert.register_forward_pre_hook(lambda _, args: shapes.append(args[0].shape))
+    ids: list[Any] = []
+    tiny_encoder.bert.register_forward_pre_hook(lambda _, args: ids.append(args[0]))
     tiny_encoder.encode(["a", "the dog sees the man", "sun", "a cat sees the dog"], batch_size=2)
-    assert shapes == [(14,), (6,)]  # the longest first; laid end to end, no padding at all
+    # The longest first; laid end to end, and only behind the last one filled up to 16 rows.
+    used = [(len(rows), rows.nonzero().flatten().tolist()) for rows in ids]
+    assert used == [(16, list(range(14))), (16, list(range(6)))]
 
 
 def test_tensors_are_usable_in_training(tiny_encoder: SentenceEncoder) -> None:
