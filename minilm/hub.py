@@ -323,6 +323,8 @@ def looks_like(data: bytes) -> str | None:
     start = data[:512].lstrip().lower()
     if not data:
         return "an empty file"
+    if data[8:9] == b"{":  # safetensors, which begin with a number: it may have any bytes
+        return None
     if start.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer, not the file that it stands for; fetch it with `git lfs pull`"
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):

@@ -920,6 +920,8 @@ def test_looks_like(data: bytes, text: str) -> None:
         b"plain text",
         (80).to_bytes(8, "little") + b'{"x": ',  # safetensors
         (0x80).to_bytes(8, "little") + b'{"x": ',  # the same; its first byte is a pickle's
+        # The same; the length of their header begins as a pickle, or an archive, does.
+        *(size.to_bytes(8, "little") + b'{"x": ' for size in (0x0280, 0x0480, 0x8B1F, 0x04034B50)),
     ],
 )
 def test_looks_like_nothing_known(data: bytes) -> None:
