@@ -7,7 +7,7 @@ The published file names its tensors as Google's first BERT release did; `NAMES`
 one goes. Nothing is skipped in silence: what is not in the table is an error.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -170,11 +170,13 @@ def published_shapes(config: BertConfig) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in _without_memory(config).state_dict().items()}
 
 
-def read_unused(data: bytes, weight: Sequence[int], bias: Sequence[int]) -> dict[str, Tensor]:
+def read_unused(
+    files: Iterable[bytes], weight: Sequence[int], bias: Sequence[int]
+) -> dict[str, Tensor]:
     """The pooler of a checkpoint, which we don't use and carry over when a model is saved.
 
     Args:
-        data: The contents of a safetensors file.
+        files: The contents of its safetensors files.
         weight: The shape that `pooler.dense.weight` must have.
         bias: That of `pooler.dense.bias`.
 
@@ -182,11 +184,14 @@ def read_unused(data: bytes, weight: Sequence[int], bias: Sequence[int]) -> dict
         Both tensors under their published names; none, if they are not there in these shapes.
     """
     shapes = {"pooler.dense.weight": tuple(weight), "pooler.dense.bias": tuple(bias)}
+    found = {}
     try:
-        contents = safetensors.torch.load(data)
+        for data in files:
+            for name, tensor in safetensors.torch.load(data).items():
+                if _plain(name) in shapes:
+                    found[_plain(name)] = tensor
     except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError):
         return {}
-    found = {_plain(name): tensor for name, tensor in contents.items() if _plain(name) in shapes}
     fits = all(tuple(tensor.shape) == shapes[name] for name, tensor in found.items())
     return found if fits and len(found) == len(shapes) else {}
 

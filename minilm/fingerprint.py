@@ -318,9 +318,10 @@ def _digest_weights(encoder: Encoder) -> tuple[str, str | None]:
 
 def _file_sha256(encoder: Encoder) -> str | None:
     """SHA-256 of the weights file, if its tensors are those in memory."""
-    data = read_source(encoder)
-    if data is None:
+    files = read_source(encoder)
+    if len(files) != 1:  # several have no hash of their own; that of the tensors stands for it
         return None
+    [data] = files
     try:
         of_file = read_checkpoint(data, encoder.bert.config, encoder.dtype)
     except WeightsError:  # it no longer fits

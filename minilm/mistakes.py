@@ -22,11 +22,10 @@ from tokenizers.normalizers import BertNormalizer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from minilm.checkpoint import read_unused
 from minilm.encoder import SentenceEncoder
 from minilm.packed import PackedBatch
 from minilm.pooling import ClsPooling, MeanPooling
-from minilm.save import read_source
+from minilm.save import read_pooler
 
 __all__ = ["Cause", "Laboratory", "Recipe", "causes_for"]
 
@@ -423,8 +422,7 @@ _POOLINGS: dict[str, Callable[[Tensor, Tensor, Any], Tensor]] = {
 
 def _published_pooler(encoder: SentenceEncoder) -> tuple[Tensor, Tensor] | None:
     """BERT's own pooler, which is in the file of the weights though this model doesn't use it."""
-    data, size = read_source(encoder), encoder.bert.config.hidden_size
-    found = {} if data is None else read_unused(data, (size, size), (size,))
+    found = read_pooler(encoder)
     return (found["pooler.dense.weight"], found["pooler.dense.bias"]) if found else None
 
 

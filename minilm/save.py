@@ -41,7 +41,7 @@ from minilm.kernels import has_own_forward
 from minilm.pooling import ClsPooling, MeanPooling, Normalize
 from minilm.tokenizer import WordPieceTokenizer
 
-__all__ = ["Encoder", "foreign_parts", "read_source", "save_pretrained"]
+__all__ = ["Encoder", "foreign_parts", "read_pooler", "read_source", "save_pretrained"]
 
 # The version of sentence-transformers whose form the files have. An older one says that it is.
 _FORM = "5.1.0"
@@ -163,18 +163,29 @@ def foreign_parts(encoder: Encoder) -> list[str]:
     return found
 
 
-def read_source(encoder: Encoder) -> bytes | None:
-    """The weights file that an encoder was loaded from, if it can still be read and is the same."""
+def read_source(encoder: Encoder) -> list[bytes]:
+    """The weights file that an encoder was loaded from, or those that it was split into; none, if
+    one can't be read any more or is not the same.
+    """
     source = encoder.source
-    names = [name for name in (source.sha256 if source else ()) if name.endswith(_WEIGHTS)]
-    if source is None or len(names) != 1:
-        return None
-    expected = source.sha256[names[0]]
-    found = ModelFiles(source.name, source.location, source.folder, {names[0]: expected})
+    if source is None:
+        return []
+    names = [name for name in source.sha256 if name.endswith(".safetensors")]
+    again = ModelFiles(source.name, source.location, source.folder, source.sha256.copy())
     try:
-        return found.read(names[0])
-    except (MinilmError, OSError):  # gone, or changed
-        return None
+        read = [again.read(name) for name in names]
+    except (MinilmError, OSError):  # changed
+        return []
+    found = [data for data in read if data is not None]
+    return found if len(found) == len(names) else []
+
+
+def read_pooler(encoder: Encoder) -> dict[str, Tensor]:
+    """BERT's own pooler, which is in the weights file though the embedding doesn't use it; nothing,
+    where it can't be had.
+    """
+    size = encoder.bert.config.hidden_size
+    return read_unused(read_source(encoder), (size, size), (size,))
 
 
 _WEIGHTS = "model.safetensors"
@@ -293,9 +304,7 @@ def _tensors(encoder: Encoder) -> dict[str, Tensor]:
     with torch.inference_mode(False), torch.no_grad():
         # Copies share no memory, as tied weights would, which the format can't say.
         state = {published_name(name): _copy(tensor) for name, tensor in ours.items()}
-        size = encoder.bert.config.hidden_size
-        source = read_source(encoder)
-        pooler = {} if source is None else read_unused(source, (size, size), (size,))
+        pooler = read_pooler(encoder)
         return state | {name: _copy(tensor.to(encoder.dtype)) for name, tensor in pooler.items()}
 
 

@@ -329,6 +329,32 @@ def test_pooler_is_left_out_where_it_is_another_models(tiny_folder: Path, tmp_pa
     assert np.array_equal(embed(load(tmp_path / "gone"), ["a"]), embed(encoder, ["a"]))
 
 
+def test_pooler_of_a_checkpoint_in_several_files(tiny_folder: Path, tmp_path: Path) -> None:
+    pooler = add_pooler(tiny_folder)
+    whole = tiny_folder / "model.safetensors"
+    tensors = safetensors.torch.load_file(whole)
+    whole.unlink()
+    weight_map = {}
+    for number, name in enumerate(tensors):  # the two of the pooler are in two files
+        file = f"model-{1 + number % 2:05}-of-00002.safetensors"
+        weight_map[name] = file
+    weight_map["pooler.dense.weight"] = "model-00001-of-00002.safetensors"
+    weight_map["pooler.dense.bias"] = "model-00002-of-00002.safetensors"
+    for file in set(weight_map.values()):
+        part = {name: tensors[name] for name in tensors if weight_map[name] == file}
+        safetensors.torch.save_file(part, tiny_folder / file)
+    index = tiny_folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": weight_map}))
+    encoder = load(tiny_folder)
+    save_pretrained(encoder, tmp_path / "saved")
+    found = poolers_of(tmp_path / "saved")
+    assert found.keys() == pooler.keys()
+    assert all(torch.equal(found[name], pooler[name]) for name in pooler)
+    (tiny_folder / file).unlink()
+    save_pretrained(encoder, tmp_path / "of one that is gone")
+    assert poolers_of(tmp_path / "of one that is gone") == {}
+
+
 def test_saving_over_the_folder_that_was_loaded(tiny_folder: Path) -> None:
     pooler = add_pooler(tiny_folder)
     encoder = load(tiny_folder)
