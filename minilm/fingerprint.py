@@ -359,6 +359,9 @@ def _digest_tokenizer(tokenizer: WordPieceTokenizer | None) -> str:
     if tokenizer is None:
         return "none"
     text = tokenizer.backend.to_str()
+    if tokenizer.backend.encode_special_tokens:  # which the library doesn't write
+        values = json.loads(text)
+        text = json.dumps(values | {"encode_special_tokens": True})
     return _kept(tokenizer, hashlib.sha256(text.encode()).digest(), _digest_settings, text)
 
 

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from minilm import __version__
 from minilm.bert import BertEmbeddings, BertFeedForward, BertLayer, BertModel, BertSelfAttention
 from minilm.checkpoint import published_name, published_shapes, read_unused
+from minilm.config import BertConfig
 from minilm.disk import absolute, make_folder, sync, sync_folder, temporary_name
 from minilm.errors import (
     InputError,
@@ -154,6 +155,12 @@ def foreign_parts(encoder: Encoder) -> list[str]:
         for name, part in encoder.bert.named_modules()
         if type(part) not in _OWN_MODULES or has_own_forward(part)
     ]
+    found += [
+        f"encoder.bert.{name} has the {what} {value!r}, and not {expected!r} as in its config"
+        for name, part in encoder.bert.named_modules()
+        for what, value, expected in _settings(part, encoder.bert.config)
+        if value != expected
+    ]
     if type(encoder.bert) is not BertModel and not found:
         found.append(f"encoder.bert is a {type(encoder.bert).__name__}")
     if type(encoder.pooling) not in _POOLINGS:
@@ -161,6 +168,17 @@ def foreign_parts(encoder: Encoder) -> list[str]:
     if type(encoder.normalize) not in (Normalize, nn.Identity):
         found.append(f"encoder.normalize is a {type(encoder.normalize).__name__}")
     return found
+
+
+def _settings(part: nn.Module, config: BertConfig) -> list[tuple[str, Any, Any]]:
+    """What a part computes with that is not a weight: what it has, and what it should have."""
+    if isinstance(part, nn.LayerNorm):
+        return [("eps", part.eps, config.layer_norm_eps)]
+    if isinstance(part, nn.Embedding):
+        return [("max_norm", part.max_norm, None)]
+    if isinstance(part, BertSelfAttention):
+        return [("heads", part.heads, (config.num_attention_heads, config.head_size))]
+    return []
 
 
 def read_source(encoder: Encoder) -> list[bytes]:
@@ -322,6 +340,12 @@ def _file_dtype(state: Mapping[str, Tensor]) -> str:
 
 def _tokenizer_files(tokenizer: WordPieceTokenizer, max_seq_length: int) -> dict[str, bytes]:
     """`tokenizer.json` and what goes with it, proven to make the same tokenizer again."""
+    if tokenizer.backend.encode_special_tokens:
+        raise InputError(
+            "encoder.tokenizer.backend has encode_special_tokens, which can't be saved; set it to "
+            "False",
+            "encoder",
+        )
     current = tokenizer.backend.to_str()
     values = json.loads(current)
     normalizer = values["normalizer"] or {}

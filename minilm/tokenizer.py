@@ -129,6 +129,15 @@ class WordPieceTokenizer:
         """The `tokenizers.Tokenizer` that does the work. Changing it changes the model's input."""
         return self._backend
 
+    def __getstate__(self) -> dict[str, Any]:
+        # The library's own pickles leave this out, so that a copy, or a worker, would read "[MASK]"
+        # in a text otherwise.
+        return self.__dict__ | {"_literal": self._backend.encode_special_tokens}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._backend.encode_special_tokens = self.__dict__.pop("_literal", False)
+
     def __call__(
         self,
         texts: str | Iterable[Row],

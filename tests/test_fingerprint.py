@@ -796,10 +796,17 @@ def other_normalizer(encoder: Any) -> None:
     encoder.tokenizer.backend.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=False)
 
 
+def literal_special_tokens(encoder: Any) -> None:
+    encoder.tokenizer.backend.encode_special_tokens = True
+
+
 CHANGES = [one_number, shared_memory, signs, swapped, other_memory, trained, loaded]
 
 
-@pytest.mark.parametrize("change", [*CHANGES, other_normalizer], ids=lambda change: change.__name__)
+ALL_CHANGES = [*CHANGES, other_normalizer, literal_special_tokens]
+
+
+@pytest.mark.parametrize("change", ALL_CHANGES, ids=lambda change: change.__name__)
 def test_no_change_escapes_a_record_that_was_kept(change: Any, tiny: Any) -> None:
     """Not those either that leave no trace in torch's counts of versions, or in addresses."""
     before = fingerprint(tiny)
@@ -810,3 +817,29 @@ def test_no_change_escapes_a_record_that_was_kept(change: Any, tiny: Any) -> Non
     made_anew = copy.deepcopy(tiny)
     assert fingerprint(made_anew) == after
     assert fingerprint(copied) == before
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [
+        ("layers.1.feed_forward_layer_norm", "eps", 0.1),
+        ("layers.0.attention", "heads", (8, 4)),
+        ("embeddings.word_embeddings", "max_norm", 0.1),
+    ],
+)
+def test_settings_that_no_file_tells_are_named(
+    part: str, name: str, value: Any, tiny: Any, tmp_path: Path
+) -> None:
+    """Other vectors with the same weights: such a record lied, and a saved folder lost them."""
+    fingerprint(tiny)
+    setattr(tiny.bert.get_submodule(part), name, value)
+    for act in (fingerprint, lambda encoder: save_pretrained(encoder, tmp_path / "saved")):
+        with pytest.raises(InputError, match=rf"encoder\.bert\.{part} has the {name}"):
+            act(tiny)
+    assert not (tmp_path / "saved").exists()
+
+
+def test_literal_special_tokens_are_not_saved(tiny: Any, tmp_path: Path) -> None:
+    tiny.tokenizer.backend.encode_special_tokens = True
+    with pytest.raises(InputError, match="encode_special_tokens, which can't be saved"):
+        save_pretrained(tiny, tmp_path / "saved")
