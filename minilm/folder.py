@@ -42,7 +42,7 @@ from minilm.pooling import ClsPooling, MeanPooling, Normalize
 from minilm.similarity import SIMILARITY_FUNCTIONS
 from minilm.tokenizer import WordPieceTokenizer, is_built_anew, read_vocabulary
 
-__all__ = ["ModelParts", "as_stages", "read_model"]
+__all__ = ["ModelParts", "as_stages", "check_beside", "read_model"]
 
 logger = logging.getLogger(__name__)
 
@@ -217,7 +217,7 @@ def read_model(files: ModelFiles, dtype: torch.dtype) -> ModelParts:
             errors.append(error)
             return None
 
-    attempt(lambda: _check_beside(files, folder))
+    attempt(lambda: check_beside(files, folder))
     values = attempt(lambda: _read_json(files, folder + "config.json", dict))
     config = None
     if values is not None:
@@ -299,7 +299,7 @@ def _stage(name: str) -> str:
     return kind if package.split(".")[0] == "sentence_transformers" else repr(name)
 
 
-def _check_beside(files: ModelFiles, folder: str) -> None:
+def check_beside(files: ModelFiles, folder: str) -> None:
     """Refuse the files that the reference acts upon, and that are not implemented."""
     name = folder + "adapter_config.json"
     if _is_there(files, name):

@@ -37,6 +37,7 @@ from minilm.errors import (
     NotAFolderError,
     TokenizerError,
 )
+from minilm.folder import check_beside
 from minilm.hub import ModelFiles
 from minilm.kernels import has_own_forward
 from minilm.pooling import ClsPooling, MeanPooling, Normalize
@@ -112,6 +113,8 @@ def save_pretrained(
 
     Raises:
         NotAFolderError: `path` is a file.
+        ConfigError: A file in the folder, which would stay, makes another model of it, such as
+            `adapter_config.json`.
         InputError: The encoder has no tokenizer, or something that the format has no place for:
             other modules or tensors than ours, weights that are not finite, a changed tokenizer; or
             `safe_serialization` is false.
@@ -135,6 +138,7 @@ def save_pretrained(
         )
     target = absolute(path)
     _check_folder(target)
+    check_beside(ModelFiles(str(path), str(target), target), "")
     contents = _contents(encoder)
     if create_model_card:
         card = _model_card(encoder, model_name, list(train_datasets or ()))

@@ -26,7 +26,8 @@ LEVELS = [
     {"vectors", "tokenizer", "checkpoint", "eval_mode", "kernels"},
     {"similarity"},
     {"options", "quantize", "files", "tasks.search", "packed", "truncation"},
-    {"folder", "trace", "save", "compute", "arrow"}
+    {"folder"},
+    {"trace", "save", "compute", "arrow"}
     | {"tasks.paraphrase", "tasks.communities", "tasks.rescoring"},
     {"explain", "fingerprint", "process_pool", "shards", "sources", "tasks.duplicates"},
     {"tasks.segments"},

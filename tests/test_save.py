@@ -23,7 +23,7 @@ from torch.nn.utils import parametrize
 from conftest import ROOT, seeded_bert, tiny_tokenizer_json, write_model_folder
 from minilm import ClsPooling, MeanPooling, Normalize, SentenceEncoder, save
 from minilm.checkpoint import UNUSED, published_name
-from minilm.errors import InputError, InputTypeError, MinilmError, NotAFolderError
+from minilm.errors import ConfigError, InputError, InputTypeError, MinilmError, NotAFolderError
 from minilm.golden import TEXTS
 from minilm.save import save_pretrained
 from minilm.tokenizer import WordPieceTokenizer
@@ -327,6 +327,14 @@ def test_pooler_is_left_out_where_it_is_another_models(tiny_folder: Path, tmp_pa
     save_pretrained(encoder, tmp_path / "gone")
     assert poolers_of(tmp_path / "gone") == {}
     assert np.array_equal(embed(load(tmp_path / "gone"), ["a"]), embed(encoder, ["a"]))
+
+
+def test_files_that_would_make_it_another_model_are_named(tiny: Any, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter_config.json"
+    adapter.write_text("{}")
+    with pytest.raises(ConfigError, match=r"adapter_config\.json: is of an adapter"):
+        save_pretrained(tiny, tmp_path)
+    assert list(tmp_path.iterdir()) == [adapter]
 
 
 def test_pooler_of_a_checkpoint_in_several_files(tiny_folder: Path, tmp_path: Path) -> None:
