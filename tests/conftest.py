@@ -21,6 +21,7 @@ import torch
 from minilm import BertConfig, BertModel, MeanPooling, Normalize, SentenceEncoder
 from minilm.checkpoint import published_name
 from minilm.hub import SHA256, WEIGHTS_FOLDER
+from minilm.tasks.search import Scores
 from minilm.tokenizer import WordPieceTokenizer
 
 # Nothing here may reach the network; the tests of hub.py bring their own server.
@@ -238,3 +239,18 @@ def another_process(folder: Path, name: str = "lock") -> Iterator[None]:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
         (folder / name).unlink()
+
+
+@pytest.fixture
+def block_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many scores each block of them has that the tasks compute from here on."""
+    sizes: list[int] = []
+    block = Scores.block
+
+    def counted(self: Scores, *arguments: Any) -> torch.Tensor:
+        scores = block(self, *arguments)
+        sizes.append(scores.numel())
+        return scores
+
+    monkeypatch.setattr(Scores, "block", counted)
+    return sizes

@@ -229,23 +229,16 @@ def test_the_stated_error_is_one(function: Score, size: float) -> None:
     assert difference.max() > 0
 
 
-def test_search_holds_no_large_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
-    block = Scores.block
-
-    def counted(self: Scores, *arguments: Any) -> Tensor:
-        scores = block(self, *arguments)
-        sizes.append(scores.numel())
-        return scores
-
-    monkeypatch.setattr(Scores, "block", counted)
+def test_search_holds_no_large_block(
+    block_sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(search_module, "_TILE", 1000)
     semantic_search(random(0, 50, 4), random(1, 500, 4), 20, 10**6)
-    assert max(sizes) <= 1000
-    assert sum(sizes) == 50 * 500
-    sizes.clear()
+    assert max(block_sizes) <= 1000
+    assert sum(block_sizes) == 50 * 500
+    block_sizes.clear()
     semantic_search(random(0, 50, 4), random(1, 500, 4), 20, 30)
-    assert max(sizes) == 20 * 30
+    assert max(block_sizes) == 20 * 30
 
 
 def test_another_function_gets_the_chunks_asked_for() -> None:
@@ -463,36 +456,21 @@ def test_communities_are_the_definition_whatever_the_batch(seed: int, dtype: tor
             assert community_detection(vectors, threshold, smallest, batch) == expected
 
 
-def test_communities_hold_no_square(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
-    block = Scores.block
-
-    def counted(self: Scores, *arguments: Any) -> Tensor:
-        scores = block(self, *arguments)
-        sizes.append(scores.numel())
-        return scores
-
+def test_communities_hold_no_square(
+    block_sizes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     vectors = random(14, 300, 3)
     whole = community_detection(vectors, 0.9, 5)
-    monkeypatch.setattr(Scores, "block", counted)
     monkeypatch.setattr("minilm.tasks.communities._BLOCK", 3000)
+    block_sizes.clear()
     assert community_detection(vectors, 0.9, 5) == whole
-    assert max(sizes) <= 3000
+    assert max(block_sizes) <= 3000
 
 
-def test_communities_compute_half_of_the_square_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes: list[int] = []
-    block = Scores.block
-
-    def counted(self: Scores, *arguments: Any) -> Tensor:
-        scores = block(self, *arguments)
-        sizes.append(scores.numel())
-        return scores
-
-    monkeypatch.setattr(Scores, "block", counted)
+def test_communities_compute_half_of_the_square_once(block_sizes: list[int]) -> None:
     vectors = random(14, 300, 16)
     assert len(community_detection(vectors, 0.99, 1, batch_size=10)) == 300
-    assert sum(sizes) == 10 * sum(range(10, 301, 10))
+    assert sum(block_sizes) == 10 * sum(range(10, 301, 10))
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
