@@ -8,6 +8,7 @@ that a file tells: by `outputs.py`, the parts of `shards.py`, the segments of `t
 import errno
 import hashlib
 import io
+import json
 import os
 import shutil
 import stat
@@ -32,6 +33,7 @@ __all__ = [
     "sync_folder",
     "temporary_name",
     "told_of",
+    "with_metadata",
     "write_atomically",
     "write_together",
 ]
@@ -120,6 +122,23 @@ def write_together(files: Mapping[Path, Callable[[IO[bytes]], object]]) -> None:
         raise
     for folder in {path.parent for path in files}:
         sync_folder(folder)
+
+
+def with_metadata(data: bytes, metadata: Mapping[str, str]) -> bytes:
+    """Give a serialized safetensors file its metadata, in the order in which they are passed.
+
+    safetensors keeps them in a map without an order, so that two processes write the same contents
+    in different bytes as soon as there are two keys (seen with 0.8.0, November 2026).
+
+    Args:
+        data: What `safetensors.torch.save` or `safetensors.numpy.save` gives without metadata.
+        metadata: Texts by name.
+    """
+    end = 8 + int.from_bytes(data[:8], "little")
+    contents = {"__metadata__": dict(metadata)} | json.loads(data[8:end])
+    header = json.dumps(contents, ensure_ascii=False, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the numbers begin at a multiple of 8 bytes
+    return b"".join([len(header).to_bytes(8, "little"), header, memoryview(data)[end:]])
 
 
 def temporary_name(name: str) -> str:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
+from minilm.disk import with_metadata
 from minilm.errors import InputError
 from minilm.outputs import is_stream, write_output
 from minilm.rows import DEFAULT_COLUMN, Reader, as_json, lone_surrogate
@@ -208,7 +209,8 @@ def write_table(
             metadata = _metadata(table)
             if fingerprint is not None:
                 metadata[METADATA_KEY] = fingerprint
-            file.write(safetensors.numpy.save({"embeddings": embeddings}, metadata))
+            data = safetensors.numpy.save({"embeddings": embeddings})
+            file.write(with_metadata(data, metadata))
         else:
             text_file = io.TextIOWrapper(file, encoding="utf-8", newline="")
             write_text = write_jsonl if suffix == ".jsonl" else _write_csv

@@ -23,7 +23,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from minilm import __version__
-from minilm.disk import make_folder, write_atomically
+from minilm.disk import make_folder, with_metadata, write_atomically
 from minilm.encoder import SentenceEncoder
 from minilm.errors import InputError, TruncationWarning
 from minilm.fingerprint import METADATA_KEY
@@ -223,9 +223,8 @@ def write_golden(
     for dtype, name in _FILES.items():
         found[dtype] = _follow(encoder, texts, stages, dtype)
         tensors = _tensors(found[dtype], texts, stages)
-        # One key: of several the library gives the order by chance, and the bytes would differ.
         made_by = {METADATA_KEY: replace(record, dtype=dtype).to_json()}
-        contents[name] = safetensors.torch.save(tensors, made_by)
+        contents[name] = with_metadata(safetensors.torch.save(tensors), made_by)
         files[name] = {
             "dtype": dtype,
             "tensors": len(tensors),

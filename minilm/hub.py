@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from minilm.disk import absolute, write_atomically
+from minilm.disk import absolute, make_folder, write_atomically
 from minilm.errors import (
     HashMismatchError,
     InputTypeError,
@@ -596,7 +596,7 @@ def _is_published(path: Path, name: str) -> bool:
 def _write_verified(target: Path, name: str, data: bytes, origin: Path) -> None:
     _verify(data, SHA256[name], origin)
     path = target / name
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     write_atomically(path, lambda file: file.write(data))
 
 

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minilm import bert, inputs, pooling
+from minilm.disk import with_metadata
 from minilm.errors import TraceKeyError, TruncationWarning
 from minilm.eval_mode import eval_mode
 from minilm.kernels import fast_products
@@ -245,7 +246,7 @@ class Trace(Mapping[str, Any]):
             for name, entry in self.entries.items()
             if isinstance(entry.tensor, Tensor)
         }
-        data = safetensors.torch.save(tensors, metadata)
+        data = with_metadata(safetensors.torch.save(tensors), metadata)
         write_output(Path(path), lambda file: file.write(data))
 
 

@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors
+import safetensors.numpy
 
 from conftest import ROOT, another_process
 from minilm.disk import (
@@ -21,6 +23,7 @@ from minilm.disk import (
     inside,
     make_folder,
     sync_folder,
+    with_metadata,
     write_atomically,
     write_together,
 )
@@ -344,3 +347,24 @@ def test_a_folder_without_a_lock_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError) as caught, held(tmp_path / "none", "lock", "output"):
         pass
     assert caught.value.filename == str(tmp_path / "none")
+
+
+def test_metadata_stay_in_their_order_and_are_read_by_the_library(tmp_path: Path) -> None:
+    """The library writes several keys in an order of chance; eight keys have 40,320 of them."""
+    tensors = {"b": np.arange(6, dtype="f4").reshape(2, 3), "a": np.arange(3, dtype="i1")}
+    metadata = {name: f'é "{name}" \x01\n\U0001f600' for name in "hgfedcba"}
+    plain = safetensors.numpy.save(tensors)
+    assert with_metadata(plain, {"format": "np"}) == safetensors.numpy.save(
+        tensors, {"format": "np"}
+    )
+    data = with_metadata(plain, metadata)
+    assert data == with_metadata(plain, metadata)
+    assert [data.index(f'"{name}":"'.encode()) for name in metadata] == sorted(
+        data.index(f'"{name}":"'.encode()) for name in metadata
+    )
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(data)
+    with safetensors.safe_open(path, "np") as file:
+        assert file.metadata() == metadata
+        for name, value in tensors.items():
+            assert np.array_equal(file.get_tensor(name), value)
