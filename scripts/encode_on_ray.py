@@ -114,8 +114,6 @@ def encode(options: argparse.Namespace) -> str:
     for name in ("actors", "cpus_per_actor", "batch_size", "rows_per_file"):
         check_positive_int(getattr(options, name), f"--{name.replace('_', '-')}")
     source, target = (place(name) for name in (options.input, options.output))
-    # A folder is to be found whatever the current one of a machine is.
-    model = place(options.model) if Path(options.model).is_dir() else options.model
     started = time.monotonic()
     start_ray(options)
     try:
@@ -129,7 +127,7 @@ def encode(options: argparse.Namespace) -> str:
             ray.data.read_parquet(source).repartition(
                 target_num_rows_per_block=options.rows_per_file
             ),
-            model,
+            options.model,
             actors=options.actors,
             cpus_per_actor=options.cpus_per_actor,
             gpus_per_actor=options.gpus_per_actor,

@@ -28,6 +28,7 @@ from minilm.arrow import embedding_array, import_pyarrow, with_fingerprint
 from minilm.encoder import SentenceEncoder
 from minilm.errors import InputError, InputTypeError, MissingPackageError
 from minilm.inputs import check_choice, check_positive_int, check_text, check_unicode
+from minilm.options import to_keep
 from minilm.quantize import PRECISIONS, as_stored
 from minilm.sources import ON_BAD_ROW
 from minilm.truncation import EncodeReport
@@ -239,7 +240,8 @@ def encode_dataset(
 
     Args:
         dataset: Rows with a column of texts.
-        model: As in `MiniLMActor`.
+        model: As in `MiniLMActor`. A relative path is one of this process: its actors have another
+            working directory.
         actors: How many processes embed.
         cpus_per_actor: CPUs, and so threads, of each.
         gpus_per_actor: GPUs of each, as 1 or 0.5.
@@ -258,9 +260,10 @@ def encode_dataset(
                 "machines of the cluster instead",
                 name,
             )
+    place = hub.settled(model) if isinstance(model, str | os.PathLike) else model
     return dataset.map_batches(
         MiniLMActor,
-        fn_constructor_kwargs={"model": model, **options},
+        fn_constructor_kwargs={"model": place, **to_keep(options)},
         batch_format="pyarrow",
         batch_size=check_positive_int(batch_size, "batch_size"),
         compute=ray.data.ActorPoolStrategy(size=check_positive_int(actors, "actors")),

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ import ray.data  # noqa: E402
 from ray.cluster_utils import Cluster  # noqa: E402
 
 from minilm.adapters import ray as adapter  # noqa: E402
-from minilm.adapters.ray import MiniLMActor  # noqa: E402
+from minilm.adapters.ray import MiniLMActor, encode_dataset  # noqa: E402
 from minilm.arrow import embeddings_of  # noqa: E402
 
 # Ray's own: it sets what it calls deprecated, and leaves processes to themselves and files open.
@@ -187,6 +188,19 @@ def test_share_of_an_actor(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(AttributeError):
         MiniLMActor(tiny_folder, device="cpu", threads=2)
     assert asked == {"threads": 2, "device": "cpu"}
+
+
+def test_what_is_sent_to_other_machines(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No relative path, which would be another folder there, and no token."""
+    monkeypatch.chdir(tiny_folder.parent)
+    rows: Any = SimpleNamespace(map_batches=lambda _, **options: options["fn_constructor_kwargs"])
+    sent = {"model": str(tiny_folder), "cache_dir": str(tiny_folder.parent / "cache")}
+    assert encode_dataset(rows, tiny_folder.name, cache_dir="cache") == sent
+    for name in ("token", "use_auth_token"):
+        with pytest.raises(InputError, match=f"{name} would be sent .*; set HF_TOKEN") as caught:
+            encode_dataset(rows, tiny_folder, **dict[str, Any]({name: "a secret"}))
+        assert caught.value.argument == name
+        assert "a secret" not in str(caught.value)
 
 
 # --- a cluster
