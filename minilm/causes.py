@@ -292,7 +292,7 @@ class _Case:
         self.rows = self._differences()
         chosen = self._choose(max_texts)
         self.laboratory = Laboratory(encoder, texts, self.counts, chosen)
-        self.chosen = torch.tensor(chosen, dtype=torch.int64)
+        self.chosen = torch.tensor(chosen, dtype=torch.int64, device="cpu")
         self.goal = _unit(self.foreign[self.chosen])  # [n, 384]
         self.causes = causes_for(encoder)
         self.normalizes = not isinstance(encoder.normalize, nn.Identity)
@@ -535,7 +535,9 @@ class _Case:
             self.notes.append(f"some causes show only on other texts: add {wanted}")
         finite = [row for row in self.rows if math.isfinite(row.max_abs)]
         difference = (self.foreign - self.ours)[self.finite]
-        cosines = torch.tensor([row.cosine for row in finite] or [0.0])
+        cosines = torch.tensor(
+            [row.cosine for row in finite] or [0.0], dtype=torch.float32, device="cpu"
+        )
         base = self.tried[0].max_abs if self.tried else math.inf
         ranked = sorted(self.tried, key=lambda trial: trial.score)
         candidates = [

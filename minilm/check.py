@@ -236,7 +236,7 @@ def _shape(vectors: Any, is_coded: bool) -> tuple[int, int]:
 def _rows(vectors: Any, rows: Sequence[int]) -> Tensor:
     """Some rows, `[rows, d]`, in their own dtype, on the CPU."""
     if isinstance(vectors, Tensor):
-        index = torch.tensor(rows, device=vectors.device)
+        index = torch.tensor(rows, dtype=torch.int64, device=vectors.device)
         return vectors.detach().index_select(0, index).cpu()
     if not isinstance(vectors, np.ndarray):
         parts = [vectors[row] for row in rows]

@@ -247,7 +247,8 @@ def _chunked(
     vectors = _sentence_vectors(encoder, ids, types, plan, encoder.bert.config.hidden_size)
     specials = encoder._tokenizer(plan.prompt).token_counts[0]
     for row, where in places.items():
-        weights = torch.tensor([float(len(ids[place]) - specials) for place in where])
+        counts = [len(ids[place]) - specials for place in where]
+        weights = torch.tensor(counts, dtype=torch.float32, device="cpu")
         weights = (weights / weights.sum()).to(vectors)
         vectors[row] = encoder.normalize((weights[:, None] * vectors[where]).sum(0))
     return vectors[: len(rows), : plan.width].contiguous()

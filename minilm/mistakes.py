@@ -292,7 +292,8 @@ class Laboratory:
         ids, widths = self.ids(recipe), self.widths(recipe)
         places = range(len(ids)) if places is None else places
         model = self._changed(recipe)
-        out = torch.empty(len(places), self.encoder.bert.config.hidden_size, dtype=torch.float64)
+        shape = len(places), self.encoder.bert.config.hidden_size
+        out = torch.empty(shape, dtype=torch.float64, device="cpu")
         with _gelu(recipe.gelu):
             for batch in _batches([widths[place] for place in places], bool(recipe.width)):
                 rows = [ids[places[i]] for i in batch]
@@ -319,8 +320,8 @@ class Laboratory:
         """Features with so many tokens in each row, and the masks of the recipe."""
         device, pad = self.encoder.device, self.encoder._tokenizer.pad_token_id
         width = max(width, 1)  # even where there is no token at all
-        lengths = torch.tensor([len(row) for row in rows])
-        real = (torch.arange(width) < lengths[:, None]).to(torch.int64).to(device)
+        lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64, device=device)
+        real = (torch.arange(width, device=device) < lengths[:, None]).to(torch.int64)
         filled = [row + [pad] * (width - len(row)) for row in rows]
         input_ids = torch.tensor(filled, dtype=torch.int64, device=device)  # [batch, tokens]
         counted = torch.ones_like(real) if recipe.counted else real

@@ -325,7 +325,7 @@ def keeps_bits(
     together = embed(rows)
     shifted = embed([rows[3], *rows])  # three tokens before all others
     by_turns = [*rows[::3], *rows[2::3], *rows[1::3]]  # no two equal lengths are neighbours
-    back = torch.arange(len(rows)).view(-1, 3)[:, [0, 2, 1]].T.flatten()
+    back = torch.arange(len(rows), device="cpu").view(-1, 3)[:, [0, 2, 1]].T.flatten()
     return (
         torch.equal(shifted[1:], together)
         and torch.equal(embed(rows[::-1]).flip(0), together)

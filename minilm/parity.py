@@ -358,13 +358,14 @@ def compare_stages(
         real = features["attention_mask"].bool()  # [batch, tokens]
         ours, theirs = record_stages(encoder, features), reference(features)
         exact = theirs if truth is None else truth(features)
-        text_of_sentence = torch.tensor(batch)
+        text_of_sentence = torch.tensor(batch, dtype=torch.int64, device="cpu")
+        every = torch.ones_like(text_of_sentence, dtype=torch.bool)
         text_of_token = text_of_sentence[:, None].expand(real.shape)[real.cpu()]
         for name in names:
             mine, its, true = ours[name], theirs[name], exact[name]
             rows, text_of = real, text_of_token
             if name in _LAST_STAGES:
-                rows, text_of = torch.ones(len(batch), dtype=torch.bool), text_of_sentence
+                rows, text_of = every, text_of_sentence
             elif name.startswith("attention"):
                 padding = ~real[:, None, None, :]
                 mass_on_padding = max(mass_on_padding, float((mine * padding).abs().max()))
@@ -376,7 +377,7 @@ def compare_stages(
             if truth is not None:
                 errors[name][1].add(its, true, rows, text_of)
         sentence = ours["sentence_embedding"], theirs["sentence_embedding"]
-        between.add(*sentence, torch.ones(len(batch), dtype=torch.bool), text_of_sentence)
+        between.add(*sentence, every, text_of_sentence)
 
     limits = bars(dtype)
     report_rows = []
@@ -515,7 +516,9 @@ class Golden:
         return cls(
             [value["text"] for value in values],
             [value["input_ids"] for value in values],
-            torch.tensor([value["embedding"] for value in values], dtype=torch.float64),
+            torch.tensor(
+                [value["embedding"] for value in values], dtype=torch.float64, device="cpu"
+            ),
         )
 
 
@@ -526,11 +529,11 @@ def compare_with_golden(encoder: SentenceEncoder, golden: Golden) -> list[Row]:
     tokens = encoder.tokenizer(golden.texts, encoder.max_seq_length)
     difference = _Difference()
     for rows_of_batch in _batches([len(ids) for ids in tokens.input_ids], 1024):
-        batch = torch.tensor(rows_of_batch)
+        batch = torch.tensor(rows_of_batch, dtype=torch.int64, device="cpu")
         features = encoder.tokenizer.pad([tokens.input_ids[row] for row in batch], encoder.device)
         with torch.no_grad():
             ours = encoder(features)["sentence_embedding"].cpu()
-        every = torch.ones(len(batch), dtype=torch.bool)
+        every = torch.ones_like(batch, dtype=torch.bool)
         difference.add(ours, golden.embeddings[batch], every, batch)
     name = "sentence_embedding"
     allowed = _stage_bars(bars(encoder.dtype), name)

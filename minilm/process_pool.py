@@ -518,7 +518,10 @@ def _joined(parts: list[Outcome], plan: Plan, encoder: "SentenceEncoder") -> Out
     if plan.output_value == "sentence_embedding":
         dtype = encoder.bert.embeddings.word_embeddings.weight.dtype
         whole.values = torch.cat(
-            [torch.empty(0, plan.width, dtype=dtype), *(part.values for part in parts)]
+            [
+                torch.empty(0, plan.width, dtype=dtype, device="cpu"),
+                *(part.values for part in parts),
+            ]
         )
         if plan.on_device:
             whole.values = whole.values.to(encoder.device)

@@ -239,13 +239,15 @@ class WordPieceTokenizer:
         """
         if not input_ids:
             raise InputError("input_ids is empty; pass at least one row", "input_ids")
-        rows = [torch.tensor(row, dtype=torch.int64) for row in input_ids]
+        integers: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}
+        rows = [torch.tensor(row, **integers) for row in input_ids]
         padded = pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id)
-        lengths = torch.tensor([len(row) for row in rows])
-        attention_mask = (torch.arange(padded.shape[1]) < lengths[:, None]).to(torch.int64)
+        lengths = torch.tensor([len(row) for row in rows], **integers)
+        places = torch.arange(padded.shape[1], **integers)
+        attention_mask = (places < lengths[:, None]).to(torch.int64)
         types = torch.zeros_like(padded)
         if token_type_ids is not None:
-            type_rows = [torch.tensor(row, dtype=torch.int64) for row in token_type_ids]
+            type_rows = [torch.tensor(row, **integers) for row in token_type_ids]
             types = pad_sequence(type_rows, batch_first=True)
         features = {
             "input_ids": padded,

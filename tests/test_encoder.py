@@ -443,6 +443,30 @@ def test_autocast_and_default_dtype_leave_float32(tiny_encoder: SentenceEncoder)
         torch.set_default_dtype(torch.float32)
 
 
+def test_default_device_of_the_caller_does_not_matter(tiny_encoder: SentenceEncoder) -> None:
+    long = ["the dog a cat " * 30]
+    expected = tiny_encoder.encode(long, truncation="chunk")
+    features = tiny_encoder.tokenize(TEXTS)
+    with torch.device("meta"):
+        assert tiny_encoder.deterministic
+        assert np.array_equal(tiny_encoder.encode(long, truncation="chunk"), expected)
+        for name, tensor in tiny_encoder.tokenize(TEXTS).items():
+            assert torch.equal(tensor, features[name])
+
+
+def test_the_mean_of_windows_is_not_rounded_as_the_caller_computes(
+    tiny_encoder: SentenceEncoder,
+) -> None:
+    """In bfloat16 the shares of windows of 10, 10 and 7 tokens had three digits."""
+    long = ["the dog a cat " * 30 + "the"]
+    expected = tiny_encoder.encode(long, truncation="chunk")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert np.array_equal(tiny_encoder.encode(long, truncation="chunk"), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_threads_get_the_same_results(tiny_encoder: SentenceEncoder) -> None:
     expected = tiny_encoder.encode(TEXTS)
     results: list[Any] = []

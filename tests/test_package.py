@@ -291,3 +291,25 @@ print(encoder.encode(["a text"]).shape)
     command = [str(scripts / "minilm"), "--version"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=clean)
     assert done.stdout.strip() == f"minilm {minilm.__version__}"
+
+
+# Functions of torch that make a tensor on the device of `torch.set_default_device`; of the first,
+# one of numbers has the dtype of `torch.set_default_dtype` too.
+WITH_DTYPE = {"tensor", "zeros", "ones", "empty", "full", "eye", "rand", "randn", "linspace"}
+WITH_DEVICE = WITH_DTYPE | {"arange", "as_tensor", "asarray", "randint", "randperm"}
+
+
+def test_new_tensors_say_where_they_are_and_of_what() -> None:
+    """What another program has set for itself is none of ours."""
+    silent = []
+    for path in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            function = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+            name = function.removeprefix("torch.")
+            if function == name or not isinstance(node, ast.Call) or name not in WITH_DEVICE:
+                continue
+            given = {keyword.arg for keyword in node.keywords}
+            needed = {"device", "dtype"} if name in WITH_DTYPE else {"device"}
+            if None not in given and not needed <= given:  # None is `**options`
+                silent.append(f"{path.name}:{node.lineno}: {ast.unparse(node)}")
+    assert silent == []

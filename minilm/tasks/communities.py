@@ -138,7 +138,7 @@ class Neighbours:
             Places in `rows`, and row numbers from `start` to `stop`, both `[found]`: by the first,
             then by the second.
         """
-        ids = torch.as_tensor(rows).to(self.scores.queries.device)
+        ids = torch.as_tensor(rows, device=self.scores.queries.device)
         self.scores.reserve(len(ids) * (stop - start))
         block = self.scores.block(ids, start, stop)
         # Where rounding could decide, the exact score does, in float32 like the threshold.
@@ -249,4 +249,6 @@ def first_of_each(groups: list[list[int]], vectors: Tensor) -> Tensor:
     """One of each group of equal rows, `[groups, d]`."""
     if len(groups) == len(vectors):
         return vectors
-    return vectors[torch.tensor([rows[0] for rows in groups], device=vectors.device)]
+    return vectors[
+        torch.tensor([rows[0] for rows in groups], dtype=torch.int64, device=vectors.device)
+    ]

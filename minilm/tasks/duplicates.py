@@ -79,7 +79,7 @@ def near_duplicates(
 
     # Equal rows are near to each other, unless they are zero or the threshold is above 1.
     ids = torch.arange(len(groups), device=vectors.device)
-    scores = neighbours.scores.exact(ids, torch.as_tensor(leaders).to(ids.device))
+    scores = neighbours.scores.exact(ids, torch.as_tensor(leaders, device=ids.device))
     near = (scores.to(torch.float32) >= threshold).tolist()
     return sorted(
         Duplicate(row, groups[leader][0], score)

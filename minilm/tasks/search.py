@@ -197,9 +197,9 @@ class Scores:
             torch.linalg.vector_norm(part.to(self.exact_device, torch.float64), dim=-1)
             for part in torch.split(vectors, _PAIRS)
         ]
-        return (
-            torch.cat(parts).clamp(min=_SHORTEST) if parts else torch.ones(0, dtype=torch.float64)
-        )
+        if not parts:
+            return torch.ones(0, dtype=torch.float64, device=self.exact_device)
+        return torch.cat(parts).clamp(min=_SHORTEST)
 
     def vectors(self, rows: Tensor | slice) -> Tensor:
         """Those of the corpus, in the dtype of the queries."""
@@ -255,7 +255,9 @@ class Scores:
         if not self.exact_is_known:
             # A stranger might write to them, and the memory be read-only.
             queries, corpus = queries.clone(), corpus.clone()
-        scores = torch.as_tensor(self.score_function(queries, corpus)).detach()
+        scores = torch.as_tensor(
+            self.score_function(queries, corpus), device=queries.device
+        ).detach()
         if scores.shape != (len(queries), len(corpus)):
             raise InputError(
                 f"score_function gave shape {list(scores.shape)} for {len(queries)} queries and "
@@ -390,7 +392,7 @@ class Scores:
         size = _GROUP if width % _GROUP == 0 and width >= best.k * _GROUP else 1
         groups = tile.view(count, width // size, size)
         tops = groups.amax(dim=2) if size > 1 else tile
-        lowest = torch.as_tensor(best.lowest).to(tile)
+        lowest = torch.as_tensor(best.lowest, device="cpu").to(tile)
         if tops.shape[1] >= best.k:  # the k-th best of the tile is no worse
             lowest = torch.maximum(lowest, tops.topk(best.k, dim=1).values[:, -1])
         # `lowest` and the score may both be off, in opposite directions.
@@ -451,9 +453,10 @@ def _without_diagonal(scores: Tensor, offset: int) -> Tensor:
     """-inf in column i + offset of row i, in place."""
     if not -len(scores) < offset < scores.shape[1]:
         return scores
-    rows, columns = torch.arange(len(scores)), torch.arange(len(scores)) + offset
+    rows = torch.arange(len(scores), device=scores.device)
+    columns = rows + offset
     inside = (columns >= 0) & (columns < scores.shape[1])
-    scores[rows[inside].to(scores.device), columns[inside].to(scores.device)] = -torch.inf
+    scores[rows[inside], columns[inside]] = -torch.inf
     return scores
 
 
