@@ -276,15 +276,27 @@ class _Turn:
         self.lock = threading.Lock()
         self.owner: int | None = None
 
+    def waits_for(self, thread: int) -> bool:
+        """Whether a thread would wait for itself, if it waited for this turn: it has the turn, or
+        something that whoever has it waits for.
+        """
+        turn: _Turn | None = self
+        while turn is not None and turn.owner is not None:
+            if turn.owner == thread:
+                return True
+            turn = _waiting.get(turn.owner)
+        return False
+
 
 _turns: WeakValueDictionary[str, _Turn] = WeakValueDictionary()
+_waiting: dict[int, _Turn] = {}  # what each thread waits for
 _turns_lock = threading.Lock()
 
 
 def _forget_turns() -> None:
     """In a forked child: the threads that had folders are not there."""
-    global _turns, _turns_lock
-    _turns, _turns_lock = WeakValueDictionary(), threading.Lock()
+    global _turns, _waiting, _turns_lock
+    _turns, _waiting, _turns_lock = WeakValueDictionary(), {}, threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
@@ -306,23 +318,36 @@ def held(folder: Path, name: str, argument: str) -> Iterator[None]:
         argument: What the folder is called where the user named it.
 
     Raises:
-        InputError: Another process has it; or this very thread, which can't wait for itself.
+        InputError: Another process has it; or this very thread, or one that waits for it, which
+            it can't wait for.
         OSError: No file can be made there.
     """
     key = os.path.realpath(folder / name)
+    thread = threading.get_ident()
     with _turns_lock:
         turn = _turns.setdefault(key, _Turn())
-    if turn.owner == threading.get_ident():
-        raise InputError(
-            f"{folder}: this thread is writing there already; wait until it is done", argument
-        )
-    with turn.lock:
-        turn.owner = threading.get_ident()
-        try:
-            with _held_by_process(folder, name, argument):
-                yield
-        finally:
-            turn.owner = None
+        if turn.owner == thread:
+            raise InputError(
+                f"{folder}: this thread is writing there already; wait until it is done", argument
+            )
+        if turn.waits_for(thread):
+            raise InputError(
+                f"{folder}: the thread that is writing there waits for this one; let one of them "
+                "finish before the other begins",
+                argument,
+            )
+        _waiting[thread] = turn
+    try:
+        with turn.lock:
+            _waiting.pop(thread, None)
+            turn.owner = thread
+            try:
+                with _held_by_process(folder, name, argument):
+                    yield
+            finally:
+                turn.owner = None
+    finally:
+        _waiting.pop(thread, None)  # Ctrl-C while it waited
 
 
 @contextmanager

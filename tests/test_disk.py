@@ -265,6 +265,33 @@ def test_threads_wait_for_each_other(tmp_path: Path) -> None:
     assert names(tmp_path) == ["link"]
 
 
+def test_threads_that_would_wait_for_each_other_forever(tmp_path: Path) -> None:
+    """Three, each of which has a folder and wants the next one's: the last to ask is told."""
+    folders = [tmp_path / name for name in "abc"]
+    for folder in folders:
+        folder.mkdir()
+    all_have = threading.Barrier(3)
+    refusals, done = [], []
+
+    def work(place: int) -> None:
+        try:
+            with held(folders[place], "lock", "output"):
+                all_have.wait(30)
+                with held(folders[place - 1], "lock", "output"):
+                    done.append(place)
+        except InputError as error:
+            refusals.append(str(error))
+
+    threads = [threading.Thread(target=work, args=(i,), daemon=True) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(done) == 2
+    assert len(refusals) == 1
+    assert "the thread that is writing there waits for this one; let one of" in refusals[0]
+
+
 def test_a_forked_child_has_nothing_and_takes_nothing(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
