@@ -227,7 +227,8 @@ def sync_folder(folder: Path) -> None:
     except PermissionError:  # one may write in it, and not list it
         return
     try:
-        _sync(descriptor)
+        with told_of(folder, folder):
+            _sync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -181,8 +181,9 @@ def test_a_write_error_of_fsync_is_one(
     monkeypatch.setattr(os, "fsync", failing(number))
     with pytest.raises(OSError, match=os.strerror(number)):
         write_atomically(tmp_path / "file", lambda file: file.write(b"new"))
-    with pytest.raises(OSError, match=os.strerror(number)):
+    with pytest.raises(OSError, match=os.strerror(number)) as error:
         sync_folder(tmp_path)
+    assert error.value.filename == str(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
