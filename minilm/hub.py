@@ -22,7 +22,7 @@ import traceback
 import warnings
 import zipfile
 from collections.abc import Callable, Collection, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -35,6 +35,7 @@ from minilm.errors import (
     NotAFolderError,
     listed,
 )
+from minilm.streams import is_open, present
 
 __all__ = [
     "DEFAULT_MODEL",
@@ -505,28 +506,30 @@ def _fetch(
         raise _NotFetchedError(f"not asked: {why}")
     secret = token.reveal() if isinstance(token, AccessToken) else token
     try:
-        for patterns in (_READ, _WEIGHTS) if names is None else (names,):
-            found = huggingface_hub.snapshot_download(
-                name,
-                revision=revision,
-                cache_dir=cache,
-                allow_patterns=list(patterns),
-                ignore_patterns=list(_NOT_READ),
-                token=secret,
-            )
-            folder = Path(found)
-            revision = folder.name  # all of one commit, also when the branch moves on meanwhile
-        # Does the model lack a file, or could the list of its files not be had? Some versions don't
-        # tell. If the Hub says so, the cache has a mark of it from now on.
-        for file in itertools.chain(*_lacking(folder, names)):
-            try:
-                huggingface_hub.hf_hub_download(
-                    name, file, revision=revision, cache_dir=cache, token=secret
+        # Progress bars are drawn, for which there need be no standard error.
+        with nullcontext() if is_open(sys.stderr) else present():
+            for patterns in (_READ, _WEIGHTS) if names is None else (names,):
+                found = huggingface_hub.snapshot_download(
+                    name,
+                    revision=revision,
+                    cache_dir=cache,
+                    allow_patterns=list(patterns),
+                    ignore_patterns=list(_NOT_READ),
+                    token=secret,
                 )
-            except LocalEntryNotFoundError:
-                raise
-            except EntryNotFoundError:
-                pass
+                folder = Path(found)
+                revision = folder.name  # all of one commit, also when the branch moves on meanwhile
+            # Does the model lack a file, or could the list of its files not be had? Some versions
+            # don't tell. If the Hub says so, the cache has a mark of it from now on.
+            for file in itertools.chain(*_lacking(folder, names)):
+                try:
+                    huggingface_hub.hf_hub_download(
+                        name, file, revision=revision, cache_dir=cache, token=secret
+                    )
+                except LocalEntryNotFoundError:
+                    raise
+                except EntryNotFoundError:
+                    pass
     except Warning:  # python -W error
         raise
     except Exception as error:
@@ -539,9 +542,9 @@ def _fetch(
             state = "refused"
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         report = "".join(traceback.format_exception(error))
-        is_open = _hidden(report, token) == report
+        is_harmless = _hidden(report, token) == report
         why = f"{state}: {_hidden(reason[0], token)}"
-        raise _NotFetchedError(why) from (error if is_open else None)
+        raise _NotFetchedError(why) from (error if is_harmless else None)
     return folder
 
 

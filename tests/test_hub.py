@@ -11,6 +11,7 @@ import pickle
 import re
 import shutil
 import subprocess
+import sys
 import threading
 import traceback
 import warnings
@@ -944,6 +945,19 @@ def secrets_in(*values: Any) -> list[str]:
         forms |= {"vars": repr(vars(value)).encode()} if hasattr(value, "__dict__") else {}
         found += [f"{type(value).__name__}: {k}" for k, v in forms.items() if SECRET.encode() in v]
     return found
+
+
+@pytest.mark.parametrize("stream", ["none", "closed"])
+def test_standard_error_need_not_be_there(
+    fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch, stream: str
+) -> None:
+    """The progress bars of huggingface_hub would be drawn there."""
+    nowhere = io.StringIO()
+    nowhere.close()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", None if stream == "none" else nowhere)
+        assert load().encode("the dog").shape == (32,)
+        assert sys.stderr is (None if stream == "none" else nowhere)
 
 
 @pytest.mark.parametrize("name", ["token", "use_auth_token"])
