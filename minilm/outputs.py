@@ -233,7 +233,10 @@ def _descriptor(path: Path) -> int | None:
     """
     text = path.as_posix()
     if text not in _STANDARD:
-        text = os.path.abspath(path)  # noqa: PTH100  # Path.absolute keeps ".."
+        try:
+            text = os.path.abspath(path)  # noqa: PTH100  # Path.absolute keeps ".."
+        except FileNotFoundError:  # it is relative, and the working directory is gone
+            return None
     for _ in range(_LINKS):
         found = _DESCRIPTOR.fullmatch(text)
         if found or text in _STANDARD:

@@ -400,9 +400,12 @@ def _starting() -> Iterator[None]:
     except BrokenProcessPool:
         raise
     except Exception as error:
-        raise WorkerError(
-            f"no process can be started: {type(error).__name__}: {error}; {_GUARD}"
-        ) from error
+        reason = f"{type(error).__name__}: {error}; {_GUARD}"
+        try:
+            os.getcwd()  # noqa: PTH109
+        except FileNotFoundError:  # in which each of them would start
+            reason = "the working directory is gone; change to one that is there"
+        raise WorkerError(f"no process can be started: {reason}") from error
 
 
 def _in_background(function: Callable[..., Any], *args: Any, **options: Any) -> "Future[Any]":

@@ -175,6 +175,18 @@ def test_names_of_any_length(
     assert not [path for path in workplace.iterdir() if path.name.endswith(".part")]
 
 
+def test_without_a_working_directory(
+    run: Callable[..., int], refused: Callable[..., str], workplace: Path
+) -> None:
+    texts = workplace.with_name("in.txt")
+    (workplace / "in.txt").rename(texts)
+    workplace.rmdir()
+    for name in ("out.npy", "out/", "out.jsonl"):
+        said = refused("encode", texts, "-o", name)
+        assert said.startswith(f"minilm: {name.strip('/')}: ")
+    assert run("encode", texts, "-o", texts.with_name("out.npy")) == 0
+
+
 def test_odd_names(run: Callable[..., int], refused: Callable[..., str], workplace: Path) -> None:
     for name in ("two\nlines.csv", " .jsonl", "-.npy", "./-.npz"):
         assert run("encode", "-t", "a cat", f"-o{name}") == 0

@@ -513,6 +513,16 @@ def test_weights_changed_after_the_start_are_followed(tiny_encoder: SentenceEnco
         np.testing.assert_allclose(tiny_encoder.encode(TEXTS, pool=pool), exact, rtol=0, atol=1e-14)
 
 
+def test_without_a_working_directory(
+    tiny_encoder: SentenceEncoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(WorkerError, match="started: the working directory is gone; change to one"):
+        tiny_encoder.encode(TEXTS, device=["cpu"])
+
+
 def test_a_model_that_cannot_be_sent(tiny_encoder: SentenceEncoder) -> None:
     tiny_encoder.bert.register_forward_hook(lambda *_: None)
     with pytest.raises(WorkerError, match=r"the model can't be sent .*lambda"):
