@@ -359,9 +359,13 @@ def _digest_tokenizer(tokenizer: WordPieceTokenizer | None) -> str:
     if tokenizer is None:
         return "none"
     text = tokenizer.backend.to_str()
-    if tokenizer.backend.encode_special_tokens:  # which the library doesn't write
-        values = json.loads(text)
-        text = json.dumps(values | {"encode_special_tokens": True})
+    unwritten: dict[str, Any] = {}  # by the library
+    if tokenizer.backend.encode_special_tokens:
+        unwritten["encode_special_tokens"] = True
+    if tokenizer.second_type_id == 0:  # else it is 1, or pairs are refused
+        unwritten["second_type_id"] = 0
+    if unwritten:
+        text = json.dumps(json.loads(text) | unwritten)
     return _kept(tokenizer, hashlib.sha256(text.encode()).digest(), _digest_settings, text)
 
 

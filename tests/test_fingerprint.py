@@ -803,7 +803,11 @@ def literal_special_tokens(encoder: Any) -> None:
 CHANGES = [one_number, shared_memory, signs, swapped, other_memory, trained, loaded]
 
 
-ALL_CHANGES = [*CHANGES, other_normalizer, literal_special_tokens]
+def pairs_of_one_type(encoder: Any) -> None:
+    encoder.tokenizer.second_type_id = 0
+
+
+ALL_CHANGES = [*CHANGES, other_normalizer, literal_special_tokens, pairs_of_one_type]
 
 
 @pytest.mark.parametrize("change", ALL_CHANGES, ids=lambda change: change.__name__)
