@@ -331,7 +331,8 @@ def is_built_anew(settings: Mapping[str, Any] | None) -> bool:
     """
     if settings is None:
         return False
-    given = settings.get("tokenizer_class") or "BertTokenizer"
+    given = settings.get("tokenizer_class")
+    given = "BertTokenizer" if given is None else given
     kind = str(given).removesuffix("Fast")
     if kind not in (*_BUILT_ANEW, *_AS_WRITTEN):
         raise ValueError(
@@ -491,6 +492,12 @@ def _problems(values: Mapping[str, Any], settings: Mapping[str, Any], anew: bool
             problems.append(f"{name}_side is {side!r} in tokenizer_config.json; supported: 'right'")
         elif f"{name}_side" not in settings and of_file != "Right":
             problems.append(f"{name}.direction is {of_file!r}; supported: 'Right'")
+    inputs = settings.get("model_input_names")
+    if inputs is not None and not {"input_ids", "attention_mask"} <= {*inputs}:
+        problems.append(
+            f"model_input_names is {inputs!r} in tokenizer_config.json; without 'attention_mask' "
+            "in it padding would be read as text"
+        )
     if settings.get("split_special_tokens"):
         problems.append("split_special_tokens is true in tokenizer_config.json; supported: false")
     if not anew:

@@ -412,7 +412,7 @@ def test_all_settings_are_combined_as_in_the_reference(tmp_path: Path) -> None:
     assert differing == []
 
 
-@pytest.mark.parametrize("kind", ["RobertaTokenizer", "MPNetTokenizerFast", "Own", 5])
+@pytest.mark.parametrize("kind", ["RobertaTokenizer", "MPNetTokenizerFast", "Own", 5, ""])
 def test_another_class_is_refused(kind: Any) -> None:
     problem = bad_tokenizer(config={"tokenizer_class": kind})
     assert problem == (
@@ -532,6 +532,7 @@ def test_left_side(name: str) -> None:
 @pytest.mark.parametrize(
     ("config", "problem"),
     [
+        ({"model_input_names": ["input_ids"]}, "padding would be read as text"),
         ({"split_special_tokens": True}, "split_special_tokens is true in tokenizer_config.json"),
         (
             {"unk_token": "[PAD]"},
