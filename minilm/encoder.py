@@ -257,7 +257,8 @@ class SentenceEncoder(Encode, LookInside, nn.Module):
         for device in given:
             if isinstance(device, str | torch.device):
                 inputs.as_device(device, dtype)
-        with torch.inference_mode(False):  # parameters stay ordinary tensors wherever we are
+        # Parameters stay ordinary tensors wherever we are, unless they were copied in such a place.
+        with torch.inference_mode(any(part.is_inference() for part in self.parameters())):
             return super().to(*args, **kwargs)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:

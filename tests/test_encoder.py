@@ -443,6 +443,11 @@ def test_autocast_and_default_dtype_leave_float32(tiny_encoder: SentenceEncoder)
         torch.set_default_dtype(torch.float32)
 
 
+def test_a_copy_of_inference_mode_can_be_converted(tiny_encoder: SentenceEncoder) -> None:
+    with torch.inference_mode():
+        assert copy.deepcopy(tiny_encoder).to(torch.float64).encode(TEXTS).dtype == np.float64
+
+
 def test_default_device_of_the_caller_does_not_matter(tiny_encoder: SentenceEncoder) -> None:
     long = ["the dog a cat " * 30]
     expected = tiny_encoder.encode(long, truncation="chunk")
