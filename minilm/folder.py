@@ -373,7 +373,7 @@ def _read_own_settings(files: ModelFiles) -> _OwnSettings:
     """config_sentence_transformers.json, which is optional."""
     name = "config_sentence_transformers.json"
     values = _read_json(files, name, dict, {})
-    problems = unsupported(values, {"model_type": ("SentenceTransformer",)})
+    problems = unsupported(values, {"model_type": ("SentenceTransformer", None)})
     similarity = values.get("similarity_fn_name")
     if similarity is not None and similarity not in list(SIMILARITY_FUNCTIONS):
         _warn(

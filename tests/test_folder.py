@@ -895,6 +895,7 @@ MODALITY = {"text": {"method": "forward", "method_output_name": "last_hidden_sta
         ("sentence_bert_config.json", {"query_length": None, "query_expansion": False}),
         ("2_Normalize/config.json", {"module_output_name": None}),
         ("config_sentence_transformers.json", {"model_type": "SentenceTransformer"}),
+        ("config_sentence_transformers.json", {"model_type": None}),
         ("config_sentence_transformers.json", {"similarity_fn_name": None}),
         (
             "config_sentence_transformers.json",
