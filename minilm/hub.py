@@ -27,9 +27,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from minilm.disk import absolute, make_folder, write_atomically
+from minilm.disk import absolute, inside, make_folder, write_atomically
 from minilm.errors import (
+    ConfigError,
     HashMismatchError,
+    InputError,
     InputTypeError,
     ModelNotFoundError,
     NotAFolderError,
@@ -112,6 +114,9 @@ class AccessToken:
     def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
         return _no_token, ()
 
+    def __getstate__(self) -> None:
+        """Nothing, for those that don't ask `__reduce__`."""
+
 
 def _no_token() -> None:
     """What a pickle has in place of a token."""
@@ -138,8 +143,14 @@ class ModelFiles:
     revision: str | None = None
 
     def find(self, name: str) -> Path | None:
-        """The path of a file, or None if the model has no such file."""
+        """The path of a file, or None if the model has no such file.
+
+        Raises:
+            ConfigError: It is a link that leads nowhere: the model has it, and it is lost.
+        """
         path = self.path(name)
+        if path.is_symlink() and not path.exists():
+            raise ConfigError(path, ["is a link that leads nowhere; fetch the model again"])
         return path if path.is_file() else None
 
     def path(self, name: str) -> Path:
@@ -215,7 +226,7 @@ def locate(
         return _local_files(str(name_or_path), path, pinned=ours)
     if _is_path(name_or_path):
         raise ModelNotFoundError(
-            f"{path}: no such folder; pass a model's folder or its name on the Hub, "
+            f"{_hidden(str(path))}: no such folder; pass a model's folder or its name on the Hub, "
             f"such as {DEFAULT_MODEL!r}"
         )
     name = str(name_or_path)
@@ -436,6 +447,12 @@ def _snapshot(
     # As in the reference; an empty variable is none.
     home = os.environ.get("SENTENCE_TRANSFORMERS_HOME")
     cache = absolute(cache_dir or home or constants.HF_HUB_CACHE)
+    try:
+        inside(revision)
+    except ValueError as error:
+        raise InputError(
+            f"revision is {revision!r}; pass a commit, branch or tag of the Hub", "revision"
+        ) from error
     repository = cache / f"models--{name.replace('/', '--')}"
     folder = repository / "snapshots" / _commit(repository, revision)
     doubt = ""  # why files may be missing that the model has
@@ -452,6 +469,8 @@ def _snapshot(
         doubt = str(error).partition(". ")[0]
     except HFValidationError:  # no name on the Hub, as will be told
         doubt = "refused"
+    except (OSError, ValueError) as error:  # what is in refs/ is no file, or no text
+        doubt = str(error)
     needed, optional = _lacking(folder, names)
     if needed or doubt:
         looked = list(looked)
@@ -563,8 +582,17 @@ def _lacking(folder: Path, names: Collection[str] | None) -> tuple[list[str], li
     if names is not None:
         return [name for name in names if not (folder / name).is_file()], []
     marks = folder.parents[1] / ".no_exist" / folder.name
-    there = {path.name for place in (folder, marks) for path in place.rglob("*")}
+    paths = [path for place in (folder, marks) for path in place.rglob("*")]
+    there = {path.name for path in paths if path.exists()}
     needed = [some[0] for some in _NEEDED if not any(fnmatch.filter(there, one) for one in some)]
+    # Links to what was deleted, or has never arrived.
+    dangling = [path.relative_to(folder).as_posix() for path in paths if not path.exists()]
+    needed += [
+        name
+        for name in dangling
+        if any(fnmatch.fnmatch(name, one) for one in (*_READ, *_WEIGHTS))
+        and not any(fnmatch.fnmatch(name, one) for one in _NOT_READ)
+    ]
     return needed, [name for name in _OPTIONAL if name not in there]
 
 
@@ -581,7 +609,9 @@ def _hidden(text: str, token: AccessToken | bool | None = None) -> str:
     """A message of another library without the secrets that it, or a mirror's address, may have."""
     if isinstance(token, AccessToken) and token.reveal():
         text = text.replace(token.reveal(), "***")
-    return re.sub(r"(?<=Bearer )[^\s'\"]+|(?<=://)[^/\s@]+(?=@)", "***", text)
+    # A path has one of the two slashes of an address.
+    secrets = r"(?<=Bearer )[^\s'\"]+|(?<=:/)[^/\s@]+(?=@)|(?<=://)[^/\s@]+(?=@)"
+    return re.sub(secrets, "***", text)
 
 
 def _verify(data: bytes, expected: str | None, path: Path) -> str:

@@ -34,7 +34,15 @@ from conftest import write_model_folder
 from minilm import SentenceEncoder, hub
 from minilm.adapters.lazy import LazyEncoder
 from minilm.adapters.sklearn import MiniLMVectorizer
-from minilm.errors import HashMismatchError, InputTypeError, ModelNotFoundError, NotAFolderError
+from minilm.errors import (
+    ConfigError,
+    HashMismatchError,
+    InputError,
+    InputTypeError,
+    ModelNotFoundError,
+    NotAFolderError,
+)
+from minilm.hub import AccessToken
 from minilm.tasks import Index
 
 NAME = "someone/tiny-bert"
@@ -1008,6 +1016,14 @@ def test_no_error_shows_a_token(fake_hub: FakeHub, monkeypatch: pytest.MonkeyPat
     assert SECRET not in str(other.value)
 
 
+def test_no_error_shows_the_password_of_an_address_that_is_no_name() -> None:
+    with pytest.raises(ModelNotFoundError) as info:
+        SentenceEncoder.from_pretrained(f"https://me:{SECRET}@huggingface.co/some/model")
+    assert SECRET not in str(info.value)
+    token: Any = AccessToken(SECRET)
+    assert SECRET not in repr(token.__getstate__())
+
+
 def test_a_line_break_behind_a_token(fake_hub: FakeHub) -> None:
     load(token=f"{SECRET}\n")
     assert fake_hub.authorizations == {f"Bearer {SECRET}"}
@@ -1055,6 +1071,40 @@ def test_a_ref_that_ends_in_a_line_break(fake_hub: FakeHub, cache: Path, ending:
     load(local_files_only=True)
     load()
     assert fake_hub.requests == []
+
+
+def test_a_ref_that_is_no_text(fake_hub: FakeHub, cache: Path) -> None:
+    load()
+    [ref] = cache.rglob("refs/main")
+    ref.write_bytes(b"\xff")
+    with pytest.raises(ModelNotFoundError, match=r"no modules\.json of revision main"):
+        load(local_files_only=True)
+
+
+@pytest.mark.parametrize("revision", ["/etc", "../../x", "C:x"])
+def test_a_revision_leads_nowhere_else(fake_hub: FakeHub, revision: str) -> None:
+    with pytest.raises(InputError, match=r"revision is .*; pass a commit, branch or tag"):
+        load(revision=revision)
+    assert not fake_hub.requests
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "1_Pooling/config.json"])
+def test_a_file_that_was_lost_is_not_taken_as_absent(
+    fake_hub: FakeHub, cache: Path, name: str
+) -> None:
+    """Without its settings a tokenizer takes the defaults: other numbers, in silence."""
+    encoder = load()
+    assert encoder.source is not None
+    link = encoder.source.folder / name
+    for again in (True, False):
+        link.resolve().unlink()
+        if again:
+            load()
+            assert link.is_file()
+    with pytest.raises(ModelNotFoundError, match=f"no {name} of revision"):
+        load(local_files_only=True)
+    with pytest.raises(ConfigError, match=f"{name}: is a link that leads nowhere"):
+        load(str(encoder.source.folder))
 
 
 def test_a_ref_leads_nowhere_else(fake_hub: FakeHub, cache: Path, model_files: Files) -> None:
