@@ -7,34 +7,23 @@ A sentence goes through these files, which are best read in this order:
 3. `pooling.py`     token vectors -> one vector of length 1
 4. `encoder.py`     `SentenceEncoder`, which composes the three
 
-and before the first sentence, to load the published weights:
+Beside them lies what everything stands on: `config.py` the sizes of the network, `errors.py` what
+can go wrong, `inputs.py` what may be passed, `vectors.py` vectors in any form, `similarity.py` how
+they are compared, `quantize.py` how they are made smaller, `disk.py`, `outputs.py` and `streams.py`
+where things are written and read, `forks.py` what becomes of forked children. `util.py` has the
+names that sentence-transformers gives to much of this.
 
-5. `hub.py`         a folder or a name on the Hub -> verified files
-6. `folder.py`      those files -> everything that the encoder is built from, checked
-7. `checkpoint.py`  safetensors -> tensors under our names
-8. `config.py`      the sizes of the network
+The rest is in wings. What a wing is for, and the order to read it in, says its `__init__.py`:
 
-Text is taken in any form and vectors are given in any: `encode.py` is what users call, `compute.py`
-one call computed, `truncation.py` what is done about long text, `process_pool.py` several
-processes, `quantize.py` vectors in few bits, `options.py` what may be passed to load a model.
-`save.py` writes a model's folder, `fingerprint.py` records which model made vectors, `check.py`
-tells it from the vectors. `tasks/` searches and groups them, `indexing.py` keeps texts to search
-in, and `util.py` has the names that sentence-transformers gives to all that.
-
-Files of any size: `sources.py` reads them, `streaming.py` embeds them, `shards.py` writes the
-parts, `arrow.py` makes vectors a column, `check_folder.py` verifies it all. `adapters/` puts the
-encoder into the frameworks that people use.
-
-The same numbers faster: `packed.py` lays sentences end to end, `kernels.py` multiplies. And the
-model explained by itself: `trace.py` shows every number of a pass, `explain.py` splits a similarity
-into its parts, `tour.py` makes a page of both, `causes.py` finds out why another implementation
-gives other vectors. `inside.py` makes methods of them.
-
-Beside them: `vectors.py` reads vectors in any form, `similarity.py` compares them, `inputs.py` says
-what may be passed, `errors.py` what can go wrong, `eval_mode.py` keeps dropout out of `encode`,
-`forks.py` looks after forked children, `parity.py` proves equality with the reference, `files.py`
-reads and writes files of texts, `disk.py` whole or not at all, `cli.py` is the command line and
-`commands.py` what it does.
+- `inference/`   how `encode` runs: batches without padding, fast products, long text, processes
+- `pretrained/`  a model's files, in and out, and which model it is
+- `interpret/`   every number by name, a similarity as a sum, a page of both
+- `tasks/`       what vectors are good for: search, pairs, groups, duplicates
+- `index/`       a corpus in a folder
+- `files/`       files of texts and vectors, of any size
+- `parity/`      is another implementation, or a file of vectors, this model?
+- `adapters/`    the encoder in the frameworks that people use
+- `cli/`         the command line
 """
 
 import importlib
@@ -44,8 +33,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from minilm import forks  # noqa: F401  # which looks after forked children from here on
-
-__version__ = "0.1.0"
+from minilm.version import __version__ as __version__
 
 # Names and where they live. They are imported when first used (PEP 562), so that `import minilm`
 # and `minilm --help` don't load torch.
@@ -57,17 +45,17 @@ _HOMES = {
     "BertModel": "bert",
     "BertSelfAttention": "bert",
     "ClsPooling": "pooling",
-    "EncodeReport": "truncation",
-    "Explanation": "explain",
-    "Fingerprint": "fingerprint",
+    "EncodeReport": "inference.truncation",
+    "Explanation": "interpret.explain",
+    "Fingerprint": "pretrained.fingerprint",
     "MeanPooling": "pooling",
     "MiniLMVectorizer": "adapters.sklearn",
     "MinilmError": "errors",
     "Normalize": "pooling",
     "SentenceEncoder": "encoder",
     "SimilarityFunction": "similarity",
-    "TextWindow": "truncation",
-    "Trace": "trace",
+    "TextWindow": "inference.truncation",
+    "Trace": "interpret.trace",
     "TruncationError": "errors",
     "TruncationWarning": "errors",
     "WordPieceTokenizer": "tokenizer",
@@ -89,18 +77,18 @@ if TYPE_CHECKING:
     from minilm.errors import MinilmError as MinilmError
     from minilm.errors import TruncationError as TruncationError
     from minilm.errors import TruncationWarning as TruncationWarning
-    from minilm.explain import Explanation as Explanation
-    from minilm.fingerprint import Fingerprint as Fingerprint
+    from minilm.inference.truncation import EncodeReport as EncodeReport
+    from minilm.inference.truncation import TextWindow as TextWindow
+    from minilm.interpret.explain import Explanation as Explanation
+    from minilm.interpret.trace import Trace as Trace
     from minilm.pooling import ClsPooling as ClsPooling
     from minilm.pooling import MeanPooling as MeanPooling
     from minilm.pooling import Normalize as Normalize
+    from minilm.pretrained.fingerprint import Fingerprint as Fingerprint
     from minilm.quantize import quantize_embeddings as quantize_embeddings
     from minilm.similarity import SimilarityFunction as SimilarityFunction
     from minilm.similarity import cos_sim as cos_sim
     from minilm.tokenizer import WordPieceTokenizer as WordPieceTokenizer
-    from minilm.trace import Trace as Trace
-    from minilm.truncation import EncodeReport as EncodeReport
-    from minilm.truncation import TextWindow as TextWindow
 
 __all__ = [
     "BertConfig",

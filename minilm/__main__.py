@@ -2,7 +2,7 @@
 
 import sys
 
-from minilm.cli import main
+from minilm.cli.parser import main
 
 if __name__ == "__main__":
     sys.exit(main())

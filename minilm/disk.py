@@ -2,7 +2,7 @@
 within a folder.
 
 In: paths, and what writes. Used wherever something is left on a disk, or is looked up under a name
-that a file tells: by `outputs.py`, the parts of `shards.py`, the segments of `tasks/segments.py`.
+that a file tells: by `outputs.py`, `files/shards.py` and `index/segments.py`.
 """
 
 import errno

@@ -1,77 +1,43 @@
-"""`SentenceEncoder`: text in, one unit vector for each text out.
+"""`SentenceEncoder`: load a model, put text in, get one unit vector for each text.
 
-This is where the pieces meet: text -> token ids (`tokenizer.py`) -> token vectors (`bert.py`) ->
-mean over real tokens -> length 1 (`pooling.py`). `forward` is that pipeline; `encode.py` adds what
-a caller expects around it: any iterable of texts, batches, order, NumPy.
+`pipeline.py` is the model. What is done with it lives in the wings, as functions whose first
+argument is a `Pipeline`; here they become methods.
 """
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from operator import call
+from collections.abc import Sequence
 from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from minilm import folder, hub, inputs
-from minilm.encode import PLACES, Encode, prompt_of
-from minilm.errors import InputError, InputTypeError
-from minilm.eval_mode import eval_mode, set_mode
-from minilm.fingerprint import Fingerprint, fingerprint_of
+from minilm import inputs
+from minilm.errors import InputError
+from minilm.inference import encode as calls
+from minilm.inference.eval_mode import eval_mode, set_mode
+from minilm.inference.kernels import accelerate, fast_products
+from minilm.inference.packed import embed, keeps_bits
+from minilm.inference.process_pool import ProcessPool
 from minilm.inputs import EncodeOptions
-from minilm.inside import LookInside
-from minilm.kernels import accelerate, fast_products
-from minilm.options import DEFAULT_PROMPTS, LoadOptions, load_options
-from minilm.packed import keeps_bits, make_features
-from minilm.pooling import Normalize
-from minilm.save import save_pretrained
-from minilm.similarity import SIMILARITY_FUNCTIONS, Embeddings, SimilarityFunction
+from minilm.interpret import explain as explanations
+from minilm.interpret import trace as traces
+from minilm.pipeline import Pipeline
+from minilm.pretrained import folder, hub
+from minilm.pretrained.fingerprint import Fingerprint, fingerprint_of
+from minilm.pretrained.options import DEFAULT_PROMPTS, LoadOptions, load_options
+from minilm.pretrained.save import save_pretrained
+from minilm.similarity import SIMILARITY_FUNCTIONS, Embeddings
+from minilm.source import ModelFiles
 from minilm.tokenizer import WordPieceTokenizer
 
 __all__ = ["SentenceEncoder"]
 
 
-class SentenceEncoder(Encode, LookInside, nn.Module):
+class SentenceEncoder(Pipeline):
     """Maps sentences and paragraphs to vectors whose dot product is their similarity.
 
-    Attributes:
-        bert: `BertModel`, token ids -> token vectors.
-        pooling: `MeanPooling` or `ClsPooling`, token vectors -> one vector.
-        normalize: `Normalize`, or `nn.Identity` in a model without that stage.
-        tokenizer: `WordPieceTokenizer`, or None if none was given.
-        prompts: Texts to put in front of sentences, by name: `encode(prompt_name=...)`.
-        default_prompt_name: The one that `encode` uses if none is asked for; None for none.
-        source: Where the files came from, with their SHA-256; None for a model made of `modules`.
+    Its attributes and settings are those of `Pipeline`.
     """
-
-    def forward(self, features: dict[str, Any]) -> dict[str, Any]:
-        """Token ids -> sentence vectors.
-
-        Args:
-            features: `input_ids` and `attention_mask`, int64 `[batch, tokens]`, as `tokenize`
-                gives them; `token_type_ids` likewise, all 0 by default. Or a batch without
-                padding, `[total_tokens]`: see `PackedBatch.features`.
-
-        Returns:
-            The features, and with them `token_embeddings` `[batch, tokens, 384]` and
-            `sentence_embedding` `[batch, 384]`.
-        """
-        if not isinstance(features, Mapping):
-            raise InputTypeError("features is no dict; encode(...) takes texts", "features")
-        token_embeddings = self.bert(  # [batch, tokens] -> [batch, tokens, 384]
-            features["input_ids"],
-            features["attention_mask"],
-            features.get("token_type_ids"),
-            features.get("position_ids"),
-            features.get("attend"),
-        )
-        per_sentence = features.get("per_sentence", call)  # call(f, x, y) is f(x, y)
-        pooled = per_sentence(self.pooling, token_embeddings, features["attention_mask"])
-        sentence_embedding = self.normalize(pooled)  # [batch, 384], each row of length 1
-        return features | {
-            "token_embeddings": token_embeddings,
-            "sentence_embedding": sentence_embedding,
-        }
 
     def __init__(
         self,
@@ -93,7 +59,6 @@ class SentenceEncoder(Encode, LookInside, nn.Module):
         Raises:
             MinilmError: As in `from_pretrained`; an InputError if not one of the two is given.
         """
-        super().__init__()
         if (model_name_or_path is None) == (modules is None):
             raise InputError(
                 "model_name_or_path or modules: pass one of the two; "
@@ -107,33 +72,26 @@ class SentenceEncoder(Encode, LookInside, nn.Module):
         dtype, device = wanted.dtype, wanted.device
         kind = None if modules and dtype is None else inputs.as_dtype(dtype)
         target = None if modules and device is None else inputs.as_device(device, kind)
-        self.source: hub.ModelFiles | None = None
+        source: ModelFiles | None = None
         prompts, default_prompt_name = dict(DEFAULT_PROMPTS), wanted.default_prompt_name
         similarity_fn_name, truncate_dim = wanted.similarity_fn_name, wanted.truncate_dim
         if model_name_or_path is not None:
-            self.source = hub.locate(model_name_or_path, **wanted.where)
-            parts = folder.read_model(self.source, inputs.as_dtype(dtype))
+            source = hub.locate(model_name_or_path, **wanted.where)
+            parts = folder.read_model(source, inputs.as_dtype(dtype))
             modules, tokenizer = parts.build(), parts.tokenizer
             max_seq_length = parts.max_seq_length if max_seq_length is None else max_seq_length
             similarity_fn_name = similarity_fn_name or parts.similarity_fn_name
             prompts |= parts.prompts
             default_prompt_name = default_prompt_name or parts.default_prompt_name
             truncate_dim = parts.truncate_dim if truncate_dim is None else truncate_dim
+        super().__init__(modules or [], tokenizer, max_seq_length)
+        self.source = source
         self.prompts = prompts | wanted.prompts
         if default_prompt_name is not None:
-            prompt_of(self.prompts, default_prompt_name, "default_prompt_name")
+            calls.prompt_of(self.prompts, default_prompt_name, "default_prompt_name")
         self.default_prompt_name = default_prompt_name
-        self.bert, self.pooling, self.normalize = folder.as_stages(modules or [])
         self.similarity_fn_name = similarity_fn_name or "cosine"
         self.truncate_dim = truncate_dim
-        config = self.bert.config
-        if tokenizer is not None and tokenizer.vocab_size > config.vocab_size:
-            largest, rows = tokenizer.vocab_size - 1, config.vocab_size
-            raise InputError(f"tokenizer gives ids up to {largest}, of {rows} words", "tokenizer")
-        self.tokenizer = tokenizer
-        longest = config.max_position_embeddings
-        self.max_seq_length = longest if max_seq_length is None else max_seq_length
-        self.training = self.bert.training
         mixed = kind == torch.bfloat16  # for the products only; sums and norms stay float32
         accelerate(self.bert, kind if mixed else None)
         self.to(target, None if mixed else kind)
@@ -175,21 +133,75 @@ class SentenceEncoder(Encode, LookInside, nn.Module):
         """
         return cls(name_or_path, **options)
 
-    def _embed(
-        self, input_ids: list[list[int]], token_type_ids: list[list[int]] | None = None
-    ) -> Tensor:
-        """One pass: rows of ids -> `[n, 384]`."""
-        features = make_features(input_ids, self.tokenizer, self.device, token_type_ids)
-        sentence_embedding: Tensor = self(features)["sentence_embedding"]
-        return sentence_embedding
+    # --- text -> vectors: inference/encode.py
+
+    encode = calls.encode
+    encode_stream = calls.encode_stream
+    encode_windows = calls.encode_windows
+    token_counts = calls.token_counts
+    tokenize = calls.tokenize
+    preprocess = calls.preprocess
+    start_multi_process_pool = calls.start_multi_process_pool
+    is_singular_input = staticmethod(inputs.is_singular_input)
+
+    def encode_query(
+        self,
+        sentences: Any = calls.MISSING,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        *positional: Any,
+        **options: Any,
+    ) -> Any:
+        """`encode`, with the prompt "query" if there is one and no other is asked for."""
+        return self._encode_as("query", sentences, prompt_name, prompt, positional, options)
+
+    def encode_document(
+        self,
+        sentences: Any = calls.MISSING,
+        prompt_name: str | None = None,
+        prompt: str | None = None,
+        *positional: Any,
+        **options: Any,
+    ) -> Any:
+        """`encode`, with the prompt "document", "passage" or "corpus": the first that there is."""
+        return self._encode_as("document", sentences, prompt_name, prompt, positional, options)
+
+    def _encode_as(
+        self,
+        task: str,
+        sentences: Any,
+        prompt_name: str | None,
+        prompt: str | None,
+        positional: tuple[Any, ...],
+        options: dict[str, Any],
+    ) -> Any:
+        if prompt_name is None and prompt is None:
+            prompt_name = calls.prompt_for(task, self.prompts)
+        if sentences is not calls.MISSING:
+            options["sentences"] = sentences
+        options |= calls.positional(task, positional)
+        return self.encode(prompt_name=prompt_name, prompt=prompt, task=task, **options)
+
+    def encode_multi_process(self, sentences: Any, pool: ProcessPool, **options: Any) -> Any:
+        """`encode(sentences, pool=pool, ...)`, under an older name."""
+        return self.encode(sentences, pool=pool, **options)
+
+    @staticmethod
+    def stop_multi_process_pool(pool: ProcessPool) -> None:
+        """End the processes of a pool."""
+        pool.stop()
 
     @property
     def deterministic(self) -> bool:
         """Whether a text gets the same bits alone, in any batch and in any order: tried now, with
         this processor, number of threads and dtype.
         """
+
+        def embed_rows(input_ids: list[list[int]]) -> Tensor:
+            return embed(self, input_ids)
+
         with torch.inference_mode(), eval_mode(self) as parts, fast_products(parts, tokens=0):
-            return keeps_bits(self._embed, self.bert.config.vocab_size, self.max_seq_length)
+            return keeps_bits(embed_rows, self.bert.config.vocab_size, self.max_seq_length)
 
     def similarity(self, embeddings1: Embeddings, embeddings2: Embeddings) -> Tensor:
         """How alike each vector of one set is to each of another, `[n, 384] x [m, 384] -> [n, m]`.
@@ -202,41 +214,36 @@ class SentenceEncoder(Encode, LookInside, nn.Module):
         """The same row by row, `[n, 384] x [n, 384] -> [n]`."""
         return SIMILARITY_FUNCTIONS[self.similarity_fn_name][1](embeddings1, embeddings2)
 
-    @property
-    def similarity_fn_name(self) -> str:
-        """What `similarity` does: "cosine", "dot", "euclidean" or "manhattan". Settable."""
-        return self._similarity_fn_name
+    # --- the model looked into: interpret/
 
-    @similarity_fn_name.setter
-    def similarity_fn_name(self, value: str | SimilarityFunction) -> None:
-        name = value.value if isinstance(value, SimilarityFunction) else value
-        self._similarity_fn_name = inputs.check_choice(
-            name, SIMILARITY_FUNCTIONS, "similarity_fn_name"
-        )
+    trace = traces.trace
+    explain = explanations.explain
+    explain_components = explanations.explain_components
+    explain_deletions = explanations.explain_deletions
+    contrast = explanations.contrast
 
-    @property
-    def max_seq_length(self) -> int:
-        """The longest input in tokens, [CLS] and [SEP] included; longer text is cut.
+    # --- files: pretrained/
 
-        Settable, from 3 to the number of rows of the position table (512).
+    save_pretrained = save_pretrained
+    save = save_pretrained
+
+    def fingerprint(self, **options: Unpack[EncodeOptions]) -> Fingerprint:
+        """Which model this is, as a record to keep with the vectors that `encode(texts, **options)`
+        gives: see `minilm.pretrained.fingerprint`.
+
+        Args:
+            options: As in `encode`; those that change no vector have no effect.
+
+        Raises:
+            InputTypeError, InputError: As in `encode`, or in `fingerprint_of`.
         """
-        return self._max_seq_length
+        given: dict[str, Any] = {n: value for n, value in options.items() if n not in calls.PLACES}
+        return fingerprint_of(self, calls.plan_of(self, "sentences", **given))
 
-    @max_seq_length.setter
-    def max_seq_length(self, value: int) -> None:
-        longest = self.bert.config.max_position_embeddings
-        self._max_seq_length = inputs.check_in_range(value, 3, longest, "max_seq_length")
+    # --- what sentence-transformers calls it too
 
-    @property
-    def device(self) -> torch.device:
-        """Where the weights are."""
-        return self.bert.embeddings.word_embeddings.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype of the weight matrices: what the products are computed in."""
-        weights = (part.weight for part in self.bert.modules() if isinstance(part, nn.Linear))
-        return next(weights, self.bert.embeddings.word_embeddings.weight).dtype
+    truncate_sentence_embeddings = Pipeline.truncate_embeddings
+    get_embedding_dimension = Pipeline.get_sentence_embedding_dimension
 
     def get_max_seq_length(self) -> int:
         """`max_seq_length`."""
@@ -249,80 +256,3 @@ class SentenceEncoder(Encode, LookInside, nn.Module):
         """
         set_mode(self, mode)
         return self
-
-    def to(self, *args: Any, **kwargs: Any) -> "SentenceEncoder":
-        """Move or convert the model, as `nn.Module.to`; a device that can't be used is named."""
-        given = (*args, *kwargs.values())
-        dtype = next((kind for kind in given if isinstance(kind, torch.dtype)), self.dtype)
-        for device in given:
-            if isinstance(device, str | torch.device):
-                inputs.as_device(device, dtype)
-        # Parameters stay ordinary tensors wherever we are, unless they were copied in such a place.
-        with torch.inference_mode(any(part.is_inference() for part in self.parameters())):
-            return super().to(*args, **kwargs)
-
-    def add_module(self, name: str, module: nn.Module | None) -> None:
-        """Add the stage that scales to length 1, where there is none; no other has a place here.
-
-        Raises:
-            InputError: It is something else.
-        """
-        if isinstance(module, Normalize) and isinstance(self.normalize, nn.Identity):
-            name = "normalize"
-        inputs.check_choice(name, ("bert", "pooling", "normalize"), "name")
-        super().add_module(name, module)
-
-    def save_pretrained(
-        self,
-        path: str | os.PathLike[str],
-        model_name: str | None = None,
-        create_model_card: bool = True,
-        train_datasets: list[str] | None = None,
-        safe_serialization: bool = True,
-    ) -> None:
-        """Write a folder that this package and sentence-transformers load: see `minilm.save`."""
-        save_pretrained(
-            self, path, model_name, create_model_card, train_datasets, safe_serialization
-        )
-
-    save = save_pretrained
-
-    def fingerprint(self, **options: Unpack[EncodeOptions]) -> Fingerprint:
-        """Which model this is, as a record to keep with the vectors that `encode(texts, **options)`
-        gives: see `minilm.fingerprint`.
-
-        Args:
-            options: As in `encode`; those that change no vector have no effect.
-
-        Raises:
-            InputTypeError, InputError: As in `encode`; or as in `minilm.fingerprint.fingerprint`.
-        """
-        given: dict[str, Any] = {n: value for n, value in options.items() if n not in PLACES}
-        return fingerprint_of(self, self._plan("sentences", **given))
-
-    def __iter__(self) -> Iterator[nn.Module]:
-        """The stages in order; those that do nothing left out."""
-        stages: list[nn.Module] = [self.bert, self.pooling, self.normalize]
-        return (stage for stage in stages if not isinstance(stage, nn.Identity))
-
-    def __len__(self) -> int:
-        return sum(1 for _ in self)
-
-    def __getitem__(self, index: int) -> nn.Module:
-        return list(iter(self))[index]
-
-    def __repr__(self) -> str:
-        config = self.bert.config
-        bert = f"layers={config.num_hidden_layers}, hidden_size={config.hidden_size}, "
-        bert += f"heads={config.num_attention_heads}, max_seq_length={self.max_seq_length}"
-        lines = [
-            f"  ({i}): {type(stage).__name__}({'' if i else bert})\n"
-            for i, stage in enumerate(self)
-        ]
-        return f"{type(self).__name__}(\n{''.join(lines)})"
-
-    @property
-    def _tokenizer(self) -> WordPieceTokenizer:
-        if self.tokenizer is None:
-            raise InputError("tokenizer is None; pass tokenizer= with modules=", "tokenizer")
-        return self.tokenizer

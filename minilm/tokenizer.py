@@ -163,6 +163,17 @@ class WordPieceTokenizer:
                 is below 3; or there are pairs and `second_type_id` is None.
         """
         rows, _ = as_rows(texts, argument)
+        return self.tokenize(rows, max_length, return_offsets=return_offsets, argument=argument)
+
+    def tokenize(
+        self,
+        rows: Sequence[Row],
+        max_length: int | None = None,
+        *,
+        return_offsets: bool = False,
+        argument: str = "sentences",
+    ) -> Tokens:
+        """The same for a list of texts and pairs, which were looked at before: see `as_rows`."""
         if max_length is not None and check_positive_int(max_length, "max_length") < 3:
             raise InputError(f"max_length is {max_length}; pass 3 or more", "max_length")
         pairs = [row for row, text in enumerate(rows) if not isinstance(text, str)]

@@ -34,9 +34,11 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a bare checkout is enough
 
-from minilm import SentenceEncoder, hub  # noqa: E402
+from minilm import SentenceEncoder  # noqa: E402
+from minilm.index import Index  # noqa: E402
+from minilm.pretrained import hub  # noqa: E402
 from minilm.quantize import model_ranges, quantize_embeddings  # noqa: E402
-from minilm.tasks import Index, quantized_search, semantic_search  # noqa: E402
+from minilm.tasks import quantized_search, semantic_search  # noqa: E402
 from retrieval import FILES, SCIFACT, ndcg, read_retrieval  # noqa: E402
 
 Array = np.ndarray[Any, Any]

@@ -43,7 +43,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from minilm import hub  # noqa: E402
+from minilm.pretrained import hub  # noqa: E402
 
 ATOL = 4e-7  # of float32 results, unless a row says more
 

@@ -32,11 +32,11 @@ sys.path.insert(0, str(ROOT))  # a bare checkout is enough
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
 from minilm.errors import InputError, MinilmError, MissingPackageError  # noqa: E402
-from minilm.hub import DEFAULT_MODEL  # noqa: E402
+from minilm.files.sources import ON_BAD_ROW  # noqa: E402
+from minilm.inference.truncation import TRUNCATION  # noqa: E402
 from minilm.inputs import check_positive_int  # noqa: E402
+from minilm.pretrained.hub import DEFAULT_MODEL  # noqa: E402
 from minilm.quantize import PRECISIONS  # noqa: E402
-from minilm.sources import ON_BAD_ROW  # noqa: E402
-from minilm.truncation import TRUNCATION  # noqa: E402
 
 SUCCESS = "_SUCCESS"
 
@@ -220,7 +220,7 @@ def verify(target: str, rows: int, may_skip: bool) -> dict[str, Any]:
     import pyarrow.parquet
     from pyarrow import fs
 
-    from minilm.arrow import fingerprint_in
+    from minilm.files.arrow import fingerprint_in
 
     filesystem, path = fs.FileSystem.from_uri(target)
     found = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))

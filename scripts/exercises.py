@@ -28,9 +28,10 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from minilm import BertLayer, SentenceEncoder, bert, cos_sim, hub  # noqa: E402
+from minilm import BertLayer, SentenceEncoder, bert, cos_sim  # noqa: E402
 from minilm.errors import MinilmError  # noqa: E402
-from minilm.explain import explain_deletions  # noqa: E402
+from minilm.interpret.explain import explain_deletions  # noqa: E402
+from minilm.pretrained import hub  # noqa: E402
 
 WEATHER = "The weather is lovely today."
 SUNNY = "It's so sunny outside!"
@@ -208,7 +209,7 @@ trace = encoder.trace("{WEATHER}", dtype="float64")
 EXERCISES = [
     Exercise(
         "Cosine is not contribution",
-        "minilm/explain.py, explain",
+        "minilm/interpret/explain.py, explain",
         f"Take {_BOTH}. Rank the pairs of their tokens by the cosine of the token vectors "
         "(layers.5.feed_forward_layer_norm.output of the trace), and by their cell in the table. "
         "Which pair leads by cosine? Answer with the two tokens.",
@@ -220,7 +221,7 @@ EXERCISES = [
     ),
     Exercise(
         "Share is not cause",
-        "minilm/explain.py, explain_deletions",
+        "minilm/interpret/explain.py, explain_deletions",
         f'In {_BOTH} the word "today" has a share of +0.081. By how much does the similarity '
         'change when "today" is deleted from the first sentence? Guess before you try.',
         'minilm similarity "The weather is lovely today." "The weather is lovely ." '
@@ -292,7 +293,7 @@ EXERCISES = [
     ),
     Exercise(
         "From scratch: a line less",
-        "minilm/bert.py, attention; scripts/from_scratch.py; Trace.check in minilm/trace.py",
+        "minilm/bert.py, attention; scripts/from_scratch.py; Trace.check in minilm/interpret/trace.py",  # noqa: E501
         f'Delete the division by math.sqrt(query.shape[-1]) in attention and trace "{WEATHER}". '
         "Which is the first number of the trace that changes, in the order of execution? Answer "
         "with its name. Then look at what check() reports, and say why that is less.",

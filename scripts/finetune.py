@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch.optim.lr_scheduler import OneCycleLR
 
-from minilm import SentenceEncoder, cos_sim, hub
+from minilm import SentenceEncoder, cos_sim
+from minilm.pretrained import hub
 from reference import is_installed, load_reference
 from retrieval import FILES, SCIFACT, read_jsonl
 

@@ -28,7 +28,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # a bare checkout is enough
 
-from minilm import SentenceEncoder, hub  # noqa: E402
+from minilm import SentenceEncoder  # noqa: E402
+from minilm.pretrained import hub  # noqa: E402
 from minilm.quantize import dequantize, model_ranges, quantize_embeddings  # noqa: E402
 from retrieval import FILES, SCIFACT, ndcg, read_jsonl, read_retrieval  # noqa: E402
 

@@ -24,12 +24,11 @@ sys.path.insert(0, str(ROOT))  # a bare checkout is enough
 import torch  # noqa: E402
 
 import minilm  # noqa: E402
-from minilm import SentenceEncoder, hub  # noqa: E402
-from minilm.checkpoint import published_name  # noqa: E402
+from minilm import SentenceEncoder  # noqa: E402
 from minilm.errors import InputError, MinilmError  # noqa: E402
-from minilm.foreign import read_texts  # noqa: E402
 from minilm.inputs import as_dtype  # noqa: E402
-from minilm.parity import (  # noqa: E402
+from minilm.parity.foreign import read_texts  # noqa: E402
+from minilm.parity.stages import (  # noqa: E402
     Golden,
     Report,
     Row,
@@ -39,6 +38,8 @@ from minilm.parity import (  # noqa: E402
     compare_stages,
     compare_with_golden,
 )
+from minilm.pretrained import hub  # noqa: E402
+from minilm.pretrained.checkpoint import published_name  # noqa: E402
 
 DATA = ROOT / "tests" / "data"
 MAX_INVARIANCE_TEXTS = 50  # alone, beside a long neighbour, ...: costly, and says the same

@@ -37,9 +37,9 @@ import torch  # noqa: E402
 from bench import make_texts  # noqa: E402
 from minilm import SentenceEncoder, __version__  # noqa: E402
 from minilm.errors import InputError, MinilmError  # noqa: E402
-from minilm.files import read_table  # noqa: E402
-from minilm.hub import DEFAULT_MODEL  # noqa: E402
+from minilm.files.tables import read_table  # noqa: E402
 from minilm.inputs import check_positive_int  # noqa: E402
+from minilm.pretrained.hub import DEFAULT_MODEL  # noqa: E402
 
 DTYPES = ("float32", "bfloat16")
 LINKS = 32  # of each vector of a graph, M in hnswlib and faiss

@@ -45,7 +45,7 @@ class Reference:
 
     @torch.no_grad()
     def __call__(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Features -> stages, as `minilm.parity.record_stages` gives ours."""
+        """Features -> stages, as `minilm.parity.stages.record_stages` gives ours."""
         bert = self.model[0].auto_model
         types = features.get("token_type_ids", torch.zeros_like(features["input_ids"]))
         output = bert(

@@ -21,10 +21,10 @@ from typing import IO
 import torch
 
 from minilm import SentenceEncoder, TruncationWarning
-from minilm.hub import WEIGHTS_FOLDER
-from minilm.kernels import keep_few_kernels
-from minilm.shards import part_paths
-from minilm.streaming import encode_files
+from minilm.files.shards import part_paths
+from minilm.files.streaming import encode_files
+from minilm.inference.kernels import keep_few_kernels
+from minilm.pretrained.hub import WEIGHTS_FOLDER
 
 FLAT = 0.05  # of the first tenth's memory: what later ones may need more, to be called flat
 POLL = 0.02  # seconds

@@ -7,7 +7,7 @@ shapes, by dtype; what they round in float32; the share of each kind of operatio
 torch's profiler counts it; and the time with one trick switched off, over the time with all of
 them: 1.10 means that it saves a tenth. On and off run in turn, in one process, with another number
 of tokens a pass in each round, so that neither finds what the other has prepared. The module
-docstrings of `minilm/kernels.py` and `minilm/packed.py` explain the tricks.
+docstrings of `minilm/inference/kernels.py` and `minilm/inference/packed.py` explain the tricks.
 
 The last lines say what 8-bit products could save at most.
 """
@@ -33,10 +33,11 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-import minilm.encoder  # noqa: E402
 from bench import MFLOP_PER_TOKEN, SHAPES, make_texts  # noqa: E402
-from minilm import BertFeedForward, SentenceEncoder, kernels, packed  # noqa: E402
-from minilm.hub import DEFAULT_MODEL  # noqa: E402
+from minilm import BertFeedForward, SentenceEncoder  # noqa: E402
+from minilm.inference import kernels, packed  # noqa: E402
+from minilm.pipeline import Batch, Pipeline  # noqa: E402
+from minilm.pretrained.hub import DEFAULT_MODEL  # noqa: E402
 
 DTYPES = ("float32", "bfloat16")
 ROWS = 2048
@@ -257,8 +258,8 @@ def print_shares(encoder: SentenceEncoder, texts: dict[str, list[str]]) -> dict[
 # --- Tricks ---------------------------------------------------------------------------------------
 
 
-def padded(input_ids: Any, tokenizer: Any, device: Any) -> Any:
-    return tokenizer.pad(input_ids, device)
+def padded(pipeline: Pipeline, input_ids: Any, token_type_ids: Any) -> Any:
+    return Batch(**pipeline.get_tokenizer().pad(input_ids, pipeline.device, token_type_ids))
 
 
 def gelu_apart(forward: kernels.FastFeedForward, hidden_states: Tensor) -> Tensor:
@@ -270,7 +271,7 @@ def no_layout(*shape: Any) -> None:
 
 
 TRICKS: dict[str, list[Any]] = {
-    "no padding": [mock.patch.object(minilm.encoder, "make_features", padded)],
+    "no padding": [mock.patch.object(packed, "make_batch", padded)],
     "weights in a second layout": [mock.patch.object(kernels, "layout_for", no_layout)],
     "GELU within the product": [mock.patch.object(kernels.FastFeedForward, "__call__", gelu_apart)],
     "keys up to a multiple of 16": [mock.patch.object(packed, "_STEP", 1)],
@@ -305,7 +306,7 @@ def print_tricks(
     names = ["W1", "W2", "W3"]
     print(f"| {str(encoder.dtype)[6:]} without | {' | '.join(names)} |")
     print("| --- |" + " ---: |" * len(names))
-    usual, _ = packed.batch_limits(encoder.device, encoder.dtype, None, None)
+    usual = packed.default_budget(encoder.device, encoder.dtype)
     for trick in TRICKS:
         ratios = defaultdict(list)
         for number in range(options.rounds):

@@ -19,8 +19,8 @@ import safetensors.torch
 import torch
 
 from minilm import BertConfig, BertModel, MeanPooling, Normalize, SentenceEncoder
-from minilm.checkpoint import published_name
-from minilm.hub import SHA256, WEIGHTS_FOLDER
+from minilm.pretrained.checkpoint import published_name
+from minilm.pretrained.hub import SHA256, WEIGHTS_FOLDER
 from minilm.tasks.search import Scores
 from minilm.tokenizer import WordPieceTokenizer
 

@@ -23,17 +23,10 @@ from torch import Tensor, nn
 
 import minilm
 from conftest import DATA, SHARED, TINY, seeded_bert
-from minilm import (
-    BertModel,
-    ClsPooling,
-    MeanPooling,
-    Normalize,
-    SentenceEncoder,
-    TruncationWarning,
-)
-from minilm.compute import run
+from minilm import BertModel, ClsPooling, MeanPooling, Normalize, SentenceEncoder, TruncationWarning
 from minilm.errors import InputError, InputTypeError
-from minilm.parity import bars
+from minilm.inference.compute import run
+from minilm.parity.stages import bars
 
 TEXTS = ["the dog bites the man", "", "a cat", "the sun is out .", "man sees dog", "a"]
 
@@ -729,8 +722,8 @@ def test_stream_gives_the_rows_of_encode(
 def test_stream_starts_its_processes_once(tiny_encoder: SentenceEncoder) -> None:
     expected = tiny_encoder.encode(TEXTS)
     with (
-        patch("minilm.process_pool.ProcessPool") as pool,
-        patch("minilm.process_pool.run_in") as run_in,
+        patch("minilm.inference.process_pool.ProcessPool") as pool,
+        patch("minilm.inference.process_pool.run_in") as run_in,
     ):
         run_in.side_effect = lambda _pool, encoder, rows, plan, _size: run(encoder, rows, plan)
         options: Any = {"window": 2, "device": ["cpu", "cpu"]}

@@ -17,10 +17,11 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
-from minilm import SentenceEncoder, cli, commands, outputs
+from minilm import SentenceEncoder, cli, outputs
+from minilm.cli import commands
 from minilm.errors import InputError
-from minilm.files import SUFFIXES
-from minilm.fingerprint import read_fingerprint
+from minilm.files.records import read_fingerprint
+from minilm.files.tables import SUFFIXES
 from minilm.outputs import check_folder, check_output, check_room, is_stream, write_output
 
 TEXTS = ["the dog bites", "a cat"]

@@ -13,7 +13,7 @@ import torch
 from conftest import ROOT, SHARED
 from minilm import SentenceEncoder
 from minilm.errors import InputError, InputTypeError
-from minilm.hub import SHA256
+from minilm.pretrained.hub import SHA256
 from minilm.quantize import (
     PRECISIONS,
     dequantize,

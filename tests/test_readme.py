@@ -41,15 +41,6 @@ def test_snippet_prints_what_it_says(
     assert printed.getvalue().split() == " ".join(said).split()
 
 
-def test_map_has_every_file_with_its_lines() -> None:
-    listed = dict(re.findall(r"^\| \[`(\S+?)`\]\(\S+\) \| (\d+) \|", README, flags=re.MULTILINE))
-    actual = {
-        path.relative_to(ROOT).as_posix(): len(path.read_text(encoding="utf-8").splitlines())
-        for path in (ROOT / "minilm").rglob("*.py")
-    }
-    assert {name: int(lines) for name, lines in listed.items()} == actual
-
-
 def test_demo_output_is_that_of_the_command(
     published: object, capsys: pytest.CaptureFixture[str]
 ) -> None:

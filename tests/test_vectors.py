@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 
 from minilm.errors import InputError, InputTypeError
+from minilm.index import Index
 from minilm.quantize import quantize_embeddings
 from minilm.similarity import cos_sim, pairwise_dot_score
 from minilm.tasks import (
-    Index,
     community_detection,
     near_duplicates,
     paraphrase_mining_embeddings,

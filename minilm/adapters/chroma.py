@@ -18,13 +18,13 @@ from typing import Any, Unpack
 import numpy as np
 import torch
 
-from minilm import hub
 from minilm.adapters.lazy import SECRETS, AdapterOptions, LazyEncoder
-from minilm.encode import prompt_for
 from minilm.encoder import SentenceEncoder
 from minilm.errors import InputError, InputTypeError, MissingPackageError
-from minilm.fingerprint import Fingerprint, compare
+from minilm.inference.encode import prompt_for
 from minilm.inputs import as_many
+from minilm.pretrained import hub
+from minilm.pretrained.fingerprint import Fingerprint, compare
 
 try:
     from chromadb.api.types import Documents, EmbeddingFunction

@@ -13,11 +13,11 @@ LangChain's by itself, but not with every version of LangChain.
 import os
 from typing import Unpack
 
-from minilm import hub
 from minilm.adapters.lazy import AdapterOptions, LazyEncoder
 from minilm.encoder import SentenceEncoder
 from minilm.errors import MissingPackageError
 from minilm.inputs import as_many, check_text
+from minilm.pretrained import hub
 
 try:
     from langchain_core.embeddings import Embeddings

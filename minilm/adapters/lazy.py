@@ -13,14 +13,14 @@ from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
-from minilm import hub
 from minilm.encoder import SentenceEncoder
 from minilm.errors import InputTypeError
-from minilm.fingerprint import Fingerprint
 from minilm.forks import Lock
+from minilm.inference.truncation import TRUNCATION
 from minilm.inputs import as_many, check_choice, check_positive_int
-from minilm.options import SECRETS, LoadOptions, load_options, to_keep
-from minilm.truncation import TRUNCATION
+from minilm.pretrained import hub
+from minilm.pretrained.fingerprint import Fingerprint
+from minilm.pretrained.options import SECRETS, LoadOptions, load_options, to_keep
 
 __all__ = ["SECRETS", "AdapterOptions", "Embedder", "LazyEncoder"]
 

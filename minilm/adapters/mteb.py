@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from minilm import __version__, hub
 from minilm.adapters.lazy import LazyEncoder
 from minilm.encoder import SentenceEncoder
 from minilm.errors import InputError, MissingPackageError
-from minilm.fingerprint import Fingerprint
+from minilm.pretrained import hub
+from minilm.pretrained.fingerprint import Fingerprint
+from minilm.version import __version__
 
 try:
     from mteb.models import ModelMeta

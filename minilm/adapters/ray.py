@@ -22,16 +22,17 @@ from typing import Any
 import numpy as np
 import torch
 
-from minilm import hub
 from minilm.adapters.lazy import SECRETS, LazyEncoder
-from minilm.arrow import embedding_array, import_pyarrow, with_fingerprint
 from minilm.encoder import SentenceEncoder
 from minilm.errors import InputError, InputTypeError, MissingPackageError
+from minilm.files.arrow import embedding_array, import_pyarrow, with_fingerprint
+from minilm.files.sources import ON_BAD_ROW
+from minilm.inference.encode import model_ranges_of
+from minilm.inference.truncation import EncodeReport
 from minilm.inputs import check_choice, check_positive_int, check_text, check_unicode
-from minilm.options import to_keep
+from minilm.pretrained import hub
+from minilm.pretrained.options import to_keep
 from minilm.quantize import PRECISIONS, as_stored
-from minilm.sources import ON_BAD_ROW
-from minilm.truncation import EncodeReport
 
 try:
     import ray
@@ -49,7 +50,7 @@ class MiniLMActor:
 
     Attributes:
         encoder: The model.
-        fingerprint: Which it is, and how it is called: a `minilm.fingerprint.Fingerprint`.
+        fingerprint: Which it is, and how it is called: a `Fingerprint`.
 
     Example:
         >>> rows.map_batches(
@@ -115,7 +116,10 @@ class MiniLMActor:
         self.encoder = self._model.encoder
         self._coded = "float32" if precision == "float16" else precision
         width, normalize = options.get("truncate_dim"), options.get("normalize_embeddings", False)
-        if self._coded in ("int8", "uint8") and self.encoder._ranges(width, normalize) is None:
+        if (
+            self._coded in ("int8", "uint8")
+            and model_ranges_of(self.encoder, width, normalize) is None
+        ):
             raise InputError(
                 f"precision is {precision!r}: this model has no fixed ranges, and those of one "
                 "batch would not be those of the next; make float32 and use quantize_embeddings",

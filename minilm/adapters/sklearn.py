@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from minilm import hub
 from minilm.adapters.lazy import LazyEncoder
 from minilm.encoder import SentenceEncoder
 from minilm.errors import InputError, InputTypeError, MissingPackageError
 from minilm.inputs import as_many
-from minilm.options import to_keep
+from minilm.pretrained import hub
+from minilm.pretrained.options import to_keep
 
 try:
     from scipy.sparse import issparse

@@ -13,7 +13,7 @@ import torch
 from conftest import SHARED, needs
 from minilm import SentenceEncoder, TruncationWarning, __version__
 from minilm.errors import InputError
-from minilm.hub import DEFAULT_MODEL, REVISION, SHA256
+from minilm.pretrained.hub import DEFAULT_MODEL, REVISION, SHA256
 
 mteb = needs("mteb", "mteb")
 

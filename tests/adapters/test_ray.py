@@ -19,7 +19,7 @@ import torch
 from conftest import DATA, needs
 from minilm import SentenceEncoder, TruncationWarning
 from minilm.errors import InputError, InputTypeError, TruncationError
-from minilm.fingerprint import read_fingerprint
+from minilm.files.records import read_fingerprint
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # reads it when it is imported
 needs("ray.data", "ray")
@@ -34,7 +34,7 @@ from ray.cluster_utils import Cluster  # noqa: E402
 
 from minilm.adapters import ray as adapter  # noqa: E402
 from minilm.adapters.ray import MiniLMActor, encode_dataset  # noqa: E402
-from minilm.arrow import embeddings_of  # noqa: E402
+from minilm.files.arrow import embeddings_of  # noqa: E402
 
 # Ray's own: it sets what it calls deprecated, and leaves processes to themselves and files open.
 pytestmark = [

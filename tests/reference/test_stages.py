@@ -12,7 +12,7 @@ import torch
 
 from conftest import DATA, ROOT
 from minilm import SentenceEncoder
-from minilm.parity import compare_stages
+from minilm.parity.stages import compare_stages
 from mutations import planted
 
 pytestmark = pytest.mark.reference

@@ -1,0 +1,12 @@
+"""Files of texts and of vectors, of any size.
+
+- `rows.py`       a file of texts -> its rows: .txt, .jsonl, .csv
+- `tables.py`     all rows of some files in memory; rows and vectors -> one file
+- `sources.py`    files of any size, as shards of rows
+- `streaming.py`  files of any size -> a folder of vectors
+- `shards.py`     the parts of that folder, and its manifest
+- `arrow.py`      vectors as a column of Arrow and Parquet
+- `records.py`    the fingerprint that was kept with a file of vectors
+
+May import the files at the top of the package, `inference/` and `pretrained/`.
+"""

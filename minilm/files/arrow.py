@@ -1,0 +1,212 @@
+"""Vectors as an Arrow column, and the fingerprint of the model that made them beside it.
+
+In: NumPy embeddings. Out: a fixed-size list column, which Parquet files hold and every tool that
+reads them understands; and the same back. Next: `streaming.py`, and the adapters that hand on Arrow
+data.
+
+pyarrow is imported only when it is used: it comes with `pip install "minilm[parquet]"`.
+"""
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+from minilm.errors import InputError, InputTypeError, MissingPackageError
+from minilm.files.rows import column_of
+from minilm.files.tables import METADATA_KEY, VECTOR_FIELDS
+from minilm.vectors import from_arrow
+
+__all__ = [
+    "embedding_array",
+    "embedding_type",
+    "embeddings_of",
+    "fingerprint_in",
+    "import_pyarrow",
+    "text_column",
+    "texts_of",
+    "vector_column",
+    "with_fingerprint",
+]
+
+# What a number of a vector may be; codes of int8, uint8 and of bits are of the last two.
+_DTYPES = ("float64", "float32", "float16", "int8", "uint8")
+
+_Holder = TypeVar("_Holder")
+
+
+def import_pyarrow(what: str) -> Any:
+    """The package pyarrow.
+
+    Args:
+        what: What needs it, for the error: "writing Parquet files".
+
+    Raises:
+        MissingPackageError: It is not installed.
+    """
+    try:
+        import pyarrow
+    except ImportError as error:
+        raise MissingPackageError(what, "pyarrow", "parquet") from error
+    return pyarrow
+
+
+def embedding_type(dtype: "str | np.dtype[Any] | type[Any]", width: int) -> Any:
+    """The Arrow type of a column of vectors: a list of always `width` numbers, none of them null.
+
+    Raises:
+        MissingPackageError: pyarrow is not installed.
+        InputTypeError: The dtype is none of float64, float32, float16, int8 and uint8.
+    """
+    pyarrow = import_pyarrow("a column of vectors")
+    name = np.dtype(dtype).name
+    if name not in _DTYPES:
+        raise InputTypeError(
+            f"embeddings is of {name}; pass one of {', '.join(_DTYPES)}", "embeddings"
+        )
+    item = pyarrow.field("item", pyarrow.from_numpy_dtype(np.dtype(dtype)), nullable=False)
+    return pyarrow.list_(item, width)
+
+
+def embedding_array(embeddings: "np.ndarray[Any, Any]") -> Any:
+    """Vectors as an Arrow column.
+
+    Args:
+        embeddings: `[n, d]`, of float32, float16, int8 (codes of int8 or of bits), uint8 or
+            float64; what `encode` gives.
+
+    Returns:
+        A `pyarrow.FixedSizeListArray` of n lists of d numbers of the same dtype, bit by bit.
+
+    Raises:
+        MissingPackageError: pyarrow is not installed.
+        InputError: The array has another shape.
+        InputTypeError: It is no array, or of another dtype.
+    """
+    if not isinstance(embeddings, np.ndarray):
+        kind = type(embeddings).__name__
+        raise InputTypeError(f"embeddings is of type {kind}; pass a NumPy array", "embeddings")
+    if embeddings.ndim != 2:
+        raise InputError(
+            f"embeddings has shape {list(embeddings.shape)}; pass [n, d]", "embeddings"
+        )
+    count, width = embeddings.shape
+    kind = embedding_type(embeddings.dtype, width)
+    pyarrow = import_pyarrow("a column of vectors")
+    native = embeddings.astype(embeddings.dtype.newbyteorder("="), copy=False)
+    flat = pyarrow.array(native.reshape(count * width))
+    return pyarrow.FixedSizeListArray.from_arrays(flat, type=kind)
+
+
+def embeddings_of(column: Any) -> "np.ndarray[Any, Any]":
+    """The reverse: the vectors `[n, d]` of an Arrow column, of `embedding_array` or alike.
+
+    Args:
+        column: An `Array` or a `ChunkedArray` of lists of numbers, all of one length.
+
+    Raises:
+        InputError: It holds something else, a vector is null, or they differ in length.
+    """
+    import_pyarrow("a column of vectors")
+    numbers = from_arrow(column, "column")
+    if numbers.ndim != 2:
+        raise InputError(f"the column holds {column.type}, not lists of numbers", "column")
+    return numbers
+
+
+def vector_column(schema: Any, place: str) -> str:
+    """The name of the column that holds vectors: "embedding" or alike, or the only list of numbers.
+
+    Args:
+        schema: Of the file.
+        place: What to call it in the error.
+
+    Raises:
+        InputError: There is none, or more than one.
+    """
+    types = import_pyarrow("reading Parquet files").types
+
+    def is_list(kind: Any) -> bool:
+        return bool(
+            types.is_fixed_size_list(kind) or types.is_list(kind) or types.is_large_list(kind)
+        ) and bool(types.is_floating(kind.value_type) or types.is_integer(kind.value_type))
+
+    lists = [each.name for each in schema if is_list(each.type)]
+    named = [name for name in VECTOR_FIELDS if name in lists]
+    if named or len(lists) == 1:
+        return (named or lists)[0]
+    seen = ", ".join(map(repr, lists)) if lists else "no list of numbers"
+    raise InputError(f"{place}: has {seen}; one column 'embedding' was expected", "column")
+
+
+def text_column(schema: Any, wanted: str | None, place: str, vectors: str | None = None) -> str:
+    """The name of the column that holds texts: the one wanted, else "text", else the only one.
+
+    Args:
+        schema: Of the file.
+        wanted: The name that was asked for.
+        place: What to call the file in the error.
+        vectors: The name of another column, of which it is none.
+
+    Raises:
+        InputError: There is none, or more than one, or it holds something else than strings.
+    """
+    types = import_pyarrow("reading Parquet files").types
+    name = column_of([each for each in schema.names if each != vectors], wanted, place, "column")
+    if schema.names.count(name) > 1:
+        raise InputError(f"{place}: has more than one column {name!r}", "column")
+    kind = schema.field(name).type
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    is_view = getattr(types, "is_string_view", lambda kind: False)
+    if not (types.is_string(kind) or types.is_large_string(kind) or is_view(kind)):
+        raise InputError(f"{place}: column {name!r} holds {kind}, not strings", "column")
+    return name
+
+
+def texts_of(table: Any, column: str, place: str, rows: Sequence[int] | None = None) -> list[str]:
+    """The texts of a table, of which each has a vector.
+
+    This package writes null and the vector of the empty text for a text that could not be embedded,
+    if it was asked to (`on_bad_row="empty"`): such a null is "". What a null of another program
+    means, nobody can tell.
+
+    Args:
+        table: A `pyarrow.Table` with the column.
+        column: A column of strings, see `text_column`.
+        place: What to call the file in the error.
+        rows: The number of each row in the file, if it is not its own.
+
+    Raises:
+        InputError: A text is null, in a table of another program.
+    """
+    texts: list[str | None] = table.column(column).to_pylist()
+    if None in texts and fingerprint_in(table.schema) is None:
+        row = texts.index(None)
+        row = row if rows is None else rows[row]
+        raise InputError(f"{place}: row {row}: {column} is null, not a string", "column")
+    return [text or "" for text in texts]
+
+
+def with_fingerprint(holder: _Holder, fingerprint: str) -> _Holder:
+    """A schema or a table that also holds the record of the model that made its vectors.
+
+    Args:
+        holder: A `pyarrow.Schema` or a `pyarrow.Table`; the rest of its metadata stays.
+        fingerprint: `Fingerprint.to_json()`. It goes under the key `minilm.fingerprint`, where
+            `minilm.pretrained.fingerprint.read_fingerprint` finds it in a Parquet file.
+    """
+    schema: Any = getattr(holder, "schema", holder)
+    metadata = dict(schema.metadata or {}) | {METADATA_KEY.encode(): fingerprint.encode()}
+    either: Any = holder
+    if schema is holder:
+        changed: _Holder = either.with_metadata(metadata)
+    else:
+        changed = either.replace_schema_metadata(metadata)
+    return changed
+
+
+def fingerprint_in(schema: Any) -> bytes | None:
+    """The record that a schema holds, as JSON; None if there is none."""
+    found: bytes | None = (schema.metadata or {}).get(METADATA_KEY.encode())
+    return found

@@ -1,0 +1,92 @@
+"""The fingerprint that was kept with a file of vectors, read back.
+
+In: a path. Out: a `Fingerprint`, or None. `tables.py`, `arrow.py` and `shards.py` write them.
+"""
+
+import errno
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+import safetensors
+
+from minilm.errors import ConfigError, InputError
+from minilm.files.arrow import fingerprint_in, import_pyarrow
+from minilm.files.tables import METADATA_KEY, NPZ_KEY, sidecar_path
+from minilm.pretrained.fingerprint import Fingerprint
+
+__all__ = ["read_fingerprint"]
+
+
+def read_fingerprint(path: str | Path) -> Fingerprint | None:
+    """The record that was kept with a file of vectors.
+
+    Args:
+        path: A `.npz`, `.safetensors` or `.parquet` file, which can hold the record itself, or any
+            other.
+            Where there is none in it, the file beside it is looked at, see `sidecar_path`.
+
+    Returns:
+        The record; None if there is none.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ConfigError: The record, or the file that should hold it, is broken.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
+    read = _READERS.get(path.suffix.lower())
+    place, text = path, read(path) if read else None
+    if text is None and sidecar_path(path).is_file():
+        place = sidecar_path(path)
+        text = place.read_bytes()
+    if text is None:
+        return None
+    try:
+        return Fingerprint.from_json(text)
+    except InputError as error:
+        raise ConfigError(place, [str(error)]) from error
+
+
+def _from_npz(path: Path) -> bytes | None:
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            if NPZ_KEY not in arrays.files:
+                return None
+            array = arrays[NPZ_KEY]
+    except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        raise ConfigError(path, [f"is no .npz file, or broken: {error}"]) from error
+    if array.dtype != np.uint8:
+        raise ConfigError(path, [f"{NPZ_KEY} has dtype {array.dtype}; expected uint8"])
+    return bytes(array.tobytes())
+
+
+def _from_safetensors(path: Path) -> bytes | None:
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            metadata: Mapping[str, str] = file.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise ConfigError(path, [f"is no safetensors file, or broken: {error}"]) from error
+    text = metadata.get(METADATA_KEY)
+    return None if text is None else text.encode("utf-8")
+
+
+def _from_parquet(path: Path) -> bytes | None:
+    import_pyarrow("reading Parquet files")
+    import pyarrow.parquet
+
+    try:
+        schema = pyarrow.parquet.read_schema(path)
+    except (ValueError, OSError) as error:
+        raise ConfigError(path, [f"is no Parquet file, or broken: {error}"]) from error
+    return fingerprint_in(schema)
+
+
+# The formats that can hold a record, each with what gives its bytes, or None without one.
+_READERS: dict[str, Callable[[Path], bytes | None]] = {
+    ".npz": _from_npz,
+    ".safetensors": _from_safetensors,
+    ".parquet": _from_parquet,
+}

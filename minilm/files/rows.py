@@ -1,0 +1,346 @@
+"""Files of text as rows: the one reader of .txt, .jsonl and .csv files, for every command.
+
+In: the name of a file, or - for standard input. Out: its rows, each with the line, all that it
+holds by name, the text, and else what is wrong with it. Next: `tables.py` has all rows at once,
+`sources.py` some at a time, `parity/foreign.py` takes vectors out of them.
+
+One rule for all. A suffix, in upper case too, says what a file is; one that is unknown is refused,
+since the lines of another form are not texts. Files are UTF-8, with or without a byte order mark,
+with either kind of line end. In a file of texts every line is one, a blank line too; in .jsonl and
+.csv blank lines are skipped. A text is a string: what is null, a number or missing is a bad row.
+"""
+
+import importlib.util
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from minilm.errors import InputError
+from minilm.streams import standard_input
+
+__all__ = [
+    "DEFAULT_COLUMN",
+    "FORMS",
+    "Reader",
+    "Row",
+    "as_json",
+    "column_of",
+    "input_form",
+    "lone_surrogate",
+]
+
+DEFAULT_COLUMN = "text"
+
+# What files are, by their suffix.
+FORMS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".txt": "text",
+}
+_ALSO_TEXT = ("", ".text", ".md", ".log")
+
+_LONGEST_FIELD = 2**31 - 1  # characters; the most that the parser can be told everywhere
+_DEEPEST = 200  # lists and objects in one another; Python writes fewer than 1,000 back
+_HALF = re.compile("[\ud800-\udfff]")
+
+
+class Row(NamedTuple):
+    """One row of a file.
+
+    Attributes:
+        line: The line that it ends in, from 1.
+        values: All that it holds, by name; nothing if it can't be read.
+        text: The text; None if there is none that can be embedded.
+        problem: Why there is none.
+    """
+
+    line: int
+    values: dict[str, Any]
+    text: str | None
+    problem: str | None
+
+
+def input_form(name: str) -> str:
+    """What a file is: "jsonl", "csv", "parquet" or "text".
+
+    Args:
+        name: The file, or - for standard input, which is text.
+
+    Raises:
+        InputError: Its suffix is another.
+    """
+    suffix = "" if name == "-" else Path(name).suffix.lower()
+    if suffix in _ALSO_TEXT:
+        return "text"
+    if suffix not in FORMS:
+        raise InputError(
+            f"{name}: {suffix} can't be read; convert it to one of {', '.join(FORMS)}, or name it "
+            ".txt if every line is a text",
+            name,
+        )
+    return FORMS[suffix]
+
+
+class Reader:
+    """Reads files that have their texts under one name.
+
+    Attributes:
+        column: That name: the one asked for, else what the first row that has names settles: "text"
+            if it is there, else the only one. None until then.
+        heading: The columns of a .csv file, as soon as a row of it, or its end, was read.
+    """
+
+    def __init__(
+        self,
+        column: str | None = None,
+        *,
+        candidates: Callable[[Sequence[str]], Sequence[str]] = list,
+        is_unicode: bool = False,
+    ) -> None:
+        """Nothing is read yet.
+
+        Args:
+            column: The name of the texts.
+            candidates: Which names of a row the text may have, if none was asked for.
+            is_unicode: Take a row for a bad one if anything in it has half a character, which JSON
+                can escape and UTF-8 can't hold; otherwise only if its text has.
+        """
+        self.column = column
+        self.heading: list[str] | None = None
+        self._wanted, self._candidates, self._is_unicode = column, candidates, is_unicode
+
+    def rows(self, name: str) -> Iterator[Row]:
+        """The rows of a file, bad ones too.
+
+        Args:
+            name: A path, or - for standard input.
+
+        Raises:
+            InputError: It can't be read on: it is not UTF-8, its quotes are broken, it lacks the
+                column, or is of another form. The message names the file, and the line.
+            OSError: It can't be read.
+        """
+        form = input_form(name)
+        if form == "parquet":
+            raise InputError(
+                f"{name}: Parquet is read into a folder of Parquet files only, by minilm encode "
+                "-o FOLDER; convert it to .jsonl or .csv",
+                name,
+            )
+        read = {"jsonl": self._objects, "csv": self._fields, "text": self._lines}[form]
+        return read(name)
+
+    def good_rows(self, name: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
+        """The line, the text and all values of each row.
+
+        Raises:
+            InputError, OSError: As in `rows`; or a row is bad.
+        """
+        for line, values, text, problem in self.rows(name):
+            if text is None:
+                raise InputError(f"{name}: line {line}: {problem}", name)
+            yield line, text, values
+
+    def _lines(self, name: str) -> Iterator[Row]:
+        self.column = self.column or DEFAULT_COLUMN
+        for number, line in enumerate(_lines(name), 1):
+            text = line.removesuffix("\n").removesuffix("\r")
+            if "\0" in text:
+                raise InputError(
+                    f"{name}: line {number} has a NUL, as files have that are not text, or UTF-16; "
+                    "convert the file",
+                    name,
+                )
+            yield Row(number, {self.column: text}, text, None)
+
+    def _objects(self, name: str) -> Iterator[Row]:
+        for number, line in enumerate(_lines(name), 1):
+            if line.strip():
+                yield self._object(line, number, name)
+
+    def _object(self, line: str, number: int, name: str) -> Row:
+        try:
+            row = _decode(line)
+        except _DoubledError as error:
+            return Row(number, {}, None, str(error))
+        except (ValueError, RecursionError) as error:
+            return Row(number, {}, None, f"is not JSON: {error}")
+        if line.count("{") + line.count("[") > _DEEPEST and _depth(row) > _DEEPEST:
+            return Row(number, {}, None, f"is nested more than {_DEEPEST} deep")
+        if isinstance(row, str):
+            row = {self.column or DEFAULT_COLUMN: row}
+        elif isinstance(row, dict):
+            self._settle(row, f"{name}: line {number}", name)
+        else:
+            return Row(number, {}, None, "is no object and no string")
+        column = self.column or DEFAULT_COLUMN
+        if "\\u" in line:  # only so can half a character be written in UTF-8
+            for key, value in row.items() if self._is_unicode else [(column, row.get(column))]:
+                half = lone_surrogate([key, value])
+                if half:
+                    problem = f"has a lone surrogate, {half!r}, in {key!r}"
+                    return Row(number, {}, None, f"{problem}: it is not Unicode text")
+        if column not in row:
+            return Row(number, row, None, _lacks(column, list(row)))
+        text = row[column]
+        if not isinstance(text, str):
+            return Row(number, row, None, f"{column} is {as_json(text)[:40]}, not a string")
+        return Row(number, row, text, None)
+
+    def _settle(self, row: dict[str, Any], place: str, name: str) -> None:
+        if self.column is None:
+            names = self._candidates(list(row))
+            is_only = DEFAULT_COLUMN not in names and len(names) == 1
+            self.column = names[0] if is_only else DEFAULT_COLUMN
+        elif self._wanted is None and DEFAULT_COLUMN in row and self.column != DEFAULT_COLUMN:
+            raise InputError(
+                f"{place}: has {DEFAULT_COLUMN!r}, lines before it only {self.column!r}; choose "
+                "with --column",
+                name,
+            )
+
+    def _fields(self, name: str) -> Iterator[Row]:
+        parser = _csv()
+        reader = parser.reader(_lines(name), strict=True)
+        before = 0
+        try:
+            heading: list[str] = next(filter(None, reader), [])
+            column = self._headed(heading, name)
+            width = len(heading)
+            before = reader.line_num
+            for fields in reader:
+                before = reader.line_num
+                if len(fields) == width:
+                    values = dict(zip(heading, fields, strict=True))
+                    yield Row(before, values, values[column], None)
+                elif fields:
+                    problem = f"has {len(fields)} fields, the first line {width}"
+                    yield Row(before, {}, None, problem)
+        except parser.Error as error:
+            raise InputError(
+                f"{name}: the row that begins in line {before + 1}: {error}", name
+            ) from error
+
+    def _headed(self, heading: list[str], name: str) -> str:
+        """Take a heading; the name of the text in it."""
+        if not heading:
+            raise InputError(f"{name}: is empty; the first line names the columns", name)
+        doubled = sorted({each for each in heading if heading.count(each) > 1})
+        if doubled:
+            raise InputError(f"{name}: has more than one column {doubled[0]!r}", name)
+        if len(heading) == 1 and heading[0] != self.column:
+            for mark in (";", "\t", "|"):
+                if mark in heading[0]:
+                    raise InputError(
+                        f"{name}: has one column, {heading[0][:40]!r}; separate columns by commas, "
+                        f"not by {mark!r}, or name that column with --column",
+                        name,
+                    )
+        if self.heading is not None and set(heading) != set(self.heading):
+            raise InputError(
+                f"{name}: has the columns {', '.join(heading)}, the first file "
+                f"{', '.join(self.heading)}",
+                name,
+            )
+        names = heading if self.column is not None else self._candidates(heading)
+        self.column = column_of(names, self.column, name, name)
+        self.heading = self.heading or heading
+        return self.column
+
+
+def column_of(columns: Sequence[str], wanted: str | None, place: str, name: str) -> str:
+    """The column that holds the texts: the one wanted, else "text", else the only one.
+
+    Raises:
+        InputError: There is none; `place` is what to call the columns' home, `name` the file.
+    """
+    if wanted is None and DEFAULT_COLUMN not in columns and len(columns) == 1:
+        return columns[0]
+    column = wanted or DEFAULT_COLUMN
+    if column not in columns:
+        raise InputError(f"{place}: {_lacks(column, columns)}", name)
+    return column
+
+
+def _lacks(column: str, columns: Sequence[str]) -> str:
+    known = ", ".join(map(repr, columns[:20])) or "none"
+    return f"has no {column!r}; choose with --column, of {known}"
+
+
+def _lines(name: str) -> Iterator[str]:
+    """The lines of a file with their ends, blank ones too."""
+    if name == "-":
+        yield from _decoded(standard_input(), "standard input")
+    else:
+        with Path(name).open("rb") as file:
+            yield from _decoded(file, name)
+
+
+def _decoded(lines: Iterable[bytes], name: str) -> Iterator[str]:
+    for number, line in enumerate(lines, 1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"{name}: line {number} is not UTF-8 ({error.reason}); convert the file", name
+            ) from error
+        yield text
+
+
+class _DoubledError(ValueError):
+    pass
+
+
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        doubled = next(name for name in names if names.count(name) > 1)
+        raise _DoubledError(f"has the key {doubled!r} more than once")
+    return found
+
+
+def _depth(value: Any) -> int:
+    depth, level = 0, [value]
+    while level := [each for each in level if isinstance(each, dict | list)]:
+        level = [one for each in level for one in (each.values() if type(each) is dict else each)]
+        depth += 1
+    return depth
+
+
+_decode = json.JSONDecoder(object_pairs_hook=_object_of).decode
+
+
+@cache
+def _csv() -> Any:
+    """The parser of the module csv, with a limit of its own on the length of a field.
+
+    `csv.field_size_limit` holds for the whole process, and is 131,072 characters unless somebody
+    changes it. A text can be longer, and the limit is not ours to change. So this is a second
+    instance of the module in C, as tests of the standard library load them.
+    """
+    spec = importlib.util.find_spec("_csv")
+    assert spec is not None
+    assert spec.loader is not None
+    module: Any = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.field_size_limit(_LONGEST_FIELD)
+    return module
+
+
+def lone_surrogate(value: Any) -> str | None:
+    """Half a character in a value that JSON can hold, which UTF-8 can't; None if there is none."""
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    found = _HALF.search(text)
+    return found and found[0]
+
+
+def as_json(value: Any, is_ascii: bool = False) -> str:
+    """A value as JSON that can be written as UTF-8: half a character is escaped."""
+    text = json.dumps(value, ensure_ascii=is_ascii)
+    return text if text.isascii() or not _HALF.search(text) else json.dumps(value)

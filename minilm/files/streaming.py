@@ -1,0 +1,523 @@
+"""Files of any size in, a folder of Parquet files with their vectors out, in bounded memory.
+
+In: an encoder, and .jsonl, .csv, .parquet or .txt files. Out: `OUTPUT/part-00000.parquet` and so
+on, each of a fixed number of rows, with all columns and the vectors; and a manifest. Next: `minilm
+check OUTPUT`, or whatever reads Parquet.
+
+It can be killed at any moment. The same call goes on where it was, and what it leaves is, byte for
+byte, what an uninterrupted run leaves (with the same versions of torch and pyarrow, on a processor
+of the same kind). For that each part is computed from its own rows only, and a text's vector does
+not depend on what is computed beside it, nor on the number of threads or processes.
+"""
+
+import copy
+import json
+import os
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from minilm.disk import file_sha256
+from minilm.encoder import SentenceEncoder
+from minilm.errors import (
+    BadRowWarning,
+    InputError,
+    NotFiniteError,
+    TruncationError,
+)
+from minilm.files.arrow import embedding_array, embedding_type, import_pyarrow, with_fingerprint
+from minilm.files.rows import DEFAULT_COLUMN
+from minilm.files.shards import Part, ShardFolder
+from minilm.files.sources import ON_BAD_ROW, Layout, Shard, find_files, read_shards, survey
+from minilm.inference.encode import model_ranges_of
+from minilm.inference.kernels import give_back_freed_memory
+from minilm.inference.process_pool import Job, ProcessPool
+from minilm.inference.truncation import TRUNCATION, Cut, caller_level, warn_of
+from minilm.inputs import check_choice, check_positive_int, check_unicode, progress_bar
+from minilm.quantize import PRECISIONS, as_stored
+from minilm.version import __version__
+
+__all__ = ["FilesReport", "encode_files"]
+
+FORMAT_VERSION = 1  # of the manifest
+
+_ATTEMPTS = 3  # processes that may die of one part: a run takes a night, and memory gets short
+
+
+@dataclass(frozen=True)
+class FilesReport:
+    """What `encode_files` did.
+
+    Attributes:
+        output: The folder.
+        parts: How many files it has.
+        rows: How many rows they have together.
+        bad_rows: How many rows of the inputs had no text that can be embedded.
+        computed: How many parts this call computed; the others were there.
+        tokens: How many tokens were read for all parts.
+    """
+
+    output: Path
+    parts: int
+    rows: int
+    bad_rows: int
+    computed: int
+    tokens: int
+
+    def __str__(self) -> str:
+        before = self.parts - self.computed
+        parts = f"{self.parts:,} part{'' if self.parts == 1 else 's'}"
+        return (
+            f"{self.output}: {self.rows:,} rows in {parts}"
+            f"{f', of which {before:,} were there' if before else ''}"
+        )
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What came of a list of texts.
+
+    Attributes:
+        vectors: `[n, d]`.
+        token_counts, kept: How many tokens each text has, and how many were read.
+    """
+
+    vectors: "np.ndarray[Any, Any]"
+    token_counts: tuple[int, ...]
+    kept: tuple[int, ...]
+
+
+def embed(encoder: SentenceEncoder, texts: list[str], options: dict[str, Any]) -> Answer:
+    """The vectors of some texts, and how much was read of them."""
+    vectors, report = encoder.encode(texts, return_report=True, **options)
+    give_back_freed_memory()
+    return Answer(vectors, report.token_counts, report.kept_token_counts)
+
+
+def encode_files(
+    encoder: SentenceEncoder,
+    inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
+    output: str | os.PathLike[str],
+    *,
+    column: str | None = None,
+    shard_rows: int = 4096,
+    embedding_column: str = "embedding",
+    precision: str = "float32",
+    prompt: str | None = None,
+    truncation: str = "warn",
+    truncate_dim: int | None = None,
+    normalize_embeddings: bool = False,
+    on_bad_row: str = "error",
+    workers: int = 1,
+    batch_size: int | None = None,
+    overwrite: bool = False,
+    show_progress_bar: bool | None = None,
+) -> FilesReport:
+    """Embed all texts of files, into a folder of Parquet files.
+
+    The columns of .parquet stay as they are. Those of .csv are strings. Those of .jsonl get the
+    type that holds all values of a key: bool, int64, double or string, and a key that a line lacks
+    is null there; lists, objects, and keys whose values are of different kinds become strings that
+    hold their JSON, which the manifest tells (`columns`: "json"). Numbers with a point are doubles,
+    and no whole number is rounded.
+
+    Each file is read once before anything is computed, and once to compute. Called again after it
+    was interrupted, with the same arguments, it goes on. `output` holds the fingerprint of the
+    model in every part, and `_manifest.json`, which says what was made, from what, with SHA-256.
+
+    Args:
+        encoder: The model.
+        inputs: Files, folders and glob patterns, see `minilm.files.sources.find_files`.
+        output: The folder: a new or an empty one, or the one to go on with.
+        column: The name of the texts; by default "text", or the only one.
+        shard_rows: Rows of each part. Memory grows with it.
+        embedding_column: The name of the vectors: a list of fixed size.
+        precision: Of their numbers: "float32", "float16", or codes, see `encode`.
+        prompt, truncation, truncate_dim, normalize_embeddings, batch_size: As in `encode`.
+            Truncation is told once, of all parts together.
+        on_bad_row: What to do about a row whose text is missing, null or no string, or about a line
+            that is broken or has a key twice. "error" stops at the first, before anything is
+            computed; "skip" leaves the row out; "empty" keeps it, its text null, with the vector of
+            the empty text "", so that the rows are as many as before; of one that can't be read all
+            is null. The last two warn once, with the first few. A file that is not UTF-8, and a
+            .csv file whose quotes are broken, can't be read on from there, and stop the run in any
+            case.
+        workers: Processes, which share the threads. One that dies is replaced. A script that asks
+            for several needs `if __name__ == "__main__":`, as always with processes.
+        overwrite: Remove what another run has left in `output`. Only its own files are removed.
+        show_progress_bar: By default only if this package's logger is at INFO or below.
+
+    Returns:
+        What was done.
+
+    Raises:
+        MissingPackageError: pyarrow is not installed.
+        InputError: An argument can't be used; a file is broken; `output` holds something else, such
+            as a run with other settings or inputs.
+        BadRowError: With `on_bad_row="error"`.
+        TruncationError: With `truncation="error"`, a text is too long.
+        WorkerError: Several processes died of one part.
+        OSError: A file can't be read or written, the disk is full. Finished parts stay.
+    """
+    pyarrow = import_pyarrow("writing Parquet files")
+    check_positive_int(shard_rows, "shard_rows")
+    check_positive_int(workers, "workers")
+    check_unicode([column or ""], "column")
+    check_unicode([embedding_column], "embedding_column")
+    check_choice(on_bad_row, ON_BAD_ROW, "on_bad_row")
+    check_choice(truncation, TRUNCATION, "truncation")
+    check_choice(precision, (*PRECISIONS, "float16"), "precision")
+    coded = "float32" if precision == "float16" else precision
+    if (
+        coded in ("int8", "uint8")
+        and model_ranges_of(encoder, truncate_dim, normalize_embeddings) is None
+    ):
+        raise InputError(
+            f"precision is {precision!r}: this model has no fixed ranges, and those of one part "
+            "would not be those of the next; write float32 and use quantize_embeddings",
+            "precision",
+        )
+    folder = Path(output)
+    files = find_files(inputs, folder)
+    _check_apart(files, inputs, folder)
+    of_call: dict[str, Any] = {
+        "prompt": prompt,
+        "truncation": truncation,
+        "truncate_dim": truncate_dim,
+        "normalize_embeddings": normalize_embeddings,
+        "precision": coded,
+    }
+    record = encoder.fingerprint(**of_call)
+    # What was not given is as the model has it now, for all parts, whatever others set meanwhile.
+    of_call |= {"prompt": record.prompt, "truncate_dim": record.dimension}
+    encoder = copy.copy(encoder)  # shares all but the settings
+    wanted = {
+        "format_version": FORMAT_VERSION,
+        "package_version": __version__,
+        "made_with": {
+            "torch": str(torch.__version__),
+            "pyarrow": pyarrow.__version__,
+            "device": encoder.device.type,
+        },
+        "fingerprint": record.to_dict(),
+        "settings": {
+            "column": column,
+            "embedding_column": embedding_column,
+            "precision": precision,
+            "shard_rows": shard_rows,
+            "on_bad_row": on_bad_row,
+        },
+    }
+    # The warning adds up what was cut in all parts.
+    quiet = "silent" if truncation == "warn" else truncation
+    options = of_call | {
+        "truncation": quiet,
+        "batch_size": batch_size,
+        "show_progress_bar": False,
+    }
+    with ShardFolder(folder) as shards:
+        stats = [path.stat() for path in files]
+        described = [
+            {"name": str(path), "bytes": stat.st_size, "sha256": file_sha256(path)}
+            for path, stat in zip(files, stats, strict=True)
+        ]
+        if shards.header is not None:
+            differing = _differing(shards.header, wanted, described)
+            if differing and not overwrite:
+                raise InputError(
+                    f"{folder}: holds a run with another {differing}; repeat that one, choose "
+                    "another folder, or pass --overwrite",
+                    "output",
+                )
+            if differing:
+                shards.clear()
+        header = shards.header
+        if header is None:
+            with progress_bar(show_progress_bar, desc="Reading", unit=" rows") as bar:
+                layout = survey(files, column, on_bad_row, bar.update)
+            header = _header(wanted, described, layout, on_bad_row)
+        else:
+            layout = _layout(header)
+        if embedding_column in layout.columns:
+            raise InputError(
+                f"the rows have {embedding_column!r} already; choose another name with "
+                "--embedding-column",
+                "embedding_column",
+            )
+        shards.begin(header)
+        there = len(shards.done)
+        if not shards.is_complete:
+            run = _Run(encoder, shards, files, layout, header, options)
+            run.compute(workers, show_progress_bar)
+            _check_unchanged(shards, files, stats, described)
+            shards.finish()
+        parts = [shards.done[number] for number in sorted(shards.done)]
+    _tell(layout, parts, truncation, on_bad_row, encoder.max_seq_length)
+    return FilesReport(
+        output=folder,
+        parts=len(parts),
+        rows=sum(part.rows for part in parts),
+        bad_rows=layout.bad,
+        computed=len(parts) - there,
+        tokens=sum(part.tokens for part in parts),
+    )
+
+
+class _Run:
+    """One run: from rows to parts."""
+
+    def __init__(
+        self,
+        encoder: SentenceEncoder,
+        shards: ShardFolder,
+        files: list[Path],
+        layout: Layout,
+        header: dict[str, Any],
+        options: dict[str, Any],
+    ) -> None:
+        self.encoder, self.shards, self.files = encoder, shards, files
+        self.layout, self.options = layout, options
+        self.settings = header["settings"]
+        self.fingerprint = json.dumps(header["fingerprint"], ensure_ascii=False)
+        count = max(1, -(-header["rows"]["written"] // self.settings["shard_rows"]))
+        self.digits = max(5, len(str(count - 1)))
+        self.characters = 0  # of the parts that are written
+        self.flight: dict[int, tuple[Shard, list[int]]] = {}  # those that are computed now
+
+    def compute(self, workers: int, show: bool | None) -> None:
+        """All parts that are not there."""
+        done = sum(part.tokens for part in self.shards.done.values())
+        with ExitStack() as stack:
+            bar = stack.enter_context(
+                progress_bar(show, desc="Encoding", unit=" tokens", unit_scale=True, initial=done)
+            )
+            jobs = self._jobs()
+            answers: Iterable[tuple[Job, Answer | Exception]]
+            if workers == 1:
+                answers = self._answers(jobs)
+            else:
+                pool = ProcessPool(self.encoder, [self.encoder.device] * workers)
+                answers = stack.enter_context(pool).answers(embed, jobs, _ATTEMPTS)
+            for job, answer in answers:
+                shard, rows = self.flight.pop(job.key)
+                if isinstance(answer, Exception):
+                    raise self._explained(answer, shard, rows)
+                part = self._write(shard, rows, answer)
+                done += part.tokens
+                if self.characters:
+                    # How many tokens are to come is not known: as many a character as before.
+                    bar.total = round(done / self.characters * self.layout.characters)
+                bar.update(part.tokens)
+
+    def _jobs(self) -> Iterator[Job]:
+        settings = self.settings
+        shards = read_shards(
+            self.files, self.layout, settings["shard_rows"], settings["on_bad_row"]
+        )
+        for shard in shards:
+            if shard.number in self.shards.done:
+                self.characters += sum(map(len, shard.texts))
+                continue
+            # Each text once; `rows` says which of them a row has.
+            places = {text: place for place, text in enumerate(dict.fromkeys(shard.texts))}
+            rows = [places[text] for text in shard.texts]
+            self.flight[shard.number] = shard, rows
+            yield Job(shard.number, (list(places), self.options), self._called(shard))
+
+    def _called(self, shard: Shard) -> str:
+        if not shard.places:
+            return self._name(shard.number)
+        first, last = self._place(shard.places[0]), self._place(shard.places[-1])
+        return f"{self._name(shard.number)} ({first} to {last})"
+
+    def _name(self, number: int) -> str:
+        return f"part-{number:0{self.digits}}.parquet"
+
+    def _place(self, place: tuple[int, int]) -> str:
+        kind = "row" if self.layout.form == "parquet" else "line"
+        return f"{self.files[place[0]]}: {kind} {place[1]}"
+
+    def _answers(self, jobs: Iterator[Job]) -> Iterator[tuple[Job, Answer | Exception]]:
+        """As `ProcessPool.answers`, in this process."""
+        for job in jobs:
+            try:
+                answer: Answer | Exception = embed(self.encoder, *job.arguments)
+            except (TruncationError, NotFiniteError) as error:
+                answer = error
+            yield job, answer
+
+    def _explained(self, error: Exception, shard: Shard, rows: list[int]) -> Exception:
+        """The error, naming the place of the first text that it is about."""
+        if not isinstance(error, TruncationError | NotFiniteError):
+            return error
+        of_texts = set(error.rows)
+        found = [row for row, place in enumerate(rows) if place in of_texts]
+        where = self._place(shard.places[found[0]])
+        if isinstance(error, TruncationError):
+            limit = self.encoder.max_seq_length
+            return TruncationError(f"{where}: would be cut at {limit} tokens", found)
+        return NotFiniteError(found, f"that is {where}; {error.reason}")
+
+    def _write(self, shard: Shard, rows: list[int], answer: Answer) -> Part:
+        called = f"{self._called(shard)}: "
+        vectors = as_stored(answer.vectors, self.settings["precision"], called)
+        import pyarrow
+
+        column = embedding_array(vectors[rows])
+        kind = embedding_type(vectors.dtype, vectors.shape[1])
+        field = pyarrow.field(self.settings["embedding_column"], kind, nullable=False)
+        table = with_fingerprint(shard.table.append_column(field, column), self.fingerprint)
+        self.characters += sum(map(len, shard.texts))
+        cut = [
+            row for row, place in enumerate(rows) if answer.token_counts[place] > answer.kept[place]
+        ]
+        return self.shards.add(
+            shard.number,
+            self._name(shard.number),
+            table,
+            unique=len(answer.kept),
+            tokens=sum(answer.kept),
+            cut_rows=len(cut),
+            cut_tokens=sum(answer.token_counts[rows[row]] for row in cut),
+            cut_read=sum(answer.kept[rows[row]] for row in cut),
+            cut_first=cut[0] if cut else -1,
+        )
+
+
+def _check_unchanged(
+    shards: ShardFolder,
+    files: list[Path],
+    stats: list[os.stat_result],
+    described: list[dict[str, Any]],
+) -> None:
+    """The parts shall be of the files that the manifest names; if they are not, none stays."""
+    problem = None
+    for path, before, told in zip(files, stats, described, strict=True):
+        now = path.stat()
+        touched = (now.st_size, now.st_mtime_ns) != (before.st_size, before.st_mtime_ns)
+        if touched and file_sha256(path) != told["sha256"]:
+            problem = f"{path}: was changed while it was read"
+    rows = sum(part.rows for part in shards.done.values())
+    expected = (shards.header or {})["rows"]["written"]
+    if problem is None and rows != expected:
+        problem = (
+            f"{shards.folder}: got {rows:,} rows, where the first reading of the files found "
+            f"{expected:,}; were they changed?"
+        )
+    if problem is not None:
+        shards.clear()
+        raise InputError(f"{problem}; the parts were removed: run the same command again", "inputs")
+
+
+def _check_apart(
+    files: list[Path], inputs: str | os.PathLike[str] | Sequence[Any], folder: Path
+) -> None:
+    """Nobody shall read what he writes: not now, and not when he goes on."""
+    whole = folder.resolve()
+    given = [inputs] if isinstance(inputs, str | os.PathLike) else inputs
+    for name in map(os.fspath, given):
+        if Path(name).is_dir() and whole.is_relative_to(Path(name).resolve()):
+            raise InputError(
+                f"{folder}: is within {name}, which is read; write elsewhere", "output"
+            )
+    inside = [path for path in files if path.resolve().is_relative_to(whole)]
+    if inside:
+        raise InputError(f"{folder}: has {inside[0].name} in it, which is read", "output")
+
+
+def _header(
+    wanted: dict[str, Any], described: list[dict[str, Any]], layout: Layout, on_bad_row: str
+) -> dict[str, Any]:
+    """All that the manifest says but for the parts."""
+    read = sum(layout.rows)
+    return wanted | {
+        "inputs": [
+            each | {"rows": rows} for each, rows in zip(described, layout.rows, strict=True)
+        ],
+        "form": layout.form,
+        "column": layout.column,
+        "columns": layout.columns,
+        "characters": layout.characters,
+        "rows": {
+            "read": read,
+            "bad": layout.bad,
+            "written": read - (layout.bad if on_bad_row == "skip" else 0),
+        },
+        "bad_rows": layout.examples,
+    }
+
+
+def _layout(header: dict[str, Any]) -> Layout:
+    """The reverse."""
+    return Layout(
+        form=header["form"],
+        column=header["column"],
+        columns=header["columns"],
+        rows=[each["rows"] for each in header["inputs"]],
+        characters=header["characters"],
+        bad=header["rows"]["bad"],
+        examples=header["bad_rows"],
+    )
+
+
+def _differing(
+    header: dict[str, Any], wanted: dict[str, Any], described: list[dict[str, Any]]
+) -> str:
+    """In what a run that was begun differs from the one that is wanted, in words; "" if in nothing.
+
+    Files may have moved: what counts is what is in them.
+    """
+    differing = []
+    for name in ("settings", "fingerprint", "made_with"):
+        before, now = header.get(name, {}), wanted[name]
+        differing += [
+            f"{key} ({before.get(key)!r} there, {value!r} now)"
+            for key, value in now.items()
+            if before.get(key) != value and not _is_the_same(name, key, header, value)
+        ]
+    if header.get("format_version") != wanted["format_version"]:
+        differing.append(f"format_version ({header.get('format_version')!r} there)")
+    before = [(each["sha256"], each["name"]) for each in header.get("inputs", [])]
+    now = [(each["sha256"], each["name"]) for each in described]
+    if len(before) != len(now):
+        differing.append(f"number of input files ({len(before)} there, {len(now)} now)")
+    else:
+        changed = [b[1] for a, b in zip(before, now, strict=True) if a[0] != b[0]]
+        if changed:
+            differing.append(f"content of {changed[0]}")
+    return "; ".join(differing)
+
+
+def _is_the_same(name: str, key: str, header: dict[str, Any], value: Any) -> bool:
+    """Whether another value means the same: a model's name, or a column that was the default."""
+    if (name, key) == ("fingerprint", "model"):
+        return True
+    return (name, key) == ("settings", "column") and (value or DEFAULT_COLUMN) == header["column"]
+
+
+def _tell(layout: Layout, parts: list[Part], truncation: str, on_bad_row: str, limit: int) -> None:
+    """One warning for all bad rows, and one, or an error, for all texts that were cut."""
+    if layout.bad:
+        how = "left out" if on_bad_row == "skip" else "read as empty texts"
+        more = layout.bad - len(layout.examples)
+        told = "; ".join(layout.examples) + (f"; and {more:,} more" if more else "")
+        warnings.warn(
+            f"{layout.bad:,} of {sum(layout.rows):,} rows are bad and were {how}: {told}",
+            BadRowWarning,
+            stacklevel=caller_level(),
+        )
+    before, whole = 0, Cut()
+    for part in parts:
+        first = before + part.cut_first
+        whole += Cut(part.rows, part.cut_rows, part.cut_tokens, part.cut_read, first, limit)
+        before += part.rows
+    if truncation == "warn":
+        warn_of(whole)
+    elif truncation == "error" and whole.rows:  # in parts that were there
+        raise TruncationError(whole.message(), [whole.first])

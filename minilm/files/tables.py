@@ -1,0 +1,327 @@
+"""Files of texts, and of texts with their vectors: what the command line reads and writes.
+
+In: the rows of files, see `rows.py`. Out: `Table`, all texts and what stood beside them, and files
+that hold those and the vectors. Next: `cli/parser.py`.
+
+torch is not imported, and NumPy only when vectors are written, so that `--help` answers at once.
+"""
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from minilm.disk import with_metadata
+from minilm.errors import InputError
+from minilm.files.rows import DEFAULT_COLUMN, Reader, as_json, lone_surrogate
+from minilm.outputs import is_stream, write_output
+
+if TYPE_CHECKING:
+    import numpy as np
+
+__all__ = [
+    "METADATA_KEY",
+    "NPZ_KEY",
+    "ROW_SUFFIXES",
+    "SUFFIXES",
+    "VECTOR_FIELDS",
+    "Table",
+    "check_rows",
+    "form_of",
+    "is_utf8",
+    "read_table",
+    "sidecar_path",
+    "sidecars_of",
+    "write_jsonl",
+    "write_rows",
+    "write_table",
+]
+
+# The forms that vectors are written in.
+SUFFIXES = (".npy", ".npz", ".safetensors", ".jsonl", ".csv")
+
+# The forms that rows without vectors are written in.
+ROW_SUFFIXES = (".jsonl", ".csv", ".txt")
+
+# Where the fingerprint of the model stands in a file that has a place for it.
+NPZ_KEY = "fingerprint_json"  # an array of uint8: the bytes of the JSON
+METADATA_KEY = "minilm.fingerprint"  # in the header of safetensors files
+
+# Of a safetensors file, without which nobody reads it; some of it is for what is no metadata.
+_LARGEST_HEADER = 100_000_000 - 1_000
+
+# What a column of vectors may be called.
+VECTOR_FIELDS = ("embedding", "embeddings", "vector", "vectors")
+
+
+@dataclass
+class Table:
+    """Rows with a text in each.
+
+    Attributes:
+        texts: n texts.
+        rows: All that each row holds, the text too, by name.
+    """
+
+    texts: list[str] = field(default_factory=list)
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def add(self, text: str, row: dict[str, Any]) -> None:
+        self.texts.append(text)
+        self.rows.append(row)
+
+    @property
+    def has_more(self) -> bool:
+        """Whether the rows hold more than a text under its usual name."""
+        return any(row.keys() != {DEFAULT_COLUMN} for row in self.rows)
+
+
+def read_table(names: Sequence[str], column: str | None = None) -> Table:
+    """Read texts from files, with all that stands beside them.
+
+    Args:
+        names: Paths, or - for standard input. The suffix says what a file is, see `rows.py`:
+            .jsonl or .ndjson, an object or a string a line; .csv, a heading and rows; .txt or none,
+            a text a line.
+        column: The name of the text; by default "text", or in .jsonl and .csv the only one.
+
+    Raises:
+        InputError: A file is broken or of another form, or a row has no text of that name; the
+            message names the file and the line.
+        OSError: A file can't be read.
+    """
+    if list(names).count("-") > 1:
+        raise InputError("standard input can be read only once; name - once", "-")
+    table = Table()
+    for name in names:
+        for _, text, row in Reader(column).good_rows(name):
+            table.add(text, row)
+    return table
+
+
+def check_rows(table: Table, suffix: str, column: str | None = None, width: int = 0) -> None:
+    """Whether a form can hold rows, and what is added to them; ask before anything is computed.
+
+    Args:
+        table: n rows.
+        suffix: That of the form.
+        column: The name under which .jsonl adds a vector.
+        width: How many columns .csv adds, which are called 0, 1, 2, ...
+
+    Raises:
+        InputError: The rows have something of such a name already; or there is a text or a value
+            that the form can't hold. The message names the row, from 0.
+    """
+    if suffix == ".safetensors":
+        size = len(json.dumps(_metadata(table)))
+        if size > _LARGEST_HEADER:
+            raise InputError(
+                f".safetensors has room for {_LARGEST_HEADER:,} bytes of texts, and these take "
+                f"{size:,}; write .npz",
+                "table",
+            )
+    elif suffix == ".jsonl" and any(column in row for row in table.rows):
+        raise InputError(
+            f"the rows have {column!r} already; choose another name with --embedding-column, or "
+            "write .npz",
+            "table",
+        )
+    elif suffix == ".csv":
+        names = [*map(str, range(width))]
+        for number, row in enumerate(table.rows):
+            taken = next((name for name in names if name in row), None)
+            if taken is not None:
+                raise InputError(
+                    f"the rows have {taken!r} already, which is what .csv calls a number of the "
+                    "vector; write .jsonl or .npz",
+                    "table",
+                )
+            for name, value in row.items():
+                half = lone_surrogate([name, value])
+                if half:
+                    raise InputError(
+                        f"row {number} has a lone surrogate, {half!r}, in {name!r}, which .csv "
+                        "can't hold; write .jsonl",
+                        "table",
+                    )
+    elif suffix == ".txt":
+        for number, text in enumerate(table.texts):
+            bad = "NUL" if "\0" in text else None
+            if "\n" in text or text.endswith("\r"):
+                bad = "line break"
+            if bad:
+                raise InputError(
+                    f"the text of row {number} has a {bad}, which .txt can't hold; write .jsonl",
+                    "table",
+                )
+
+
+def write_table(
+    output: Path,
+    table: Table,
+    embeddings: "np.ndarray[Any, Any]",
+    fingerprint: str | None = None,
+    column: str = "embedding",
+) -> None:
+    """Write rows and their vectors, in the form that the suffix says, all or nothing.
+
+    `.npy`: the vectors alone. `.npz`: `embeddings`, `texts_json`, and `rows_json` if the rows hold
+    more than texts. `.safetensors`: the tensor `embeddings`, and the same as metadata. `.jsonl`:
+    the rows as they were, with the vector under `column`. `.csv`: the rows' columns, then the
+    numbers.
+
+    Args:
+        output: The file; or a stream, see `minilm.outputs.is_stream`, beside which nothing is
+            written.
+        table: n rows.
+        embeddings: `[n, d]`.
+        fingerprint: Which model made them, as JSON: in `.npz` under `fingerprint_json`, in
+            `.safetensors` under `minilm.fingerprint`, beside other files in
+            `NAME.fingerprint.json`.
+        column: The name of the vector.
+
+    Raises:
+        InputError: As in `check_rows`.
+        OSError: The file can't be written; what was there before still is.
+    """
+    suffix = form_of(output)
+    check_rows(table, suffix, column, embeddings.shape[1])
+
+    def write(file: IO[bytes]) -> None:
+        import numpy as np
+
+        if suffix == ".npy":
+            np.save(file, embeddings)
+        elif suffix == ".npz":
+            # As JSON in bytes: NumPy's strings would all take the room of the longest.
+            more: dict[str, Any] = {"texts_json": _json_bytes(table.texts)}
+            if table.has_more:
+                more["rows_json"] = _json_bytes(table.rows)
+            if fingerprint is not None:
+                more[NPZ_KEY] = np.frombuffer(fingerprint.encode(), dtype=np.uint8)
+            np.savez(file, embeddings=embeddings, **more)
+        elif suffix == ".safetensors":
+            import safetensors.numpy
+
+            metadata = _metadata(table)
+            if fingerprint is not None:
+                metadata[METADATA_KEY] = fingerprint
+            data = safetensors.numpy.save({"embeddings": embeddings})
+            file.write(with_metadata(data, metadata))
+        else:
+            text_file = io.TextIOWrapper(file, encoding="utf-8", newline="")
+            write_text = write_jsonl if suffix == ".jsonl" else _write_csv
+            write_text(text_file, table, embeddings, column)
+            text_file.detach()  # flushed, and left open
+
+    beside = {}
+    if fingerprint is not None:
+        beside = dict.fromkeys(sidecars_of(output), fingerprint.encode() + b"\n")
+    write_output(output, write, beside)
+
+
+def form_of(output: Path) -> str:
+    """The form that a file is written in: its suffix. A stream without one gets .jsonl."""
+    return ".jsonl" if not output.suffix and is_stream(output) else output.suffix
+
+
+def sidecars_of(output: Path) -> list[Path]:
+    """What `write_table` writes beside a file that has no place for a fingerprint."""
+    return [] if output.suffix in (".npz", ".safetensors") else [sidecar_path(output)]
+
+
+def sidecar_path(path: str | Path) -> Path:
+    """The file that holds the record of one that has no place for it: `x.npy.fingerprint.json`."""
+    path = Path(path)
+    return path.with_name(f"{path.name}.fingerprint.json")
+
+
+def _metadata(table: Table) -> dict[str, str]:
+    """What .safetensors holds beside the vectors."""
+    metadata = {"texts_json": json.dumps(table.texts)}
+    if table.has_more:
+        metadata["rows_json"] = json.dumps(table.rows)
+    return metadata
+
+
+def _json_bytes(value: Any) -> Any:
+    import numpy as np
+
+    return np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
+
+
+def write_jsonl(
+    file: IO[str], table: Table, embeddings: "np.ndarray[Any, Any]", column: str = "embedding"
+) -> None:
+    """The rows as they were, each with its vector, an object a line."""
+    for row, embedding in zip(table.rows, embeddings, strict=True):
+        line = row | {column: _numbers(embedding)}
+        file.write(as_json(line, is_ascii=not is_utf8(file)) + "\n")
+
+
+def write_rows(output: Path, table: Table) -> None:
+    """Write rows as they were, without vectors, in the form that the suffix says, all or nothing.
+
+    `.jsonl`: an object a line. `.csv`: the rows' columns. `.txt`: the texts, one a line.
+
+    Args:
+        output: The file.
+        table: n rows.
+
+    Raises:
+        InputError: There is no such form, or as in `check_rows`.
+        OSError: The file can't be written; what was there before still is.
+    """
+    suffix = form_of(output)
+    if suffix not in ROW_SUFFIXES:
+        raise InputError(f"{output}: has no suffix of {', '.join(ROW_SUFFIXES)}", str(output))
+    check_rows(table, suffix)
+
+    def write(file: IO[bytes]) -> None:
+        text_file = io.TextIOWrapper(file, encoding="utf-8", newline="")
+        if suffix == ".jsonl":
+            text_file.writelines(as_json(row) + "\n" for row in table.rows)
+        elif suffix == ".csv":
+            names = _columns(table)
+            writer = csv.writer(text_file)
+            writer.writerow(names)
+            writer.writerows([_field(row.get(name, "")) for name in names] for row in table.rows)
+        else:
+            text_file.writelines(text + "\n" for text in table.texts)
+        text_file.detach()  # flushed, and left open
+
+    write_output(output, write)
+
+
+def _columns(table: Table) -> list[str]:
+    return list(dict.fromkeys(name for row in table.rows for name in row)) or [DEFAULT_COLUMN]
+
+
+def _write_csv(
+    file: IO[str], table: Table, embeddings: "np.ndarray[Any, Any]", column: str
+) -> None:
+    names = _columns(table)
+    writer = csv.writer(file)
+    writer.writerow([*names, *range(embeddings.shape[1])])
+    for row, embedding in zip(table.rows, embeddings, strict=True):
+        writer.writerow([*(_field(row.get(name, "")) for name in names), *_numbers(embedding)])
+
+
+def _field(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def is_utf8(file: IO[str]) -> bool:
+    """Whether a text file can hold any character."""
+    return (getattr(file, "encoding", None) or "").lower().replace("-", "") == "utf8"
+
+
+def _numbers(embedding: "np.ndarray[Any, Any]") -> list[float] | list[int]:
+    """The shortest decimals that read back as the same numbers of the array's dtype."""
+    if embedding.dtype.kind in "iu":
+        whole: list[int] = embedding.tolist()
+        return whole
+    return [float(str(number)) for number in embedding]

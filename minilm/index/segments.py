@@ -1,0 +1,449 @@
+"""The files of an index: index.json, and the segments that it tells of.
+
+In: blocks of vectors and rows. Out: segments written so that they are complete or not there, and
+opened again. What is in the folder stands in `index.py`, which comes next.
+"""
+
+import io
+import json
+import mmap
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import chain, pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from minilm.disk import (
+    file_sha256,
+    inside,
+    sync,
+    sync_folder,
+    temporary_name,
+    told_of,
+    write_atomically,
+)
+from minilm.errors import ConfigError, InputError, InputTypeError
+from minilm.pretrained.fingerprint import Fingerprint
+from minilm.quantize import model_ranges, quantize_embeddings
+from minilm.similarity import Embeddings
+from minilm.tasks.search import not_finite
+from minilm.vectors import as_matrix
+
+__all__ = [
+    "LOCK",
+    "MANIFEST",
+    "Block",
+    "Manifest",
+    "Row",
+    "Segment",
+    "commit",
+    "extended",
+    "float_vectors",
+    "is_ours",
+    "read_manifest",
+    "remove_leftovers",
+    "size_problem",
+]
+
+_Array = np.ndarray[Any, Any]
+Row = str | Mapping[str, Any]
+Block = tuple[Embeddings, Sequence[Row]]
+
+FORMAT = "minilm index"
+FORMAT_VERSION = 1
+MANIFEST = "index.json"
+LOCK = "index.lock"
+_LEFTOVER = re.compile(r"segment-\d{5,}|\.(segment-\d{5,}|index\.json|trial)\.[0-9a-f]{32}\.part")
+_SMALL = 2**16  # rows up to which a segment becomes part of the next: 100 MB of vectors
+_COPIED = 4096  # rows of it copied at a time
+_HEADER = 128  # bytes of an .npy file before its numbers
+
+
+# --- index.json
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A segment as index.json tells of it: for each file its size and its SHA-256."""
+
+    name: str
+    rows: int
+    files: dict[str, tuple[int, str]]
+
+    def to_dict(self) -> dict[str, Any]:
+        files = {name: {"bytes": size, "sha256": sha} for name, (size, sha) in self.files.items()}
+        return {"name": self.name, "rows": self.rows, "files": files}
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What index.json says."""
+
+    fingerprint: Fingerprint | None
+    dimension: int | None
+    column: str
+    codes: tuple[str, ...]
+    next_segment: int
+    segments: tuple[_Entry, ...]
+
+    def to_json(self) -> str:
+        values = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "fingerprint": None if self.fingerprint is None else self.fingerprint.to_dict(),
+            "dimension": self.dimension,
+            "column": self.column,
+            "codes": list(self.codes),
+            "next_segment": self.next_segment,
+            "segments": [entry.to_dict() for entry in self.segments],
+        }
+        return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read index.json.
+
+    Raises:
+        ConfigError: It is broken, or of a later version.
+    """
+    path = folder / MANIFEST
+    try:
+        values = json.loads(path.read_bytes())
+        if not isinstance(values, dict) or values.get("format") != FORMAT:
+            raise ConfigError(
+                path, [f'is not the record of an index: its "format" is no "{FORMAT}"']
+            )
+        if values.get("format_version") != FORMAT_VERSION:
+            found = values.get("format_version")
+            what = f"is of format {found!r}, this package reads {FORMAT_VERSION}; update minilm"
+            raise ConfigError(path, [what])
+        record = values["fingerprint"]
+        segments = tuple(
+            _Entry(
+                inside(entry["name"]),
+                _typed(entry["rows"], int),
+                {
+                    inside(name): (_typed(file["bytes"], int), _typed(file["sha256"], str))
+                    for name, file in entry["files"].items()
+                },
+            )
+            for entry in values["segments"]
+        )
+        dimension = values["dimension"]
+        return Manifest(
+            None if record is None else Fingerprint.from_dict(record),
+            None if dimension is None else _typed(dimension, int),
+            _typed(values["column"], str),
+            tuple(_typed(code, str) for code in values["codes"]),
+            _typed(values["next_segment"], int),
+            segments,
+        )
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
+        raise ConfigError(path, [f"is broken: {what}; build the index again"]) from error
+
+
+def _typed(value: Any, kind: type) -> Any:
+    if type(value) is not kind:
+        raise TypeError(f"{value!r} is no {kind.__name__}")
+    return value
+
+
+def commit(folder: Path, manifest: Manifest) -> None:
+    """Replace index.json: from here on the index is the new one."""
+    contents = manifest.to_json().encode()
+    write_atomically(folder / MANIFEST, lambda file: file.write(contents))
+
+
+# --- one segment
+
+
+class Segment:
+    """The files of one segment, opened."""
+
+    def __init__(self, folder: Path, entry: _Entry, first: int, width: int) -> None:
+        """Open the files.
+
+        Raises:
+            ConfigError: One holds something else than it should.
+        """
+        self.path, self.entry = folder / entry.name, entry
+        self.first, self.count = first, entry.rows
+        self.vectors = self._array("vectors.npy", np.float32, (entry.rows, width))
+        self._lengths = self._array("lengths.npy", np.float32, (entry.rows,))
+        self._offsets = self._array("offsets.npy", np.int64, (entry.rows + 1,))
+        forms = {"int8": (np.int8, width), "binary": (np.int8, (width + 7) // 8)}
+        self.codes = {
+            name: self._array(f"{name}.npy", dtype, (entry.rows, columns))
+            for name, (dtype, columns) in forms.items()
+            if f"{name}.npy" in entry.files
+        }
+        path = self.path / "rows.jsonl"
+        try:
+            with path.open("rb") as file:
+                self._rows = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (FileNotFoundError, ValueError) as error:  # ValueError: it is empty
+            raise ConfigError(path, ["is missing or empty; build the index again"]) from error
+
+    def _array(self, name: str, dtype: type, shape: tuple[int, ...]) -> _Array:
+        path = self.path / name
+        try:
+            mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+            array: _Array = mapped.view(np.ndarray)  # slices of a memmap take longer
+        except (ValueError, EOFError, FileNotFoundError) as error:
+            raise ConfigError(path, [f"is no .npy file, or broken: {error}"]) from error
+        if array.dtype != dtype or array.shape != shape:
+            found = f"{array.dtype} {list(array.shape)}"
+            what = f"holds {found}, not {np.dtype(dtype)} {list(shape)}; build the index again"
+            raise ConfigError(path, [what])
+        return array
+
+    @cached_property
+    def tensor(self) -> Tensor:
+        return as_matrix(self.vectors, str(self.path))
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        return torch.from_numpy(np.array(self._lengths))
+
+    def lines(self, start: int, stop: int) -> list[bytes]:
+        """The rows as they stand in the file."""
+        ends = self._offsets[start : stop + 1].tolist()
+        return [self._rows[a:b] for a, b in pairwise(ends)]
+
+    def row(self, i: int) -> dict[str, Any]:
+        [line] = self.lines(i, i + 1)
+        try:
+            return dict(json.loads(line))
+        except ValueError as error:
+            raise ConfigError(
+                self.path / "rows.jsonl", [f"line {i + 1} is broken: {error}"]
+            ) from error
+
+
+def extended(
+    folder: Path, manifest: Manifest, segments: Sequence[Segment], blocks: Iterable[Block]
+) -> Manifest:
+    """Write blocks as a new segment, and say how the index is with it; the same without any row."""
+    checked = _checked(blocks, manifest.dimension, manifest.column)
+    head = next(checked, None)
+    if head is None:
+        return manifest
+    # The last segments go into the new one while they are no longer than it. So few are left, also
+    # after many small calls, and a row is copied no more often than doubling leads to `_SMALL`.
+    absorbed: list[Segment] = []
+    count = len(head[0])
+    for segment in reversed(segments):
+        if segment.count > min(count, _SMALL):
+            break
+        absorbed.insert(0, segment)
+        count += segment.count
+    old = chain.from_iterable(map(_blocks_of, absorbed))
+    name = f"segment-{manifest.next_segment:05}"
+    entry = _write_segment(folder, name, chain(old, [head], checked), manifest)
+    return replace(
+        manifest,
+        dimension=head[0].shape[1],
+        next_segment=manifest.next_segment + 1,
+        segments=(*manifest.segments[: len(segments) - len(absorbed)], entry),
+    )
+
+
+def _blocks_of(segment: Segment) -> Iterator[tuple[_Array, list[bytes]]]:
+    for start in range(0, segment.count, _COPIED):
+        stop = min(start + _COPIED, segment.count)
+        yield segment.vectors[start:stop], segment.lines(start, stop)
+
+
+def _checked(
+    blocks: Iterable[Block], width: int | None, column: str
+) -> Iterator[tuple[_Array, list[bytes]]]:
+    """Blocks as float32 `[n, d]` and n lines, n at least 1.
+
+    Raises:
+        InputError, InputTypeError: As in `add`.
+    """
+    for embeddings, rows in blocks:
+        if isinstance(rows, str | bytes | Mapping):
+            raise InputTypeError(
+                f"rows is of type {type(rows).__name__}; pass a list of rows", "rows"
+            )
+        lines = [_line(row, i, column) for i, row in enumerate(rows)]
+        vectors = float_vectors(embeddings, width, "embeddings")
+        count = len(vectors) if vectors.numel() else 0
+        if count != len(lines):
+            raise InputError(
+                f"rows has {len(lines)}, embeddings {count}; pass a row for each vector", "rows"
+            )
+        if not lines:
+            continue
+        width = vectors.shape[1]
+        array: _Array = vectors.to("cpu", torch.float32).numpy()
+        finite = np.isfinite(array).all(axis=1)
+        if not finite.all():
+            raise not_finite("embeddings", int(finite.argmin()))
+        yield array, lines
+
+
+def float_vectors(embeddings: Embeddings, width: int | None, argument: str) -> Tensor:
+    vectors = as_matrix(embeddings, argument, codes=False).detach()
+    if not vectors.numel() and width is not None:
+        return vectors.new_zeros(0, width)
+    if width not in (None, vectors.shape[1]):
+        raise InputError(
+            f"{argument} has vectors of width {vectors.shape[1]}, the index of width {width}; "
+            "pass embeddings of its model",
+            argument,
+        )
+    return vectors
+
+
+def _line(row: Row, i: int, column: str) -> bytes:
+    if isinstance(row, str):
+        row = {column: row}
+    if not isinstance(row, Mapping):
+        raise InputTypeError(
+            f"rows[{i}] is of type {type(row).__name__}; pass a string or a mapping", f"rows[{i}]"
+        )
+    wrong = [key for key in row if not isinstance(key, str)]
+    if wrong:
+        raise InputTypeError(f"rows[{i}] has the key {wrong[0]!r}; pass strings", f"rows[{i}]")
+    try:
+        text = json.dumps(dict(row), ensure_ascii=False)
+        with suppress(UnicodeEncodeError):  # half a character, which only an escape can hold
+            return text.encode() + b"\n"
+        return json.dumps(dict(row)).encode() + b"\n"
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InputTypeError(f"rows[{i}] can't be kept as JSON: {error}", f"rows[{i}]") from error
+
+
+def _write_segment(
+    folder: Path, name: str, blocks: Iterable[tuple[_Array, list[bytes]]], manifest: Manifest
+) -> _Entry:
+    """Write all files of a segment under another name, then rename their folder.
+
+    Raises:
+        OSError: It can't be written; nothing of it is left.
+    """
+    temporary = folder / temporary_name(name)
+    try:
+        with told_of(folder, temporary):
+            temporary.mkdir()
+            count = _write_files(temporary, blocks, manifest)
+            files = {
+                path.name: (path.stat().st_size, file_sha256(path))
+                for path in sorted(temporary.iterdir())
+            }
+            sync_folder(temporary)
+            temporary.rename(folder / name)
+            sync_folder(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return _Entry(name, count, files)
+
+
+def _write_files(
+    folder: Path, blocks: Iterable[tuple[_Array, list[bytes]]], manifest: Manifest
+) -> int:
+    """The files of a segment, and how many rows they have."""
+    count, size = 0, 0
+    with ExitStack() as stack:
+        arrays: dict[str, _Rows] = {}
+
+        def write(kind: str, values: _Array) -> None:
+            if kind not in arrays:
+                arrays[kind] = stack.enter_context(_Rows(folder / f"{kind}.npy", values))
+            arrays[kind].write(values)
+
+        lines_file = stack.enter_context((folder / "rows.jsonl").open("xb"))
+        write("offsets", np.zeros(1, np.int64))
+        for vectors, lines in blocks:
+            write("vectors", vectors)
+            lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
+            write("lengths", lengths.astype(np.float32))
+            for code in manifest.codes:
+                write(code, _codes_of(vectors, code))
+            lines_file.writelines(lines)
+            ends = size + np.cumsum([len(line) for line in lines], dtype=np.int64)
+            write("offsets", ends)
+            count, size = count + len(lines), int(ends[-1])
+        sync(lines_file)
+    return count
+
+
+def _codes_of(vectors: _Array, precision: str) -> _Array:
+    ranges = model_ranges(vectors.shape[1]) if precision == "int8" else None
+    return quantize_embeddings(vectors, precision, ranges)
+
+
+class _Rows:
+    """An .npy file to which rows are written before their number is known."""
+
+    def __init__(self, path: Path, like: _Array) -> None:
+        self.file = path.open("xb")
+        self.dtype, self.shape, self.count = like.dtype, like.shape[1:], 0
+        self.file.write(bytes(_HEADER))
+
+    def write(self, rows: _Array) -> None:
+        self.file.write(np.ascontiguousarray(rows).data)
+        self.count += len(rows)
+
+    def __enter__(self) -> "_Rows":
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        try:
+            if kind is None:
+                header = io.BytesIO()
+                np.lib.format.write_array_header_1_0(
+                    header,
+                    {
+                        "descr": np.lib.format.dtype_to_descr(self.dtype),
+                        "fortran_order": False,
+                        "shape": (self.count, *self.shape),
+                    },
+                )
+                assert len(header.getvalue()) == _HEADER  # room for any number of rows
+                self.file.seek(0)
+                self.file.write(header.getvalue())
+                sync(self.file)
+        finally:
+            self.file.close()
+
+
+# --- files
+
+
+def is_ours(name: str) -> bool:
+    return name.startswith(LOCK) or _LEFTOVER.fullmatch(name) is not None
+
+
+def remove_leftovers(folder: Path, manifest: Manifest) -> None:
+    """What an interrupted call left, and segments that are in a larger one now."""
+    kept = {entry.name for entry in manifest.segments}
+    for path in folder.iterdir():
+        if _LEFTOVER.fullmatch(path.name) and path.name not in kept:
+            # Windows keeps what another process has open; the next call tries again.
+            if path.is_dir():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+
+
+def size_problem(path: Path, expected: int) -> str | None:
+    try:
+        size = path.stat().st_size
+    except (FileNotFoundError, NotADirectoryError):
+        return "is missing"
+    return None if size == expected else f"has {size:,} bytes, not {expected:,}"

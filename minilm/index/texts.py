@@ -1,0 +1,218 @@
+"""Texts in an index, and found again: what `minilm index` does, as four functions.
+
+In: an encoder, and rows of files or queries. Out: a `minilm.index.Index`, and what it has nearest.
+An index knows vectors only; here are the texts, with the prompts that a model has for the two sides
+of a search, in blocks, so that memory holds the vectors of some thousand texts at a time.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from minilm.encoder import SentenceEncoder
+from minilm.errors import InputError
+from minilm.files.rows import as_json, column_of
+from minilm.files.tables import Table
+from minilm.index import Hit, Index
+from minilm.inference.compute import Plan
+from minilm.inference.encode import plan_of, prompt_for, run_plan
+from minilm.inference.truncation import Cut, warn_of
+from minilm.inputs import as_many, as_rows, check_positive_int, check_unicode, with_progress
+from minilm.outputs import check_room
+from minilm.parity.check import CheckResult, check_vectors
+from minilm.pretrained.fingerprint import fingerprint_of
+
+__all__ = ["add_to_index", "build_index", "check_index", "search_index", "text_of"]
+
+_BLOCK = 4096  # texts of which the index is given the vectors at a time
+
+
+def build_index(
+    encoder: SentenceEncoder,
+    folder: str | os.PathLike[str],
+    table: Table,
+    *,
+    column: str | None = None,
+    prompt: str | None = None,
+    truncation: str = "warn",
+    codes: Sequence[str] = (),
+    show_progress_bar: bool | None = None,
+) -> Index:
+    """Embed the texts of a table into a new index.
+
+    Args:
+        encoder: The model.
+        folder: The index's folder, new or empty.
+        table: The rows, see `minilm.files.tables.read_table`.
+        column: The name of the text in them.
+        prompt: What to put in front of every text; by default the model's prompt for documents.
+        truncation: As in `encode`; what was cut is told once.
+        codes: "int8" and "binary", see `Index.create`.
+        show_progress_bar: By default only if this package's logger is at INFO or below.
+
+    Raises:
+        InputError, OSError: As in `Index.create` and `encode`; an empty folder is left at most.
+    """
+    name = column or "text"
+    if table.rows:
+        name = column_of(list(table.rows[0]), column, "table.rows[0]", "column")
+    check_unicode([name], "column")
+    plan = _plan(encoder, "document", prompt, truncation)
+    _check_room(Path(folder), encoder, table)
+    return Index.create(
+        folder,
+        fingerprint_of(encoder, plan),
+        _blocks(encoder, table, name, plan, show_progress_bar),
+        column=name,
+        codes=codes,
+    )
+
+
+def add_to_index(
+    encoder: SentenceEncoder,
+    index: Index,
+    table: Table,
+    *,
+    prompt: str | None = None,
+    truncation: str = "warn",
+    show_progress_bar: bool | None = None,
+) -> None:
+    """Embed the texts of a table into an index, behind what it has; all or nothing.
+
+    Args:
+        encoder: The model that made the index.
+        index: The index. A row whose text has another name gets it under that of the index too.
+        table, prompt, truncation, show_progress_bar: As in `build_index`.
+
+    Raises:
+        InputError: It was made by another model; a row has something else under that name; or as
+            in `Index.add` and `encode`.
+    """
+    plan = _plan(encoder, "document", prompt, truncation)
+    _check_room(index.folder, encoder, table)
+    index.extend(
+        _blocks(encoder, table, index.column, plan, show_progress_bar),
+        fingerprint=fingerprint_of(encoder, plan),
+    )
+
+
+def search_index(
+    encoder: SentenceEncoder,
+    index: Index,
+    queries: Sequence[str],
+    top_k: int = 10,
+    *,
+    prompt: str | None = None,
+    precision: str = "float32",
+    rescore_multiplier: int = 4,
+) -> list[list[Hit]]:
+    """Find the rows of an index that are nearest to each query.
+
+    Args:
+        encoder: The model that made the index.
+        index: The index.
+        queries: n texts.
+        prompt: What to put in front of each; by default the model's prompt for queries.
+        top_k, precision, rescore_multiplier: As in `Index.search`.
+
+    Raises:
+        InputError, InputTypeError: As in `Index.search` and `encode`.
+    """
+    texts = as_many(queries, "queries")
+    plan = _plan(encoder, "query", prompt)
+    return index.search(
+        run_plan(encoder, [*texts], plan)[0],
+        top_k,
+        fingerprint=fingerprint_of(encoder, plan),
+        precision=precision,
+        rescore_multiplier=rescore_multiplier,
+    )
+
+
+def check_index(encoder: SentenceEncoder, index: Index, sample: int = 256) -> CheckResult | None:
+    """Whether an index is as it was written, and can be searched with this model.
+
+    Args:
+        encoder: The model.
+        index: The index. Every file is compared with its SHA-256.
+        sample: How many rows are embedded again, evenly spread.
+
+    Returns:
+        What `check_vectors` says of those rows; None of an empty index.
+
+    Raises:
+        ConfigError: A file has other contents than were written.
+    """
+    index.verify()
+    if not len(index):
+        return None
+    count, sample = len(index), check_positive_int(sample, "sample")
+    rows = sorted({number * count // sample for number in range(sample)})
+    texts = [text_of(index.row(i), index.column) for i in rows]
+    vectors = [index.vector(i) for i in rows]
+    return check_vectors(encoder, texts, vectors, index.fingerprint, sample=len(rows))
+
+
+def text_of(row: dict[str, Any], column: str) -> str:
+    """The text of a row; of one that was added without, all of it as JSON."""
+    text = row.get(column)
+    return text if isinstance(text, str) else as_json(row)
+
+
+def _plan(
+    encoder: SentenceEncoder, task: str, prompt: str | None, truncation: str = "warn"
+) -> Plan:
+    """What is done with each text, with the prompt that `encode_query` or `encode_document` takes;
+    by this all blocks are made, and the record.
+    """
+    name = None if prompt is not None else prompt_for(task, encoder.prompts)
+    return plan_of(encoder, "sentences", prompt=prompt, prompt_name=name, truncation=truncation)
+
+
+def _check_room(folder: Path, encoder: SentenceEncoder, table: Table) -> None:
+    width = encoder.bert.config.hidden_size
+    width = min(encoder.truncate_dim or width, width)
+    if folder.parent.is_dir():
+        check_room(folder, len(table.texts) * width * 4)
+
+
+def _blocks(
+    encoder: SentenceEncoder,
+    table: Table,
+    column: str,
+    plan: Plan,
+    show_progress_bar: bool | None,
+) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
+    """Vectors and rows, some thousand at a time; what was cut is told at the end, of all."""
+    for text, row in zip(table.texts, table.rows, strict=True):
+        _with_text(text, row, column)  # an error, if there is one, before anything is computed
+    cut = Cut()
+    quiet = replace(
+        plan,
+        truncation="silent" if plan.truncation == "warn" else plan.truncation,
+        show_progress_bar=False,
+    )
+    starts = range(0, len(table.texts), _BLOCK)
+    for start in with_progress(starts, show_progress_bar):
+        texts = table.texts[start : start + _BLOCK]
+        embeddings, report = run_plan(encoder, as_rows(texts)[0], quiet)
+        cut += Cut.of(report.token_counts, report.kept_token_counts, start)
+        rows = table.rows[start : start + _BLOCK]
+        yield embeddings, [_with_text(*each, column) for each in zip(texts, rows, strict=True)]
+    if plan.truncation == "warn":
+        warn_of(cut)
+
+
+def _with_text(text: str, row: dict[str, Any], column: str) -> dict[str, Any]:
+    """The row with its text where all rows of the index have it."""
+    row = {**row}
+    if row.setdefault(column, text) != text:
+        raise InputError(
+            f"the index has its texts under {column!r}, where a row has "
+            f"{as_json(row[column])[:40]} and {as_json(text)[:40]} is its text; rename that "
+            "column, or build another index",
+            "column",
+        )
+    return row

@@ -1,0 +1,331 @@
+"""The same layers without padding: the tokens of all sentences laid end to end.
+
+In: token ids of unequal length. Out: a batch for `Pipeline.forward`, whose `attend` and `pool` know
+where each sentence begins. Next: `pipeline.py`.
+
+In a padded batch of English sentences a third of the positions hold no token, and every layer
+works on them. Only positions, attention and pooling need to know which tokens belong together;
+all else acts on the last dimension, so that the batch may as well be `[total_tokens]`, one row a
+token. Sentences of equal length stand side by side, and such a run is a dense block: attention
+runs on it with no mask at all.
+
+Two details serve the kernels, and `kernels.py` says what they are worth. For each number of rows
+that oneDNN has not met, it takes milliseconds to prepare its products, and keeps what it prepared:
+batches are filled up to a multiple of 64 rows. And attention's inner loops go over 16 keys at a
+time, and over the rest one by one: sentences read on into the next one, up to a multiple of 16, and
+mask what they find there.
+
+Every text is computed by operations that depend on its own length only. So it gets the same bits
+alone and in any company, as long as each operation treats its rows alike.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, chain, groupby, repeat
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minilm.bert import Attend
+from minilm.pipeline import Batch, Pipeline
+
+__all__ = ["PackedBatch", "default_budget", "embed", "keeps_bits", "make_batch", "plan_batches"]
+
+# Batches of more than 512 tokens get a multiple of 64 rows, and all others one of 16: with fewer
+# rows matrix products add up in another order.
+_MULTIPLES = ((512, 64), (-1, 16))
+_STEP = 16  # keys
+# Bytes. Where the numbers of a head don't fill lines of the cache, as 8 of float32 don't, some
+# libraries add them up in an order that depends on where in memory they lie: zeros fill them up.
+_ALIGNED = 64
+# Not float16: a score beyond its range times 0 is no number, and would reach the neighbour.
+_WINDOWED = (torch.float32, torch.bfloat16, torch.float64)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Neighbouring sentences of equal length: rows `start` to `stop` = start + count x length."""
+
+    start: int
+    stop: int
+    count: int
+    length: int
+
+    def block(self, tensor: Tensor) -> Tensor:
+        """`[total_tokens, ...]` -> `[count, length, ...]`, a view."""
+        rows = tensor if len(tensor) == self.stop - self.start else tensor[self.start : self.stop]
+        return rows.view(self.count, self.length, *tensor.shape[1:])
+
+
+class PackedBatch(Batch):
+    """Sentences laid end to end.
+
+    >>> batch = PackedBatch([[101, 7592, 102], [101, 102], [101, 102]])
+    >>> batch.input_ids
+    tensor([ 101, 7592,  102,  101,  102,  101,  102])
+    >>> batch.position_ids
+    tensor([0, 1, 2, 0, 1, 0, 1])
+
+    Attributes:
+        input_ids: int64 `[total_tokens]`.
+        attention_mask: int64 `[total_tokens]`, 1 in each sentence, 0 in rows behind the last.
+        position_ids: The place of each token in its sentence, int64 `[total_tokens]`.
+        token_type_ids: int64 `[total_tokens]`, or None where all are 0.
+        lengths: The number of tokens of each sentence.
+    """
+
+    position_ids: Tensor
+
+    def __init__(
+        self,
+        input_ids: Sequence[Sequence[int]],
+        device: torch.device | str = "cpu",
+        multiple_of: int = 1,
+        token_type_ids: Sequence[Sequence[int]] | None = None,
+    ) -> None:
+        """Lay the rows out.
+
+        Args:
+            input_ids: At least one row; none of them empty. In order of length for speed.
+            device: Where the tensors go.
+            multiple_of: Put so many rows of no sentence behind the last one that the number of
+                rows can be divided by this.
+            token_type_ids: As many rows of as many, if some are not 0.
+        """
+        self.lengths = [len(row) for row in input_ids]
+        self._runs: list[_Run] = []
+        start = 0
+        for length, group in groupby(self.lengths):
+            count = len(list(group))
+            self._runs.append(_Run(start, start + count * length, count, length))
+            start += count * length
+        self._filler = -start % multiple_of
+        places = [torch.arange(run.length, device="cpu").repeat(run.count) for run in self._runs]
+        places.append(torch.zeros(self._filler, dtype=torch.int64, device="cpu"))
+        ids = _send(self._flat(input_ids), device)
+        mask = torch.ones_like(ids)
+        if self._filler:
+            mask[-self._filler :] = 0
+        types = None if token_type_ids is None else _send(self._flat(token_type_ids), device)
+        super().__init__(ids, mask, types, _send(torch.cat(places), device))
+
+    def _flat(self, rows: Sequence[Sequence[int]]) -> Tensor:
+        """int64 `[total_tokens]`; through NumPy, which reads a list five times as fast."""
+        filler = repeat(0, self._filler)
+        return torch.from_numpy(np.fromiter(chain(chain.from_iterable(rows), filler), np.int64))
+
+    @functools.cached_property
+    def _bounds(self) -> Tensor:
+        """Where the sentences begin, and the end of the last: int32 `[batch + 1]`."""
+        bounds = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device="cpu")
+        return bounds.to(self.input_ids.device)
+
+    @property
+    def attend(self) -> Attend:
+        """`_attend_within`, for `BertModel`."""
+        return self._attend_within
+
+    def _attend_within(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """`attention` of `bert.py` within each sentence.
+
+        Args:
+            query, key, value: `[total_tokens, heads, head_size]`.
+
+        Returns:
+            context `[total_tokens, heads, head_size]`.
+        """
+        varlen = _varlen(query)
+        if varlen is not None and not self._filler:
+            longest = max(self.lengths)
+            context: Tensor = varlen(
+                query, key, value, self._bounds, self._bounds, longest, longest
+            )
+            return context
+        size = query.shape[-1]
+        missing = -size % (_ALIGNED // query.element_size()) if query.device.type == "cpu" else 0
+        if missing:
+            query, key, value = (F.pad(tensor, (0, missing)) for tensor in (query, key, value))
+        contexts = [_attend(run, query, key, value, size**-0.5) for run in self._runs]
+        if self._filler:
+            contexts.append(query.new_zeros(self._filler, *query.shape[1:]))
+        context = contexts[0] if len(contexts) == 1 else torch.cat(contexts)
+        return context[..., :size] if missing else context
+
+    def pool(self, pooling: Callable[..., Tensor], token_embeddings: Tensor) -> Tensor:
+        """Call a pooling module on each run, as if that were a batch without padding.
+
+        Args:
+            pooling: `[count, length, 384]` and a mask `[count, length]` -> `[count, 384]`.
+            token_embeddings: `[total_tokens, 384]`.
+
+        Returns:
+            `[batch, 384]`, in the order of `lengths`.
+        """
+        pooled = [
+            pooling(run.block(token_embeddings), run.block(self.attention_mask))
+            for run in self._runs
+        ]
+        return pooled[0] if len(pooled) == 1 else torch.cat(pooled)
+
+
+def _send(tensor: Tensor, device: torch.device | str) -> Tensor:
+    """Move to the device; to a GPU from pinned memory, without waiting for it."""
+    if torch.device(device).type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def _varlen(query: Tensor) -> Callable[..., Tensor] | None:
+    """The attention that torch 2.10 brought for this form: on a GPU, in 16 bits."""
+    if query.is_cuda and query.dtype in (torch.float16, torch.bfloat16):
+        try:
+            from torch.nn.attention.varlen import varlen_attn
+        except ImportError:
+            return None
+        return varlen_attn  # type: ignore[return-value]
+    return None
+
+
+def _attend(run: _Run, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """`attention` for one run: all tensors `[total_tokens, heads, head_size]`."""
+    mask = None
+    missing = -run.length % _STEP
+    if missing and query.device.type == "cpu" and query.dtype in _WINDOWED:
+        # Less work than the odd keys would be.
+        keys, values = (_windows(run, missing, tensor) for tensor in (key, value))
+        mask = _mask(run.length, missing, query.dtype)
+    else:
+        keys, values = run.block(key), run.block(value)
+    context = F.scaled_dot_product_attention(  # [count, heads, length, head_size]
+        run.block(query).transpose(1, 2),
+        keys.transpose(1, 2),
+        values.transpose(1, 2),
+        mask,
+        scale=scale,
+    )
+    return context.transpose(1, 2).flatten(0, 1)  # -> [count x length, heads, head_size]
+
+
+def _windows(run: _Run, missing: int, tensor: Tensor) -> Tensor:
+    """`run.block`, each sentence followed by the `missing` rows behind it; a view if they exist."""
+    if run.stop + missing > len(tensor):
+        rows = F.pad(tensor[run.start : run.stop], (0, 0, 0, 0, 0, missing))
+        start = 0
+    else:
+        rows, start = tensor, run.start
+    row, head, one = rows.stride()
+    return rows.as_strided(
+        (run.count, run.length + missing, *rows.shape[1:]),
+        (run.length * row, row, head, one),
+        rows.storage_offset() + start * row,
+    )
+
+
+@functools.lru_cache(maxsize=2048)
+def _mask(length: int, missing: int, dtype: torch.dtype) -> Tensor:
+    """0 for a sentence's own keys, -inf for those behind it: `[1, 1, length, length + missing]`."""
+    with torch.inference_mode(False):
+        mask = torch.zeros(length + missing, dtype=dtype, device="cpu")
+        mask[length:] = -torch.inf
+        return mask.expand(1, 1, length, -1)
+
+
+def plan_batches(
+    lengths: Sequence[int], token_budget: int, batch_size: int | None = None
+) -> list[list[int]]:
+    """Which sentences to compute together.
+
+    Args:
+        lengths: Their numbers of tokens.
+        token_budget: Tokens that a batch may have; a longer sentence is a batch of its own.
+        batch_size: Sentences that a batch may have.
+
+    Returns:
+        For each batch the rows of `lengths` in it. Equal lengths stand together, which makes long
+        runs, and the longest come first: if memory runs out, it does at once.
+
+    >>> plan_batches([2, 5, 3, 2], token_budget=7)
+    [[1], [2, 0, 3]]
+    """
+    batches: list[list[int]] = []
+    room = 0
+    for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
+        if not batches or lengths[row] > room or len(batches[-1]) == batch_size:
+            batches.append([])
+            room = token_budget
+        batches[-1].append(row)
+        room -= lengths[row]
+    return batches
+
+
+def make_batch(
+    pipeline: Pipeline, input_ids: list[list[int]], token_type_ids: list[list[int]] | None = None
+) -> Batch:
+    """A batch of these rows of ids on the model's device: packed, but on mps padded.
+
+    Apple's devices don't have all that the packed form needs, and it has not been tried there.
+    """
+    if pipeline.device.type == "mps" and pipeline.tokenizer is not None:
+        return Batch(**pipeline.tokenizer.pad(input_ids, pipeline.device, token_type_ids))
+    multiple_of = 1
+    if pipeline.device.type == "cpu":
+        total = sum(map(len, input_ids))
+        multiple_of = next(multiple for above, multiple in _MULTIPLES if total > above)
+    return PackedBatch(input_ids, pipeline.device, multiple_of, token_type_ids)
+
+
+def embed(
+    pipeline: Pipeline, input_ids: list[list[int]], token_type_ids: list[list[int]] | None = None
+) -> Tensor:
+    """One pass: rows of ids -> `[n, 384]`."""
+    batch = make_batch(pipeline, input_ids, token_type_ids)
+    sentence_embedding: Tensor = pipeline(batch)["sentence_embedding"]
+    return sentence_embedding
+
+
+def default_budget(device: torch.device, dtype: torch.dtype) -> int:
+    """How many tokens to compute at a time.
+
+    A pass that is too small leaves the processor waiting, one that is too large falls out of its
+    cache. On two cores 2,048 tokens were best in float32 and 4,096 in bfloat16; half or twice as
+    many are some per cent slower. A GPU wants more at once: on an H100 32,768 were up to 1.8 times
+    as fast as 2,048 in float32, up to 4 times in 16 bits, and about as fast as 131,072.
+    """
+    if device.type == "cuda":
+        return 32768
+    return 4096 if dtype == torch.bfloat16 else 2048
+
+
+def keeps_bits(
+    embed: Callable[[list[list[int]]], Tensor], vocab_size: int, max_seq_length: int
+) -> bool:
+    """Try whether `embed` gives each row of ids the same bits alone and among others.
+
+    Three rows each of every length up to 40, and of longer ones with every remainder by 16: alone,
+    between others of the same length, and of other ones, in both orders, from even and odd places.
+    """
+    random = torch.Generator("cpu").manual_seed(0)
+    lengths = [*range(2, 41), *range(41, max_seq_length, 17), max_seq_length]
+    rows = [
+        torch.randint(vocab_size, (length,), generator=random, device="cpu").tolist()
+        for length in lengths
+        if length <= max_seq_length
+        for _ in range(3)
+    ]
+    together = embed(rows)
+    shifted = embed([rows[3], *rows])  # three tokens before all others
+    by_turns = [*rows[::3], *rows[2::3], *rows[1::3]]  # no two equal lengths are neighbours
+    back = torch.arange(len(rows), device="cpu").view(-1, 3)[:, [0, 2, 1]].T.flatten()
+    return (
+        torch.equal(shifted[1:], together)
+        and torch.equal(embed(rows[::-1]).flip(0), together)
+        and torch.equal(embed(by_turns), together[back.to(together.device)])
+        and all(
+            torch.equal(embed(rows[first : first + count]), together[first : first + count])
+            for count, start, step in ((1, 0, 3), (2, 1, 3))
+            for first in range(start, len(rows), step)
+        )
+    )

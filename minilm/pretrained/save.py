@@ -1,0 +1,579 @@
+"""An encoder -> a model folder in the sentence-transformers format.
+
+In: an encoder, as loaded, trained or composed. Out: a folder that `folder.py` reads back with the
+same bits, and that sentence-transformers loads, version 5 as well as version 6: the files have the
+form of version 5, which version 6 reads too.
+
+Nobody sees half a folder or half a file. All files are written in a folder of their own first,
+beside the target. A new folder then gets its name by one rename. In a folder that exists the files
+change place one by one, `modules.json` last, and those that it has beside them stay; whoever loads
+it at that very moment can get some files of before, each of them whole. If anything fails the
+folder is as it was. A process that is killed can leave a hidden folder that ends in `.part`, which
+is read by nothing and may be deleted.
+"""
+
+import errno
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from minilm.bert import BertEmbeddings, BertFeedForward, BertLayer, BertModel, BertSelfAttention
+from minilm.config import BertConfig
+from minilm.disk import absolute, make_folder, sync, sync_folder, temporary_name
+from minilm.errors import (
+    InputError,
+    InputTypeError,
+    MinilmError,
+    NotAFolderError,
+    TokenizerError,
+)
+from minilm.inference.kernels import has_own_forward
+from minilm.pipeline import Pipeline
+from minilm.pooling import ClsPooling, MeanPooling, Normalize
+from minilm.pretrained.checkpoint import published_name, published_shapes, read_unused
+from minilm.pretrained.folder import check_beside
+from minilm.source import ModelFiles
+from minilm.tokenizer import WordPieceTokenizer
+from minilm.version import __version__
+
+__all__ = ["foreign_parts", "read_pooler", "read_source", "save_pretrained"]
+
+# The version of sentence-transformers whose form the files have. An older one says that it is.
+_FORM = "5.1.0"
+
+_POOLINGS = {MeanPooling: "mean", ClsPooling: "cls"}
+
+# What a network that we can save is made of.
+_OWN_MODULES: tuple[type[nn.Module], ...] = (
+    BertModel,
+    BertEmbeddings,
+    BertLayer,
+    BertSelfAttention,
+    BertFeedForward,
+    nn.Linear,
+    nn.Embedding,
+    nn.LayerNorm,
+    nn.Dropout,
+    nn.ModuleList,
+)
+
+
+def save_pretrained(
+    encoder: Pipeline,
+    path: str | os.PathLike[str],
+    model_name: str | None = None,
+    create_model_card: bool = True,
+    train_datasets: Sequence[str] | None = None,
+    safe_serialization: bool = True,
+) -> None:
+    """Write an encoder into a folder that it can be loaded from again.
+
+    The weights keep their dtype. Those of an encoder in bfloat16 are bfloat16 in the linear layers
+    and float32 elsewhere, as it computes: loaded with `dtype="bfloat16"` it is the same again, and
+    by default it computes in float32 with the rounded weights. BERT's pooler, which the embedding
+    does not use, is carried over from where the encoder was loaded; without it the reference says
+    that it draws one. `truncate_dim` is read by version 6 of the reference, and by this package.
+
+    Args:
+        encoder: What to save; it stays as it is.
+        path: The folder. Where there is one, its files of the same names are replaced.
+        model_name: What the model card calls the model.
+        create_model_card: Write `README.md`; else one that is there stays.
+        train_datasets: Names for the model card.
+        safe_serialization: True. Only safetensors is written, never a pickle.
+
+    Raises:
+        NotAFolderError: `path` is a file.
+        ConfigError: A file in the folder, which would stay, makes another model of it, such as
+            `adapter_config.json`.
+        InputError: The encoder has no tokenizer, or something that the format has no place for:
+            other modules or tensors than ours, weights that are not finite, a changed tokenizer; or
+            `safe_serialization` is false.
+        InputTypeError: An argument is of another type.
+        OSError: The disk is full, or the folder may not be written to; it is as it was.
+    """
+    if not isinstance(path, str | os.PathLike) or not os.fspath(path):
+        raise InputTypeError(f"path is {path!r}; pass the folder to write", "path")
+    if not safe_serialization:
+        raise InputError(
+            "safe_serialization is False; pass True: only safetensors is written, never pickles",
+            "safe_serialization",
+        )
+    if model_name is not None and not isinstance(model_name, str):
+        raise InputTypeError(f"model_name is {model_name!r}; pass a string", "model_name")
+    if isinstance(train_datasets, str) or not all(
+        isinstance(name, str) for name in train_datasets or ()
+    ):
+        raise InputTypeError(
+            f"train_datasets is {train_datasets!r}; pass a list of strings", "train_datasets"
+        )
+    target = absolute(path)
+    _check_folder(target)
+    check_beside(ModelFiles(str(path), str(target), target), "")
+    contents = _contents(encoder)
+    if create_model_card:
+        card = _model_card(encoder, model_name, list(train_datasets or ()))
+        contents["README.md"] = card.encode("utf-8")
+    contents["modules.json"] = contents.pop("modules.json")  # last: it says what the others are
+    try:
+        _write(target, contents)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        kept = "nothing of it was changed" if target.exists() else "nothing was written"
+        raise OSError(error.errno or errno.EIO, f"{reason}; {kept}", str(target)) from error
+
+
+def foreign_parts(encoder: Pipeline) -> list[str]:
+    """What of an encoder is not ours, so that neither a folder nor a fingerprint can tell of it."""
+    found = [
+        f"encoder.{f'bert.{name}' if name else 'bert'} is a {type(part).__name__}"
+        for name, part in encoder.bert.named_modules()
+        if type(part) not in _OWN_MODULES or has_own_forward(part)
+    ]
+    found += [
+        f"encoder.bert.{name} has the {what} {value!r}, and not {expected!r} as in its config"
+        for name, part in encoder.bert.named_modules()
+        for what, value, expected in _settings(part, encoder.bert.config)
+        if value != expected
+    ]
+    if type(encoder.bert) is not BertModel and not found:
+        found.append(f"encoder.bert is a {type(encoder.bert).__name__}")
+    if type(encoder.pooling) not in _POOLINGS:
+        found.append(f"encoder.pooling is a {type(encoder.pooling).__name__}")
+    if type(encoder.normalize) not in (Normalize, nn.Identity):
+        found.append(f"encoder.normalize is a {type(encoder.normalize).__name__}")
+    return found
+
+
+def _settings(part: nn.Module, config: BertConfig) -> list[tuple[str, Any, Any]]:
+    """What a part computes with that is not a weight: what it has, and what it should have."""
+    if isinstance(part, nn.LayerNorm):
+        return [("eps", part.eps, config.layer_norm_eps)]
+    if isinstance(part, nn.Embedding):
+        return [("max_norm", part.max_norm, None)]
+    if isinstance(part, BertSelfAttention):
+        return [("heads", part.heads, (config.num_attention_heads, config.head_size))]
+    return []
+
+
+def read_source(encoder: Pipeline) -> list[bytes]:
+    """The weights file that an encoder was loaded from, or those that it was split into; none, if
+    one can't be read any more or is not the same.
+    """
+    source = encoder.source
+    if source is None:
+        return []
+    names = [name for name in source.sha256 if name.endswith(".safetensors")]
+    again = ModelFiles(source.name, source.location, source.folder, source.sha256.copy())
+    try:
+        read = [again.read(name) for name in names]
+    except (MinilmError, OSError):  # changed
+        return []
+    found = [data for data in read if data is not None]
+    return found if len(found) == len(names) else []
+
+
+def read_pooler(encoder: Pipeline) -> dict[str, Tensor]:
+    """BERT's own pooler, which is in the weights file though the embedding doesn't use it; nothing,
+    where it can't be had.
+    """
+    size = encoder.bert.config.hidden_size
+    return read_unused(read_source(encoder), (size, size), (size,))
+
+
+_WEIGHTS = "model.safetensors"
+
+
+def _check_folder(target: Path) -> None:
+    if target.is_dir():
+        return
+    if target.exists():
+        raise NotAFolderError(f"{target} is a file, not a directory; pass another folder")
+    if target.is_symlink():
+        raise NotAFolderError(f"{target} is a broken link, not a directory; pass another folder")
+    for parent in target.parents:
+        if parent.exists():
+            if not parent.is_dir():
+                raise NotAFolderError(f"{parent} is a file, not a directory; pass another folder")
+            return
+
+
+def _contents(encoder: Pipeline) -> dict[str, bytes]:
+    """The files, by name."""
+    problems = foreign_parts(encoder)
+    if problems:
+        raise InputError(
+            f"{'; '.join(problems)}: the format has no place for it; only BertModel, MeanPooling "
+            "or ClsPooling, and Normalize can be saved",
+            "encoder",
+        )
+    if encoder.tokenizer is None:
+        raise InputError("encoder.tokenizer is None; a folder needs one", "encoder")
+    texts = list(encoder.prompts.items())
+    if not all(isinstance(part, str) for pair in texts for part in pair):
+        raise InputError(f"encoder.prompts is {encoder.prompts!r}; pass names and texts", "encoder")
+    if encoder.default_prompt_name not in (*encoder.prompts, None):
+        raise InputError(
+            f"encoder.default_prompt_name is {encoder.default_prompt_name!r}; encoder.prompts has "
+            f"{', '.join(map(repr, encoder.prompts)) or 'none'}",
+            "encoder",
+        )
+    state = _tensors(encoder)
+    contents = _tokenizer_files(encoder.tokenizer, encoder.max_seq_length)
+    normalizes = isinstance(encoder.normalize, Normalize)
+    stages = [("Transformer", ""), ("Pooling", "1_Pooling")]
+    stages += [("Normalize", "2_Normalize")] if normalizes else []
+    pooling = _POOLINGS[type(encoder.pooling)]
+    values: dict[str, Any] = {
+        "modules.json": [
+            {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for i, (kind, path) in enumerate(stages)
+        ],
+        "config.json": {
+            "architectures": ["BertModel"],
+            "model_type": "bert",
+            "hidden_act": "gelu",
+            "position_embedding_type": "absolute",
+            "classifier_dropout": None,
+            "initializer_range": 0.02,
+            "use_cache": True,
+            **asdict(encoder.bert.config),
+            "dtype": _file_dtype(state),
+        },
+        "config_sentence_transformers.json": {
+            "__version__": {
+                "sentence_transformers": _FORM,
+                "pytorch": str(torch.__version__),
+                "minilm": __version__,
+            },
+            "model_type": "SentenceTransformer",
+            "prompts": dict(encoder.prompts),
+            "default_prompt_name": encoder.default_prompt_name,
+            "similarity_fn_name": encoder.similarity_fn_name,
+            **({} if encoder.truncate_dim is None else {"truncate_dim": encoder.truncate_dim}),
+        },
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": encoder.bert.config.hidden_size,
+            **{name: name == _POOLING_FLAGS[pooling] for name in _POOLING_MODES},
+            "include_prompt": True,
+        },
+    }
+    if normalizes:  # version 5 looks at none, version 6 at this
+        values["2_Normalize/config.json"] = {
+            "module_input_name": "sentence_embedding",
+            "module_output_name": "sentence_embedding",
+        }
+    contents |= {name: _as_json(value) for name, value in values.items()}
+    contents[_WEIGHTS] = safetensors.torch.save(state, {"format": "pt"})
+    return contents
+
+
+_POOLING_FLAGS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
+_POOLING_MODES = (
+    "pooling_mode_cls_token",
+    "pooling_mode_mean_tokens",
+    "pooling_mode_max_tokens",
+    "pooling_mode_mean_sqrt_len_tokens",
+    "pooling_mode_weightedmean_tokens",
+    "pooling_mode_lasttoken",
+)
+
+
+def _tensors(encoder: Pipeline) -> dict[str, Tensor]:
+    """Copies of the weights under their published names, and the pooler, if there is one."""
+    ours = encoder.bert.state_dict()
+    expected = published_shapes(encoder.bert.config)
+    problems = [f"{name} is missing" for name in expected if name not in ours]
+    for name, tensor in ours.items():
+        if name not in expected:
+            problems.append(f"{name} is unexpected")
+        elif tensor.shape != expected[name]:
+            shape = list(expected[name])
+            problems.append(f"{name} has shape {list(tensor.shape)}, the config asks for {shape}")
+        elif not tensor.isfinite().all():
+            problems.append(f"{name} contains NaN or infinity")
+    if problems:
+        raise InputError(f"encoder.bert can't be saved: {'; '.join(problems)}", "encoder")
+    with torch.inference_mode(False), torch.no_grad():
+        # Copies share no memory, as tied weights would, which the format can't say.
+        state = {published_name(name): _copy(tensor) for name, tensor in ours.items()}
+        pooler = read_pooler(encoder)
+        return state | {name: _copy(tensor.to(encoder.dtype)) for name, tensor in pooler.items()}
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    copy = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+    return copy.copy_(tensor.detach())
+
+
+def _file_dtype(state: Mapping[str, Tensor]) -> str:
+    """What `config.json` calls the dtype, which the reference's version 6 computes in."""
+    kinds = {tensor.dtype for tensor in state.values()}
+    kind = kinds.pop() if len(kinds) == 1 else torch.float32  # of bfloat16 and float32: the wider
+    return str(kind).removeprefix("torch.")
+
+
+def _tokenizer_files(tokenizer: WordPieceTokenizer, max_seq_length: int) -> dict[str, bytes]:
+    """`tokenizer.json` and what goes with it, proven to make the same tokenizer again."""
+    if tokenizer.backend.encode_special_tokens:
+        raise InputError(
+            "encoder.tokenizer.backend has encode_special_tokens, which can't be saved; set it to "
+            "False",
+            "encoder",
+        )
+    current = tokenizer.backend.to_str()
+    values = json.loads(current)
+    normalizer = values["normalizer"] or {}
+    parts = normalizer.get("normalizers", ())
+    kinds = [part.get("type") for part in parts]
+    lower_case_first = kinds == ["Lowercase", "BertNormalizer"]
+    if lower_case_first:
+        values["normalizer"] = normalizer = parts[1]
+    words = dict.fromkeys(("unk", "sep", "pad", "cls", "mask"))
+    words |= {"sep": "[SEP]", "cls": "[CLS]", "unk": values["model"].get("unk_token")}
+    words["pad"] = tokenizer.backend.id_to_token(tokenizer.pad_token_id)
+    if any(token["content"] == "[MASK]" for token in values["added_tokens"]):
+        words["mask"] = "[MASK]"
+    special = {f"{name}_token": word for name, word in words.items()}
+    settings: dict[str, Any] = {
+        "do_lower_case": normalizer.get("lowercase", True),
+        "strip_accents": normalizer.get("strip_accents"),
+        "tokenize_chinese_chars": normalizer.get("handle_chinese_chars", True),
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": max_seq_length,
+        "padding_side": "right",
+        "truncation_side": "right",
+        **special,
+    }
+    if tokenizer.second_type_id is not None:
+        types = ["token_type_ids"] * tokenizer.second_type_id
+        settings["model_input_names"] = ["input_ids", *types, "attention_mask"]
+    # With these nobody asks older files for more, which may lie in the folder from before.
+    settings["added_tokens_decoder"] = {
+        str(token["id"]): {key: value for key, value in token.items() if key != "id"}
+        for token in values["added_tokens"]
+    }
+    encoded = _as_json(values)
+    # The first is made anew from the vocabulary, which every version of the reference does alike;
+    # what that can't say is kept as it is written by the second.
+    for kind in ("BertTokenizer", "PreTrainedTokenizerFast"):
+        settings["tokenizer_class"] = kind
+        try:
+            again = WordPieceTokenizer(
+                encoded, settings=settings, lower_case_first=lower_case_first
+            )
+            is_same = json.loads(again.backend.to_str()) == json.loads(current)
+            is_same = is_same and again.pad_token_id == tokenizer.pad_token_id
+            is_same = is_same and again.second_type_id == tokenizer.second_type_id
+            reason = "the loader would make another one of it"
+        except TokenizerError as error:
+            is_same, reason = False, "; ".join(error.problems)
+        if is_same:
+            break
+    else:
+        raise InputError(
+            f"encoder.tokenizer can't be saved, since its backend was changed: {reason}", "encoder"
+        )
+    files = {
+        "tokenizer.json": encoded,
+        "tokenizer_config.json": _as_json(settings),
+        "special_tokens_map.json": _as_json({k: word for k, word in special.items() if word}),
+        "sentence_bert_config.json": _as_json(
+            {"max_seq_length": max_seq_length, "do_lower_case": lower_case_first}
+        ),
+    }
+    vocabulary = sorted(values["model"]["vocab"].items(), key=lambda entry: entry[1])
+    # One word a line can hold no vocabulary with gaps; nothing needs that file.
+    if [number for _, number in vocabulary] == list(range(len(vocabulary))):
+        files["vocab.txt"] = "".join(f"{word}\n" for word, _ in vocabulary).encode("utf-8")
+    return files
+
+
+def _as_json(value: Any) -> bytes:
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode("utf-8")
+
+
+# --- writing
+
+
+def _write(target: Path, contents: Mapping[str, bytes]) -> None:
+    """Write the files of a folder, all or none, in this order."""
+    made = make_folder(target.parent)
+    is_new = not target.is_dir()
+    name = temporary_name(target.name)
+    staging = target.with_name(name) if is_new else target / name
+    try:
+        staging.mkdir()
+        for file, data in contents.items():
+            (staging / file).parent.mkdir(exist_ok=True)
+            _write_file(staging / file, data)
+        inner = {Path(file).parent for file in contents}
+        for folder in inner:
+            sync_folder(staging / folder)
+        if is_new and _becomes(staging, target):
+            sync_folder(target.parent)
+            return
+        _replace_files(staging, target, list(contents))
+        for folder in inner:
+            sync_folder(target / folder)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        for folder in reversed(made):
+            try:
+                folder.rmdir()
+            except OSError:  # somebody else's by now
+                break
+        raise
+    shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write_file(path: Path, data: bytes) -> None:
+    with path.open("xb") as file:
+        file.write(data)
+        sync(file)
+
+
+def _becomes(staging: Path, target: Path) -> bool:
+    """Rename a folder; False if one of that name has come into being meanwhile."""
+    try:
+        staging.rename(target)
+    except OSError:
+        if target.is_dir():
+            return False
+        raise
+    return True
+
+
+def _replace_files(staging: Path, target: Path, files: Sequence[str]) -> None:
+    """Move files over those of the same names; after an error the ones of before are back."""
+    before = staging / "before"
+    undo: list[Callable[[], object]] = []
+    try:
+        for number, file in enumerate(files):
+            new, old = staging / file, target / file
+            if not old.parent.is_dir():
+                old.parent.mkdir()
+                undo.append(old.parent.rmdir)
+            if old.is_dir():
+                raise IsADirectoryError(errno.EISDIR, f"{file} is a directory", str(old))
+            kept = before / str(number)
+            if os.path.lexists(old):
+                before.mkdir(exist_ok=True)
+                _keep(old, kept)
+                if not old.is_symlink():
+                    shutil.copymode(old, new)
+                new.replace(old)
+                undo.append(lambda kept=kept, old=old: kept.replace(old))  # type: ignore[misc]
+            else:
+                new.replace(old)
+                undo.append(old.unlink)
+    except BaseException:
+        for step in reversed(undo):
+            step()
+        raise
+
+
+def _keep(old: Path, kept: Path) -> None:
+    """A second name for a file, else a copy; the first stays all the time, for readers."""
+    try:
+        os.link(old, kept, follow_symlinks=False)
+    except (OSError, NotImplementedError):
+        shutil.copy2(old, kept, follow_symlinks=False)
+
+
+# --- the model card
+
+
+def _model_card(encoder: Pipeline, model_name: str | None, train_datasets: list[str]) -> str:
+    config = encoder.bert.config
+    title = " ".join((model_name or "SentenceTransformer").split())
+    parameters = sum(parameter.numel() for parameter in encoder.bert.parameters())
+    size = config.hidden_size
+    pooling = {"mean": "mean of the token vectors", "cls": "vector of [CLS]"}
+    normalizes = isinstance(encoder.normalize, Normalize)
+    front = [
+        "tags:",
+        "- sentence-transformers",
+        "- sentence-similarity",
+        "- feature-extraction",
+        "- dense",
+        *(
+            ["datasets:", *(f"- {json.dumps(name)}" for name in train_datasets)]
+            * bool(train_datasets)
+        ),
+        "pipeline_tag: sentence-similarity",
+        "library_name: sentence-transformers",
+    ]
+    facts = {
+        "Maximum sequence length": f"{encoder.max_seq_length} tokens, [CLS] and [SEP] included; "
+        "longer text is cut",
+        "Output": f"{size} dimensions{', of length 1' if normalizes else ''}",
+        "Similarity function": encoder.similarity_fn_name,
+        "Pooling": pooling[_POOLINGS[type(encoder.pooling)]],
+        "Network": f"BERT, {config.num_hidden_layers} layers, {config.num_attention_heads} heads, "
+        f"hidden size {size}, inner size {config.intermediate_size}",
+        "Parameters": f"{parameters:,} in {_file_dtype(encoder.bert.state_dict())}",
+        "Vocabulary": f"{config.vocab_size:,} word pieces",
+    }
+    if train_datasets:
+        facts["Training datasets"] = ", ".join(train_datasets)
+    prompts = {name: text for name, text in encoder.prompts.items() if text}
+    if prompts:
+        facts["Prompts"] = ", ".join(f"{name}: `{text!r}`" for name, text in prompts.items())
+    name = json.dumps(model_name or "sentence_transformers_model_id", ensure_ascii=False)
+    return _CARD.format(
+        front="\n".join(front),
+        title=title,
+        size=size,
+        facts="\n".join(f"- **{key}:** {value}" for key, value in facts.items()),
+        name=name,
+        version=__version__,
+    )
+
+
+_CARD = """\
+---
+{front}
+---
+
+# {title}
+
+This is a [sentence-transformers](https://www.SBERT.net) model. It maps sentences and paragraphs to
+vectors of {size} numbers, for semantic textual similarity, semantic search, paraphrase mining,
+classification and clustering.
+
+## Model details
+
+{facts}
+
+## Usage
+
+```bash
+pip install -U sentence-transformers
+```
+
+```python
+from sentence_transformers import SentenceTransformer
+
+model = SentenceTransformer({name})
+sentences = [
+    "The weather is lovely today.",
+    "It's so sunny outside!",
+    "He drove to the stadium.",
+]
+embeddings = model.encode(sentences)
+print(embeddings.shape)
+# (3, {size})
+print(model.similarity(embeddings, embeddings))
+```
+
+Written by minilm {version}, which loads it too: `SentenceEncoder.from_pretrained(...)`.
+"""
