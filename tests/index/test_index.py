@@ -20,12 +20,12 @@ from conftest import ROOT, another_process
 from minilm import SentenceEncoder, cli
 from minilm.errors import ConfigError, InputError, InputTypeError
 from minilm.files.tables import Table, read_table
-from minilm.index import Index
+from minilm.index import Index, segments
 from minilm.index import index as index_module
 from minilm.index import texts as index_texts
 from minilm.pretrained.fingerprint import Fingerprint
 from minilm.pretrained.hub import SHA256
-from minilm.tasks import quantized_search, segments, semantic_search
+from minilm.tasks import quantized_search, semantic_search
 
 Array = np.ndarray[Any, Any]
 
