@@ -722,8 +722,8 @@ def test_stream_gives_the_rows_of_encode(
 def test_stream_starts_its_processes_once(tiny_encoder: SentenceEncoder) -> None:
     expected = tiny_encoder.encode(TEXTS)
     with (
-        patch("minilm.inference.process_pool.ProcessPool") as pool,
-        patch("minilm.inference.process_pool.run_in") as run_in,
+        patch("minilm.inference.encode.ProcessPool") as pool,
+        patch("minilm.inference.encode.run_in") as run_in,
     ):
         run_in.side_effect = lambda _pool, encoder, rows, plan, _size: run(encoder, rows, plan)
         options: Any = {"window": 2, "device": ["cpu", "cpu"]}

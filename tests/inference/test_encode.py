@@ -25,6 +25,7 @@ from minilm.errors import (
     TruncationError,
     TruncationWarning,
 )
+from minilm.inference import compute
 from minilm.inference.compute import extras_of, with_prompt
 from minilm.inference.encode import _POSITIONAL
 from minilm.inference.truncation import split
@@ -589,12 +590,12 @@ def test_device_moves_the_model(tiny_encoder: SentenceEncoder) -> None:
 def test_a_list_of_devices_starts_a_process_for_each(tiny_encoder: SentenceEncoder) -> None:
     expected = tiny_encoder.encode(TEXTS)
     with (
-        patch("minilm.inference.process_pool.ProcessPool") as pool,
-        patch("minilm.inference.process_pool.run_in") as run_in,
+        patch("minilm.inference.encode.ProcessPool") as pool,
+        patch("minilm.inference.encode.run_in") as run_in,
     ):
-        run_in.side_effect = lambda _pool, encoder, rows, plan, _size: __import__(
-            "minilm.compute"
-        ).compute.run(encoder, rows, plan)
+        run_in.side_effect = lambda _pool, encoder, rows, plan, _size: compute.run(
+            encoder, rows, plan
+        )
         same(tiny_encoder.encode(TEXTS, device=["cpu", "cpu"]), expected)
     pool.assert_called_once_with(tiny_encoder, ["cpu", "cpu"])
     pool.return_value.__exit__.assert_called_once()
