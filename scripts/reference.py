@@ -11,7 +11,7 @@ from torch import Tensor
 
 __all__ = ["Reference", "is_installed", "load_reference"]
 
-_LAST_STAGES = ("pooled", "sentence_embedding")
+_LAST_STAGES = ("pooled", "embedding")
 
 
 class Reference:
@@ -55,10 +55,11 @@ class Reference:
             output_hidden_states=True,
             output_attentions=True,
         )
-        stages = {"embeddings": output.hidden_states[0]}
-        for number, attentions in enumerate(output.attentions, 1):
-            stages[f"attention {number}"] = attentions
-            stages[f"layer {number}"] = output.hidden_states[number]
+        stages = {"embeddings.layer_norm.output": output.hidden_states[0]}
+        for number, attentions in enumerate(output.attentions):
+            layer = f"layers.{number}"
+            stages[f"{layer}.attention.probabilities"] = attentions
+            stages[f"{layer}.feed_forward_layer_norm.output"] = output.hidden_states[number + 1]
         later = {
             "token_embeddings": output.last_hidden_state,
             "attention_mask": features["attention_mask"],
@@ -67,7 +68,7 @@ class Reference:
             later = module(later)
             stages[name] = later["sentence_embedding"]
         # A model may have no normalize stage.
-        stages.setdefault("sentence_embedding", stages["pooled"])
+        stages.setdefault("embedding", stages["pooled"])
         return stages
 
 

@@ -28,9 +28,10 @@ from torch import Tensor, nn
 
 from minilm import inputs, pooling
 from minilm.errors import InputError, MissingPackageError
-from minilm.interpret.trace import Trace, aligned, traces
+from minilm.interpret.trace import Trace, traces
 from minilm.outputs import write_output
 from minilm.pipeline import Pipeline
+from minilm.report import aligned
 
 __all__ = [
     "ComponentExplanation",

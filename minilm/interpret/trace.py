@@ -47,6 +47,7 @@ from minilm.inference.kernels import fast_products
 from minilm.inference.packed import embed
 from minilm.outputs import write_output
 from minilm.pipeline import Batch, Pipeline
+from minilm.report import aligned
 from minilm.tokenizer import WordPieceTokenizer
 
 __all__ = ["Source", "Trace", "TraceEntry", "in_dtype", "trace"]
@@ -228,19 +229,6 @@ class Trace(Mapping[str, Any]):
         }
         data = with_metadata(safetensors.torch.save(tensors), metadata)
         write_output(Path(path), lambda file: file.write(data))
-
-
-def aligned(rows: Sequence[tuple[str, ...]], right: Sequence[int]) -> list[str]:
-    """Lines of a table; what can't be printed is escaped."""
-    shown = [[x if x.isprintable() else ascii(x)[1:-1] for x in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if number in right else cell.ljust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in shown
-    ]
 
 
 def trace(

@@ -1,7 +1,8 @@
 """Is this the same model? Two implementations compared, stage by stage, in numbers.
 
 In: our encoder, and another implementation's stages (`scripts/parity.py` brings the reference's;
-this file imports none). Out: a `Report` of rows, each with its bar, PASS or FAIL.
+this file imports none). Out: a `Report` of rows, each with its bar, PASS or FAIL. A stage has the
+name that `interpret/trace.py` gives to the same tensor.
 
 Rounding decides how such a comparison must be made. In float32 two right implementations differ by
 3e-7, since sums are taken in another order, and a small mistake can hide in that. In float64 they
@@ -12,18 +13,19 @@ rows say how near to the exact result we are, with the reference's own distance 
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from minilm.bert import Attend
 from minilm.encoder import SentenceEncoder
 from minilm.inference.kernels import fast_products
+from minilm.report import aligned, as_json, shortened
 from minilm.tokenizer import WordPieceTokenizer
 
 __all__ = [
@@ -32,6 +34,7 @@ __all__ = [
     "Report",
     "Row",
     "bars",
+    "batches",
     "compare_gradients",
     "compare_ids",
     "compare_invariance",
@@ -115,6 +118,10 @@ class Row:
         """Whether every measure is within its bar. A NaN is not."""
         return all(self.measures[name] <= bar for name, bar in self.bars.items())
 
+    def to_dict(self) -> dict[str, Any]:
+        """The row as an object for JSON."""
+        return {**as_json(vars(self)), "passed": self.passed}
+
 
 @dataclass
 class Report:
@@ -160,9 +167,8 @@ class Report:
             heading, row = self.first_divergence
             lines.append(f"first stage that diverges: {row.stage} ({heading})")
             if row.worst_text is not None:
-                text = self.texts[row.worst_text]
-                shown = text if len(text) <= 200 else text[:197] + "..."
-                lines.append(f"text that diverges most there: [{row.worst_text}] {shown!r}")
+                shown = repr(shortened(self.texts[row.worst_text], 200))
+                lines.append(f"text that diverges most there: [{row.worst_text}] {shown}")
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
@@ -174,10 +180,7 @@ class Report:
             "texts": len(self.texts),
             "first_divergence": None if first is None else first[1].stage,
             "worst_text": None if worst is None else self.texts[worst],
-            "sections": [
-                {"heading": h, "rows": [asdict(row) | {"passed": row.passed} for row in rows]}
-                for h, rows in self.sections
-            ],
+            "sections": [{"heading": h, "rows": as_json(rows)} for h, rows in self.sections],
         }
 
 
@@ -185,19 +188,14 @@ def _table(rows: Sequence[Row]) -> list[str]:
     """One line a row: ours, the reference's where there is one, the bar, the verdict."""
     names = list(dict.fromkeys(name for row in rows for name in row.measures))
     theirs = [name for name in names if any(name in row.reference for row in rows)]
-    width = max(20, *(len(row.stage) for row in rows))
-    columns = [*names, *(f"ref. {name}" for name in theirs), "bar"]
-    widths = [max(9, len(column)) for column in columns]
-    widths[-1] = max(len(", ".join(_bar(row, name) for name in row.bars)) for row in rows)
-    lines = [" " * width + "".join(f"  {c:>{w}}" for c, w in zip(columns, widths, strict=True))]
+    cells = [["", *names, *(f"ref. {name}" for name in theirs), "bar", ""]]
     for row in rows:
-        cells = [_number(row.measures.get(name)) for name in names]
-        cells += [_number(row.reference.get(name)) for name in theirs]
-        cells.append(", ".join(_bar(row, name) for name in row.bars))
-        cells = [f"  {c:>{w}}" for c, w in zip(cells, widths, strict=True)]
-        verdict = "" if not row.bars else "  PASS" if row.passed else "  FAIL"
-        lines.append((f"{row.stage:<{width}}" + "".join(cells) + verdict).rstrip())
-    return lines
+        ours = [_number(row.measures.get(name)) for name in names]
+        its = [_number(row.reference.get(name)) for name in theirs]
+        allowed = ", ".join(_bar(row, name) for name in row.bars)
+        verdict = "" if not row.bars else "PASS" if row.passed else "FAIL"
+        cells.append([row.stage, *ours, *its, allowed, verdict])
+    return aligned(cells, right=range(1, len(cells[0]) - 1))
 
 
 def _bar(row: Row, measure: str) -> str:
@@ -209,13 +207,17 @@ def _number(value: float | None) -> str:
     return "" if value is None else "0" if value == 0 else f"{value:.1e}"
 
 
+_LAST_STAGES = ("pooled", "embedding")
+
+
 def stage_names(num_layers: int) -> list[str]:
-    """The names of the compared stages, in the order in which they are computed."""
-    layers = [(f"attention {n}", f"layer {n}") for n in range(1, num_layers + 1)]
-    return ["embeddings", *(name for pair in layers for name in pair), *_LAST_STAGES]
-
-
-_LAST_STAGES = ("pooled", "sentence_embedding")
+    """The names of the compared stages, in the order in which they are computed: as in a trace."""
+    layers = [
+        f"layers.{number}.{stage}"
+        for number in range(num_layers)
+        for stage in ("attention.probabilities", "feed_forward_layer_norm.output")
+    ]
+    return ["embeddings.layer_norm.output", *layers, *_LAST_STAGES]
 
 
 @torch.no_grad()
@@ -231,39 +233,26 @@ def record_stages(encoder: SentenceEncoder, features: Features) -> Stages:
         layers, `[batch, heads, tokens, tokens]` for attention probabilities, `[batch, 384]`.
     """
     stages: Stages = {}
-    # With the products that `encode` uses, of copies of which every number is compared first.
-    with _hooks(encoder, stages), fast_products(encoder.modules(), tokens=4096):
-        stages["sentence_embedding"] = encoder(features)["sentence_embedding"]
-    return {name: stages[name] for name in stage_names(len(encoder.bert.layers))}
 
-
-@contextmanager
-def _hooks(encoder: SentenceEncoder, stages: Stages) -> Iterator[None]:
     def keep(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            stages[name] = output
-
-        return hook
+        return lambda module, args, output: stages.__setitem__(name, output)
 
     def keep_probabilities(name: str) -> Callable[..., Any]:
-        def hook(module: nn.Module, args: tuple[Tensor, Attend]) -> tuple[Tensor, Attend]:
-            hidden_states, attend = args
-            return hidden_states, _recording(attend, stages, name)
+        return lambda module, args: (args[0], _recording(args[1], stages, name))
 
-        return hook
-
-    handles = [
-        encoder.bert.embeddings.register_forward_hook(keep("embeddings")),
-        encoder.pooling.register_forward_hook(keep("pooled")),
-    ]
-    for number, layer in enumerate(encoder.bert.layers, 1):
-        handles.append(layer.register_forward_pre_hook(keep_probabilities(f"attention {number}")))
-        handles.append(layer.register_forward_hook(keep(f"layer {number}")))
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    embeddings, *of_layers, pooled, embedding = stage_names(len(encoder.bert.layers))
+    with ExitStack() as hooks:
+        hooks.enter_context(encoder.bert.embeddings.register_forward_hook(keep(embeddings)))
+        for number, layer in enumerate(encoder.bert.layers):
+            probabilities, output = of_layers[2 * number : 2 * number + 2]
+            hook = layer.register_forward_pre_hook(keep_probabilities(probabilities))
+            hooks.enter_context(hook)
+            hooks.enter_context(layer.register_forward_hook(keep(output)))
+        hooks.enter_context(encoder.pooling.register_forward_hook(keep(pooled)))
+        # With the products that `encode` uses, of copies of which every number is compared first.
+        with fast_products(encoder.modules(), tokens=4096):
+            stages[embedding] = encoder(features)["sentence_embedding"]
+    return stages
 
 
 def _recording(attend: Attend, stages: Stages, name: str) -> Attend:
@@ -343,18 +332,14 @@ def compare_stages(
     Returns:
         Rows in the order of the computation.
     """
-    dtype = encoder.dtype
-    assert encoder.tokenizer is not None
-    tokens = encoder.tokenizer(texts, encoder.max_seq_length)
-    names = stage_names(len(encoder.bert.layers))
+    tokenizer, names = encoder.get_tokenizer(), stage_names(len(encoder.bert.layers))
+    ids = tokenizer(texts, encoder.max_seq_length).input_ids
     errors = {
-        name: tuple(_Difference(not name.startswith("attention")) for _ in range(2))
-        for name in names
+        name: (_Difference(_is_vectors(name)), _Difference(_is_vectors(name))) for name in names
     }
-    between = _Difference()
-    row_sums, mass_on_padding = (_RowSum(), _RowSum()), 0.0
-    for batch in _batches([len(ids) for ids in tokens.input_ids], tokens_per_batch):
-        features = encoder.tokenizer.pad([tokens.input_ids[row] for row in batch], encoder.device)
+    between, off_one, on_padding = _Difference(), (0.0, 0.0), 0.0
+    for batch in batches([len(row) for row in ids], tokens_per_batch):
+        features = tokenizer.pad([ids[row] for row in batch], encoder.device)
         real = features["attention_mask"].bool()  # [batch, tokens]
         ours, theirs = record_stages(encoder, features), reference(features)
         exact = theirs if truth is None else truth(features)
@@ -366,27 +351,27 @@ def compare_stages(
             rows, text_of = real, text_of_token
             if name in _LAST_STAGES:
                 rows, text_of = every, text_of_sentence
-            elif name.startswith("attention"):
+            elif not _is_vectors(name):
                 padding = ~real[:, None, None, :]
-                mass_on_padding = max(mass_on_padding, float((mine * padding).abs().max()))
+                on_padding = max(on_padding, float((mine * padding).abs().max()))
                 # [batch, heads, query, key] -> [batch, query, heads, key]: real queries are rows
                 mine, its, true = (stage.transpose(1, 2) for stage in (mine, its, true))
-                row_sums[0].add(mine[real])
-                row_sums[1].add(its[real])
+                off_one = (
+                    max(off_one[0], _off_one(mine[real])),
+                    max(off_one[1], _off_one(its[real])),
+                )
             errors[name][0].add(mine, true, rows, text_of)
             if truth is not None:
                 errors[name][1].add(its, true, rows, text_of)
-        sentence = ours["sentence_embedding"], theirs["sentence_embedding"]
-        between.add(*sentence, every, text_of_sentence)
+        between.add(ours["embedding"], theirs["embedding"], every, text_of_sentence)
 
-    limits = bars(dtype)
-    report_rows = []
+    limits, report_rows = bars(encoder.dtype), []
     for name, (our_error, its_error) in errors.items():
         own = {} if truth is None else its_error.measures()
         stated = allowed = _stage_bars(limits, name)
-        if name.startswith("attention") or name == "sentence_embedding":
+        if not _is_vectors(name) or name == "embedding":
             allowed = within_own_error(allowed, own)
-        if dtype == torch.float32 and own:
+        if encoder.dtype == torch.float32 and own:
             allowed = allowed | {"rms": _OWN_ERROR * own["rms"]}
         worst = our_error.worst_text
         report_rows.append(Row(name, our_error.measures(), allowed, own, worst, stated))
@@ -394,20 +379,37 @@ def compare_stages(
         allowed = {"max abs": limits.between}
         name = "the same, ours - reference"
         report_rows.append(Row(name, between.measures(), allowed, worst_text=between.worst_text))
-    sums, their_sums = ({"max abs": row_sum.largest} for row_sum in row_sums)
-    own = {} if truth is None else their_sums
+    sums, own = {"max abs": off_one[0]}, {} if truth is None else {"max abs": off_one[1]}
     stated = {"max abs": limits.row_sum}
     allowed = within_own_error(stated, own)
     report_rows.append(Row("attention row sums - 1", sums, allowed, own, stated=stated))
-    report_rows.append(Row("attention to padding", {"max abs": mass_on_padding}, {"max abs": 0.0}))
+    report_rows.append(Row("attention to padding", {"max abs": on_padding}, {"max abs": 0.0}))
     return report_rows
 
 
-def _batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:
-    """Rows in order of their length, as many at a time as fit; one at least."""
+def _is_vectors(stage: str) -> bool:
+    return not stage.endswith("probabilities")
+
+
+def _off_one(probabilities: Tensor) -> float:
+    """How far a row of probabilities is at most from adding up to 1."""
+    off = (probabilities.double().sum(-1) - 1).abs().max()
+    return float(off.nan_to_num(nan=float("inf")))
+
+
+def batches(lengths: Sequence[int], tokens: int, exact: bool = False) -> Iterator[list[int]]:
+    """Rows in order of their length, as many at a time as fit, padded, into so many tokens.
+
+    Args:
+        lengths: The length of each row; one that doesn't fit comes alone.
+        tokens: The largest size of a batch.
+        exact: All rows of a batch have one length. Rows without a token are never with others.
+    """
     batch: list[int] = []
     for row in sorted(range(len(lengths)), key=lambda row: lengths[row]):
-        if batch and (len(batch) + 1) * lengths[row] > tokens_per_batch:
+        is_other = batch and lengths[row] != lengths[batch[0]]
+        is_apart = is_other and (exact or not lengths[batch[0]])
+        if batch and (is_apart or (len(batch) + 1) * lengths[row] > tokens):
             yield batch
             batch = []
         batch.append(row)
@@ -415,22 +417,11 @@ def _batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int
         yield batch
 
 
-class _RowSum:
-    """Running maximum of how far rows of probabilities are from adding up to 1."""
-
-    def __init__(self) -> None:
-        self.largest = 0.0
-
-    def add(self, probabilities: Tensor) -> None:
-        off = (probabilities.double().sum(-1) - 1).abs().max()
-        self.largest = max(self.largest, float(off.nan_to_num(nan=float("inf"))))
-
-
 def _stage_bars(limits: Bars, stage: str) -> dict[str, float]:
-    if stage == "sentence_embedding":
+    if stage == "embedding":
         max_abs, rms = limits.sentence_embedding, limits.sentence_embedding_rms
         return {"max abs": max_abs} | ({} if rms is None else {"rms": rms})
-    bar = limits.attention if stage.startswith("attention") else limits.stage
+    bar = limits.stage if _is_vectors(stage) else limits.attention
     return {} if bar is None else {"max abs": bar}
 
 
@@ -486,11 +477,7 @@ def compare_gradients(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) 
         if not relative <= worst[1]:  # a NaN is the worst
             worst = name, relative
     return [
-        Row(
-            "largest of all tensors",
-            {"relative L2": worst[1]},
-            {"relative L2": _GRADIENT},
-        ),
+        Row("largest of all tensors", {"relative L2": worst[1]}, {"relative L2": _GRADIENT}),
         Row("key.bias, exactly 0", {"max abs": zero}, {"max abs": _ZERO_GRADIENT}),
     ]
 
@@ -513,28 +500,27 @@ class Golden:
     def load(cls, path: str | Path) -> "Golden":
         """Read the JSON file that `scripts/make_test_data.py` writes."""
         values = json.loads(Path(path).read_text(encoding="utf-8"))["texts"]
+        embeddings = [value["embedding"] for value in values]
         return cls(
             [value["text"] for value in values],
             [value["input_ids"] for value in values],
-            torch.tensor(
-                [value["embedding"] for value in values], dtype=torch.float64, device="cpu"
-            ),
+            torch.tensor(embeddings, dtype=torch.float64, device="cpu"),
         )
 
 
 def compare_with_golden(encoder: SentenceEncoder, golden: Golden) -> list[Row]:
     """Ids and embeddings against the kept values: what can be proven without the reference."""
-    assert encoder.tokenizer is not None
-    rows = compare_ids(encoder.tokenizer, encoder.max_seq_length, golden.texts, golden.input_ids)
-    tokens = encoder.tokenizer(golden.texts, encoder.max_seq_length)
+    tokenizer = encoder.get_tokenizer()
+    rows = compare_ids(tokenizer, encoder.max_seq_length, golden.texts, golden.input_ids)
+    ids = tokenizer(golden.texts, encoder.max_seq_length).input_ids
     difference = _Difference()
-    for rows_of_batch in _batches([len(ids) for ids in tokens.input_ids], 1024):
+    for rows_of_batch in batches([len(row) for row in ids], 1024):
         batch = torch.tensor(rows_of_batch, dtype=torch.int64, device="cpu")
-        features = encoder.tokenizer.pad([tokens.input_ids[row] for row in batch], encoder.device)
+        features = tokenizer.pad([ids[row] for row in rows_of_batch], encoder.device)
         with torch.no_grad():
             ours = encoder(features)["sentence_embedding"].cpu()
         every = torch.ones_like(batch, dtype=torch.bool)
         difference.add(ours, golden.embeddings[batch], every, batch)
-    name = "sentence_embedding"
-    allowed = _stage_bars(bars(encoder.dtype), name)
-    return [*rows, Row(name, difference.measures(), allowed, worst_text=difference.worst_text)]
+    allowed = _stage_bars(bars(encoder.dtype), "embedding")
+    worst = difference.worst_text
+    return [*rows, Row("embedding", difference.measures(), allowed, worst_text=worst)]

@@ -71,13 +71,13 @@ def test_at_least_twenty_faults_are_planted() -> None:
 
 def test_stage_names_are_in_order_of_execution() -> None:
     assert stage_names(2) == [
-        "embeddings",
-        "attention 1",
-        "layer 1",
-        "attention 2",
-        "layer 2",
+        "embeddings.layer_norm.output",
+        "layers.0.attention.probabilities",
+        "layers.0.feed_forward_layer_norm.output",
+        "layers.1.attention.probabilities",
+        "layers.1.feed_forward_layer_norm.output",
         "pooled",
-        "sentence_embedding",
+        "embedding",
     ]
 
 
@@ -88,10 +88,10 @@ def test_recorded_stages_are_those_of_the_model(tiny_encoder: SentenceEncoder) -
     with torch.no_grad():
         result = tiny_encoder(features)
         embeddings = tiny_encoder.bert.embeddings(features["input_ids"])
-    assert torch.equal(stages["embeddings"], embeddings)
-    assert torch.equal(stages["layer 2"], result["token_embeddings"])
-    assert torch.equal(stages["sentence_embedding"], result["sentence_embedding"])
-    probabilities = stages["attention 1"]  # [batch, heads, query, key]
+    assert torch.equal(stages["embeddings.layer_norm.output"], embeddings)
+    assert torch.equal(stages[LAST], result["token_embeddings"])
+    assert torch.equal(stages["embedding"], result["sentence_embedding"])
+    probabilities = stages["layers.0.attention.probabilities"]  # [batch, heads, query, key]
     assert probabilities.shape == (2, 4, 7, 7)
     torch.testing.assert_close(probabilities.sum(-1), torch.ones(2, 4, 7))
     assert probabilities[1, :, :, 4:].abs().max() == 0  # the second text has four tokens
@@ -114,6 +114,7 @@ def as_source(encoder: SentenceEncoder) -> Callable[[dict[str, Tensor]], dict[st
     return lambda features: record_stages(encoder, features)
 
 
+LAST = "layers.1.feed_forward_layer_norm.output"
 TEXTS = ["the dog bites the man", "the man sees a dog", "sun", "", "a cat is out walking ."]
 
 
@@ -132,7 +133,7 @@ def test_first_diverging_stage_and_worst_text_are_named(tiny_encoder: SentenceEn
     def wrong_in_layer_2(features: dict[str, Tensor]) -> dict[str, Tensor]:
         stages = right(features)
         is_sun = (features["input_ids"] == 12).any(dim=1)  # "sun" stands in TEXTS[2] alone
-        stages["layer 2"] = stages["layer 2"] + is_sun[:, None, None] * 1e-9
+        stages[LAST] = stages[LAST] + is_sun[:, None, None] * 1e-9
         return stages
 
     report = Report(TEXTS)
@@ -140,12 +141,12 @@ def test_first_diverging_stage_and_worst_text_are_named(tiny_encoder: SentenceEn
     assert not report.passed
     first = report.first_divergence
     assert first is not None
-    assert first[1].stage == "layer 2"
+    assert first[1].stage == LAST
     assert first[1].worst_text == 2
     text = report.to_text()
-    assert "first stage that diverges: layer 2 (planted)" in text
+    assert f"first stage that diverges: {LAST} (planted)" in text
     assert "[2] 'sun'" in text
-    assert json.loads(json.dumps(report.to_dict()))["first_divergence"] == "layer 2"
+    assert json.loads(json.dumps(report.to_dict()))["first_divergence"] == LAST
 
 
 def test_padding_positions_are_not_compared(tiny_encoder: SentenceEncoder) -> None:
@@ -156,7 +157,8 @@ def test_padding_positions_are_not_compared(tiny_encoder: SentenceEncoder) -> No
         padding = (features["attention_mask"] == 0).unsqueeze(-1)
         stages = right(features)
         return stages | {
-            name: stages[name].masked_fill(padding, 7.0) for name in ("embeddings", "layer 2")
+            name: stages[name].masked_fill(padding, 7.0)
+            for name in ("embeddings.layer_norm.output", LAST)
         }
 
     assert all(row.passed for row in compare_stages(tiny_encoder, other_at_padding, TEXTS))
@@ -190,7 +192,7 @@ def test_nan_fails(tiny_encoder: SentenceEncoder) -> None:
 
     rows = {row.stage: row for row in compare_stages(tiny_encoder, with_nan, TEXTS)}
     assert not rows["pooled"].passed
-    assert rows["layer 2"].passed
+    assert rows[LAST].passed
 
 
 def test_a_different_id_fails(tiny_encoder: SentenceEncoder) -> None:
@@ -233,7 +235,12 @@ def test_gradients_must_be_of_the_same_tensors() -> None:
 
 
 def test_a_relaxed_bar_is_shown_and_has_an_end() -> None:
-    row = Row("attention 1", {"max abs": 5e-6}, {"max abs": 6e-6}, stated={"max abs": 3e-6})
+    row = Row(
+        "layers.0.attention.probabilities",
+        {"max abs": 5e-6},
+        {"max abs": 6e-6},
+        stated={"max abs": 3e-6},
+    )
     report = Report([], [("float32", [row])])
     assert "3.0e-06 > 6.0e-06  PASS" in report.to_text()
     assert within_own_error({"max abs": 3e-6}, {"max abs": 1e-6}) == {"max abs": 3e-6}

@@ -54,19 +54,19 @@ def truth(published: Path) -> Callable[[dict[str, torch.Tensor]], dict[str, torc
 @pytest.mark.parametrize(
     ("fault", "stage"),
     [
-        ("type_row_left_out", "embeddings"),
-        ("eps_1e_6_in_every_norm", "embeddings"),
-        ("padding_attended", "attention 1"),
-        ("scale_left_out", "attention 1"),
-        ("query_and_key_swapped", "attention 1"),
-        ("tanh_gelu", "layer 1"),
-        ("norm_before_instead_of_after", "attention 1"),
-        ("norms_of_a_layer_swapped", "layer 3"),
-        ("heads_in_another_order", "layer 4"),
-        ("two_layers_swapped", "attention 3"),
-        ("one_bias_left_out", "layer 6"),
+        ("type_row_left_out", "embeddings.layer_norm.output"),
+        ("eps_1e_6_in_every_norm", "embeddings.layer_norm.output"),
+        ("padding_attended", "layers.0.attention.probabilities"),
+        ("scale_left_out", "layers.0.attention.probabilities"),
+        ("query_and_key_swapped", "layers.0.attention.probabilities"),
+        ("tanh_gelu", "layers.0.feed_forward_layer_norm.output"),
+        ("norm_before_instead_of_after", "layers.0.attention.probabilities"),
+        ("norms_of_a_layer_swapped", "layers.2.feed_forward_layer_norm.output"),
+        ("heads_in_another_order", "layers.3.feed_forward_layer_norm.output"),
+        ("two_layers_swapped", "layers.2.attention.probabilities"),
+        ("one_bias_left_out", "layers.5.feed_forward_layer_norm.output"),
         ("padding_in_the_mean", "pooled"),
-        ("not_normalized", "sentence_embedding"),
+        ("not_normalized", "embedding"),
     ],
 )
 def test_fault_is_located(
@@ -125,7 +125,7 @@ bert.F.gelu = functools.partial(bert.F.gelu, approximate="tanh")
     arguments = ["--model", str(published), "--texts", str(texts), "--dtype", "float64"]
     done = run_script(*arguments, before=before)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "first stage that diverges: layer 1" in done.stdout
+    assert "first stage that diverges: layers.0.feed_forward_layer_norm.output" in done.stdout
     assert "text that diverges most there: [0] 'a text'" in done.stdout
 
 
