@@ -27,8 +27,8 @@ from minilm.encoder import SentenceEncoder
 from minilm.errors import InputError, InputTypeError, MissingPackageError
 from minilm.files.arrow import embedding_array, import_pyarrow, with_fingerprint
 from minilm.files.sources import ON_BAD_ROW
-from minilm.inference.encode import model_ranges_of
-from minilm.inference.truncation import EncodeReport
+from minilm.inference.encode import required_ranges
+from minilm.inference.truncation import EncodeReport, without_warning
 from minilm.inputs import check_choice, check_positive_int, check_text, check_unicode
 from minilm.pretrained import hub
 from minilm.pretrained.options import to_keep
@@ -116,18 +116,14 @@ class MiniLMActor:
         self.encoder = self._model.encoder
         self._coded = "float32" if precision == "float16" else precision
         width, normalize = options.get("truncate_dim"), options.get("normalize_embeddings", False)
-        if (
-            self._coded in ("int8", "uint8")
-            and model_ranges_of(self.encoder, width, normalize) is None
-        ):
-            raise InputError(
-                f"precision is {precision!r}: this model has no fixed ranges, and those of one "
-                "batch would not be those of the next; make float32 and use quantize_embeddings",
-                "precision",
-            )
+        required_ranges(
+            self.encoder, self._coded, width, normalize,
+            f"precision is {precision!r}: this model has no fixed ranges, and those of one batch "
+            "would not be those of the next; make float32 and use quantize_embeddings",
+        )  # fmt: skip
         truncation = options.get("truncation", "warn")
         self._warns = truncation == "warn"
-        self._truncation = "silent" if self._warns else truncation  # once it has warned
+        self._truncation = without_warning(truncation)  # once it has warned
         self.fingerprint = self._model.fingerprint(precision=self._coded)
 
     def __call__(self, batch: Any) -> Any:

@@ -35,10 +35,16 @@ from minilm.files.arrow import embedding_array, embedding_type, import_pyarrow, 
 from minilm.files.rows import DEFAULT_COLUMN
 from minilm.files.shards import Part, ShardFolder
 from minilm.files.sources import ON_BAD_ROW, Layout, Shard, find_files, read_shards, survey
-from minilm.inference.encode import model_ranges_of
+from minilm.inference.encode import required_ranges
 from minilm.inference.kernels import give_back_freed_memory
 from minilm.inference.process_pool import Job, ProcessPool
-from minilm.inference.truncation import TRUNCATION, Cut, caller_level, warn_of
+from minilm.inference.truncation import (
+    TRUNCATION,
+    Cut,
+    caller_level,
+    warn_of,
+    without_warning,
+)
 from minilm.inputs import check_choice, check_positive_int, check_unicode, progress_bar
 from minilm.quantize import PRECISIONS, as_stored
 from minilm.version import __version__
@@ -174,15 +180,11 @@ def encode_files(
     check_choice(truncation, TRUNCATION, "truncation")
     check_choice(precision, (*PRECISIONS, "float16"), "precision")
     coded = "float32" if precision == "float16" else precision
-    if (
-        coded in ("int8", "uint8")
-        and model_ranges_of(encoder, truncate_dim, normalize_embeddings) is None
-    ):
-        raise InputError(
-            f"precision is {precision!r}: this model has no fixed ranges, and those of one part "
-            "would not be those of the next; write float32 and use quantize_embeddings",
-            "precision",
-        )
+    required_ranges(
+        encoder, coded, truncate_dim, normalize_embeddings,
+        f"precision is {precision!r}: this model has no fixed ranges, and those of one part would "
+        "not be those of the next; write float32 and use quantize_embeddings",
+    )  # fmt: skip
     folder = Path(output)
     files = find_files(inputs, folder)
     _check_apart(files, inputs, folder)
@@ -214,10 +216,8 @@ def encode_files(
             "on_bad_row": on_bad_row,
         },
     }
-    # The warning adds up what was cut in all parts.
-    quiet = "silent" if truncation == "warn" else truncation
     options = of_call | {
-        "truncation": quiet,
+        "truncation": without_warning(truncation),
         "batch_size": batch_size,
         "show_progress_bar": False,
     }

@@ -18,7 +18,7 @@ from minilm.files.tables import Table
 from minilm.index import Hit, Index
 from minilm.inference.compute import Plan
 from minilm.inference.encode import plan_of, prompt_for, run_plan
-from minilm.inference.truncation import Cut, warn_of
+from minilm.inference.truncation import Cut, warn_of, without_warning
 from minilm.inputs import as_many, as_rows, check_positive_int, check_unicode, with_progress
 from minilm.outputs import check_room
 from minilm.parity.check import CheckResult, check_vectors
@@ -191,7 +191,7 @@ def _blocks(
     cut = Cut()
     quiet = replace(
         plan,
-        truncation="silent" if plan.truncation == "warn" else plan.truncation,
+        truncation=without_warning(plan.truncation),
         show_progress_bar=False,
     )
     starts = range(0, len(table.texts), _BLOCK)

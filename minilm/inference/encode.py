@@ -58,6 +58,7 @@ __all__ = [
     "preprocess",
     "prompt_for",
     "prompt_of",
+    "required_ranges",
     "run_plan",
     "start_multi_process_pool",
     "token_counts",
@@ -234,12 +235,11 @@ def encode_stream(
     plan = replace(plan_of(pipeline, "sentences", **given), on_device=not as_numpy)
     if plan.spans:
         raise InputError("return_report: a stream has no report; call encode", "return_report")
-    if plan.precision in ("int8", "uint8") and model_ranges_of(pipeline, plan.width) is None:
-        raise InputError(
-            "precision: this model has no fixed ranges, and those of one window would not be "
-            "those of the next; stream float32 and use minilm.util.quantize_embeddings",
-            "precision",
-        )
+    required_ranges(
+        pipeline, plan.precision, plan.width, plan.normalize,
+        "precision: this model has no fixed ranges, and those of one window would not be those of "
+        "the next; stream float32 and use minilm.util.quantize_embeddings",
+    )  # fmt: skip
     return _stream(pipeline, windows(sentences, window), plan, places)
 
 
@@ -519,6 +519,28 @@ def model_ranges_of(
         else min(truncate_dim, pipeline.bert.config.hidden_size)
     )
     return model_ranges(width, unit_after_truncation=normalized)
+
+
+def required_ranges(
+    pipeline: Pipeline,
+    /,
+    precision: str,
+    truncate_dim: int | None,
+    normalized: bool,
+    problem: str,
+    argument: str = "precision",
+) -> Any:
+    """`model_ranges_of` for int8 and uint8; None for a precision that needs no ranges.
+
+    Raises:
+        InputError: The model has none; the message is `problem`.
+    """
+    if precision not in ("int8", "uint8"):
+        return None
+    ranges = model_ranges_of(pipeline, truncate_dim, normalized)
+    if ranges is None:
+        raise InputError(problem, argument)
+    return ranges
 
 
 def _finish(pipeline: Pipeline, /, vectors: Tensor, plan: Plan) -> Any:

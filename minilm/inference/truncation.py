@@ -35,6 +35,7 @@ __all__ = [
     "split",
     "warn_if_cut",
     "warn_of",
+    "without_warning",
 ]
 
 # What `encode(truncation=...)` may be.
@@ -175,6 +176,11 @@ def warn_of(cut: Cut) -> None:
     """The same of what is added up already."""
     if cut.rows:
         warnings.warn(cut.message(), TruncationWarning, stacklevel=caller_level())
+
+
+def without_warning(truncation: str) -> str:
+    """The same option for a part of many texts, where the caller warns once, of all of them."""
+    return "silent" if truncation == "warn" else truncation
 
 
 def raise_if_cut(counts: Sequence[int], kept: Sequence[int], first_row: int = 0) -> None:

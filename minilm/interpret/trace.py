@@ -45,6 +45,7 @@ from minilm.errors import TraceKeyError, TruncationWarning
 from minilm.inference.eval_mode import eval_mode
 from minilm.inference.kernels import fast_products
 from minilm.inference.packed import embed
+from minilm.inference.truncation import caller_level
 from minilm.outputs import write_output
 from minilm.pipeline import Batch, Pipeline
 from minilm.report import aligned
@@ -54,7 +55,6 @@ __all__ = ["Source", "Trace", "TraceEntry", "in_dtype", "trace"]
 
 _Array = np.ndarray[Any, Any]
 
-_PACKAGE = Path(__file__).parents[1]
 _WATCHED = tuple(str(Path(module.__file__ or "")) for module in (bert, pooling))
 
 
@@ -296,7 +296,7 @@ def traces(
             if unread and warn:
                 share = unread / (len(offsets) + unread)
                 message = f"{argument} was cut at {len(offsets)} tokens; {share:.0%} of its tokens "
-                warnings.warn(f"{message}were not read", TruncationWarning, _outside())
+                warnings.warn(f"{message}were not read", TruncationWarning, caller_level())
             entries = {
                 name: TraceEntry(name, tensor, rule.axes, parents, rule.formula, source)
                 for name, (parents, rule) in plan.items()
@@ -305,15 +305,6 @@ def traces(
             }
             out.append(Trace(text, offsets, unread, entries, difference, numbers, rules))
         return out
-
-
-def _outside() -> int:
-    """The `stacklevel` of the first caller outside this package, for whoever calls this."""
-    frame: types.FrameType | None = sys._getframe(1)
-    level = 1
-    while frame is not None and _PACKAGE in Path(frame.f_code.co_filename).parents:
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def in_dtype(encoder: _Encoder, dtype: str | torch.dtype | None) -> _Encoder:
