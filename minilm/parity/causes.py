@@ -19,7 +19,7 @@ lengths, and is no obstacle to finding what else is different.
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,11 +29,12 @@ from torch import Tensor, nn
 from minilm import inputs
 from minilm.encoder import SentenceEncoder
 from minilm.errors import InputError
-from minilm.parity.mistakes import Cause, Laboratory, Recipe, causes_for
+from minilm.parity.mistakes import Cause, Variant, VariantRunner, causes_for
+from minilm.report import aligned, as_json, shortened
 from minilm.similarity import Embeddings
 from minilm.vectors import as_matrix
 
-__all__ = ["Candidate", "Diagnosis", "TextDifference", "diagnose"]
+__all__ = ["Candidate", "Diagnosis", "TextDifference", "decimals", "diagnose", "short_form"]
 
 # Two right implementations in float32 differ by up to 4e-7 on one processor and 1e-6 on others; the
 # smallest mistake that is tried, an epsilon of 1e-6, moves some text of a few by 1e-5.
@@ -158,12 +159,13 @@ class Diagnosis:
             worst: How many texts to show.
             nearest: How many of the mistakes that were tried.
         """
-        lines = [f"{'row':>6}  {'max abs':>8}  {'cosine':>9}  {'tokens':>6}  text, the worst first"]
-        lines += [
-            f"{row.row:>6}  {row.max_abs:8.1e}  {row.cosine:9.6f}  {row.tokens:>6}  "
-            f"{_shortened(row.text)!r}"
+        rows = [("row", "max abs", "cosine", "tokens", "text, the worst first")]
+        rows += [
+            (f"{row.row}", f"{row.max_abs:.1e}", f"{row.cosine:.6f}", f"{row.tokens}",
+             repr(shortened(row.text, 60)))
             for row in self.rows[:worst]
-        ]
+        ]  # fmt: skip
+        lines = aligned(rows, right=range(4))
         lines += [
             "",
             f"{self.texts} texts: max abs {self.max_abs:.1e}, rms {self.rms:.1e}",
@@ -181,45 +183,21 @@ class Diagnosis:
             lines += [f"  what to do: {remedy}" for remedy in remedies]
         lines += [f"note: {note}" for note in self.notes]
         if self.candidates and not self.is_equal:
-            lines += ["", f"{'max abs':>9}  {'rms':>8}  tried on {self.compared} texts"]
+            tried = [("max abs", "rms", f"tried on {self.compared} texts")]
             for each in self.candidates[:nearest]:
                 pattern = ""
                 if each.correlation is not None:
                     pattern = f" (errors correlate by {each.correlation:.2f})"
-                name = " + ".join(each.names)
-                lines.append(f"{each.max_abs:9.1e}  {each.rms:8.1e}  {name}{pattern}")
-            more = len(self.candidates) - nearest
-            if more > 0:
-                lines.append(f"{'':9}  {'':8}  and {more} more")
+                name = " + ".join(each.names) + pattern
+                tried.append((f"{each.max_abs:.1e}", f"{each.rms:.1e}", name))
+            if len(self.candidates) > nearest:
+                tried.append(("", "", f"and {len(self.candidates) - nearest} more"))
+            lines += ["", *aligned(tried, right=(0, 1))]
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """The finding as an object for JSON."""
-        return {
-            "equal": self.is_equal,
-            "verdict": self.verdict,
-            "summary": self.summary,
-            "causes": [asdict(cause) for cause in self.causes],
-            "alternatives": [asdict(cause) for cause in self.alternatives],
-            **{
-                name: getattr(self, name)
-                for name in ("texts", "compared", "rms", "min_cosine", "median_cosine",
-                             "unit_max_abs", "remaining")
-            },
-            "max_abs": _finite(self.max_abs),
-            "rows": [asdict(row) | {"max_abs": _finite(row.max_abs)} for row in self.rows],
-            "candidates": [asdict(candidate) for candidate in self.candidates],
-            "untried": [asdict(cause) for cause in self.untried],
-            "notes": list(self.notes),
-        }  # fmt: skip
-
-
-def _finite(number: float) -> float | None:
-    return number if math.isfinite(number) else None
-
-
-def _shortened(text: str, width: int = 60) -> str:
-    return text if len(text) <= width else text[: width - 3] + "..."
+        return {"equal": self.is_equal, "summary": self.summary, **as_json(vars(self))}
 
 
 def diagnose(
@@ -291,12 +269,12 @@ class _Case:
         self.counts = encoder.get_tokenizer()(texts).token_counts
         self.rows = self._differences()
         chosen = self._choose(max_texts)
-        self.laboratory = Laboratory(encoder, texts, self.counts, chosen)
+        self.runner = VariantRunner(encoder, texts, self.counts, chosen)
         self.chosen = torch.tensor(chosen, dtype=torch.int64, device="cpu")
         self.goal = _unit(self.foreign[self.chosen])  # [n, 384]
         self.causes = causes_for(encoder)
         self.normalizes = not isinstance(encoder.normalize, nn.Identity)
-        self.right = Recipe(encoder.max_seq_length)
+        self.right = Variant(encoder.max_seq_length)
         self.tried: list[_Trial] = []
 
     @property
@@ -310,17 +288,14 @@ class _Case:
         if not values.numel() or not values.any():
             return 0.0
         lengths = values.norm(dim=1, keepdim=True).clamp_min(1e-30)
-        for dtype, name in ((torch.bfloat16, "bfloat16"), (torch.float16, "float16")):
-            if torch.equal(values.to(dtype).double(), values):
-                self.notes.append(f"the numbers were stored in {name}")
-                return _SCALED * float((values.abs() / lengths).max()) * torch.finfo(dtype).eps / 2
-        for digits in range(2, 8):
-            scaled = values * 10**digits
-            # A float32 of a short decimal is off by 6e-8 of itself.
-            if ((scaled - scaled.round()).abs() < 0.01 + 1e-7 * scaled.abs()).all():
-                self.notes.append(f"the numbers were stored with {digits} decimals")
-                return _SCALED * float(0.5 * 10.0**-digits / lengths.min().clamp_min(1e-3))
-        return 0.0
+        form = short_form(values)
+        if form is None:
+            return 0.0
+        if isinstance(form, int):
+            self.notes.append(f"the numbers were stored with {form} decimals")
+            return _SCALED * float(0.5 * 10.0**-form / lengths.min().clamp_min(1e-3))
+        self.notes.append(f"the numbers were stored in {str(form).removeprefix('torch.')}")
+        return _SCALED * float((values.abs() / lengths).max()) * torch.finfo(form).eps / 2
 
     def _differences(self) -> list[TextDifference]:
         difference = (self.foreign - self.ours).abs().amax(dim=1)
@@ -422,36 +397,36 @@ class _Case:
     def _round(self, base: "_Trial") -> "list[_Trial]":
         """Every mistake on top of those of `base`: the cheap ones first, until one explains all."""
         trials: list[_Trial] = []
-        tiers: dict[str, list[tuple[Cause, Recipe]]] = {"simple": [], "bits": [], "width": []}
-        changed = {name for cause in base.causes for name in self.causes[cause]}
-        for cause, changes in self.causes.items():
-            if changed & changes.keys():
+        tiers: dict[str, list[tuple[Cause, Variant]]] = {"simple": [], "bits": [], "width": []}
+        changed = {name for cause in base.causes for name in cause.changes}
+        for cause in self.causes:
+            if changed & cause.changes.keys():
                 continue
-            recipe = base.recipe.with_(changes)
-            if not self.laboratory.differs(base.recipe, recipe):
+            variant = base.variant.with_(cause)
+            if not self.runner.differs(base.variant, variant):
                 continue
-            tier = "width" if recipe.width else "bits" if "bits" in changes else "simple"
-            tiers[tier].append((cause, recipe))
+            tier = "width" if variant.width else "bits" if "bits" in cause.changes else "simple"
+            tiers[tier].append((cause, variant))
         for tier in ("simple", "bits"):
-            trials += [self._try((*base.causes, cause), recipe) for cause, recipe in tiers[tier]]
+            trials += [self._try((*base.causes, cause), variant) for cause, variant in tiers[tier]]
             if self._explaining(trials):
                 return trials
         # Padding costs most: first some texts for all of these, then all texts for the best.
-        rows = self.laboratory.screening(_SCREENED)
+        rows = self.runner.screening(_SCREENED)
         goal = self.goal[rows]
         screened = sorted(
-            (_score(goal - _unit(self.laboratory.pooled(recipe, rows))), number)
-            for number, (_, recipe) in enumerate(tiers["width"])
+            (_score(goal - _unit(self.runner.pooled(variant, rows))), number)
+            for number, (_, variant) in enumerate(tiers["width"])
         )
         for score, number in screened[:_BEST]:
             if score <= screened[0][0] + _WITHIN:
-                cause, recipe = tiers["width"][number]
-                trials.append(self._try((*base.causes, cause), recipe))
+                cause, variant = tiers["width"][number]
+                trials.append(self._try((*base.causes, cause), variant))
         return trials
 
-    def _try(self, causes: tuple[Cause, ...], recipe: Recipe) -> "_Trial":
-        pooled = self.laboratory.pooled(recipe)
-        trial = _Trial(causes, recipe, pooled, self.goal)
+    def _try(self, causes: tuple[Cause, ...], variant: Variant) -> "_Trial":
+        pooled = self.runner.pooled(variant)
+        trial = _Trial(causes, variant, pooled, self.goal)
         self.tried.append(trial)
         return trial
 
@@ -466,7 +441,7 @@ class _Case:
         error = self.goal - base.unit
         found = []
         for trial in trials:
-            if "bits" in self.causes[trial.causes[-1]]:
+            if "bits" in trial.causes[-1].changes:
                 ours = trial.unit - base.unit
                 norms = float(error.norm()), float(ours.norm())
                 if not all(norms):
@@ -524,12 +499,10 @@ class _Case:
     ) -> Diagnosis:
         untried = tuple(
             cause
-            for cause, changes in self.causes.items()
-            if not self.laboratory.differs(self.right, self.right.with_(changes))
+            for cause in self.causes
+            if not self.runner.differs(self.right, self.right.with_(cause))
         )
-        hidden = dict.fromkeys(
-            cause.needs for cause in untried if not self.causes[cause].get("width")
-        )
+        hidden = dict.fromkeys(cause.needs for cause in untried if "width" not in cause.changes)
         if verdict in ("none", "another model") and hidden:
             wanted = ", ".join(need for need in hidden if need != "any texts")
             self.notes.append(f"some causes show only on other texts: add {wanted}")
@@ -571,12 +544,12 @@ class _Case:
 
 
 class _Trial:
-    """What one recipe gives, and how far that is from the goal."""
+    """What one variant gives, and how far that is from the goal."""
 
     def __init__(
-        self, causes: tuple[Cause, ...], recipe: Recipe, pooled: Tensor, goal: Tensor
+        self, causes: tuple[Cause, ...], variant: Variant, pooled: Tensor, goal: Tensor
     ) -> None:
-        self.causes, self.recipe, self.pooled = causes, recipe, pooled
+        self.causes, self.variant, self.pooled = causes, variant, pooled
         self.unit = _unit(pooled)
         difference = goal - self.unit
         self.of_text = difference.abs().amax(dim=1)  # [n]
@@ -593,6 +566,26 @@ def _score(difference: Tensor) -> float:
     A mistake that only some texts show must not keep another, which all show, from being found.
     """
     return float(difference.abs().amax(dim=1).clamp_min(_FLOOR).log10().mean())
+
+
+def short_form(values: Tensor) -> torch.dtype | int | None:
+    """How float64 numbers were written down: in which dtype of 16 bits, or with how many decimals;
+    None if in no such short form.
+    """
+    for dtype in (torch.bfloat16, torch.float16):
+        if torch.equal(values.to(dtype).double(), values):
+            return dtype
+    return decimals(values)
+
+
+def decimals(values: Tensor) -> int | None:
+    """How many decimals float64 numbers have, from 2 to 7; None if more."""
+    for digits in range(2, 8):
+        scaled = values * 10.0**digits
+        # A float32 of a short decimal is off by 6e-8 of itself.
+        if ((scaled - scaled.round()).abs() < 0.01 + 1e-7 * scaled.abs()).all():
+            return digits
+    return None
 
 
 def _unit(vectors: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ In: an encoder, texts, their stored vectors, and their fingerprint if there is o
 """
 
 import copy
+import heapq
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,10 +18,11 @@ from torch import Tensor, nn
 from minilm import inputs
 from minilm.encoder import SentenceEncoder
 from minilm.errors import InputError, InputTypeError
-from minilm.inference.encode import model_ranges_of
-from minilm.parity.causes import diagnose
+from minilm.inference.encode import required_ranges
+from minilm.parity.causes import decimals, diagnose, short_form
 from minilm.pretrained.fingerprint import Comparison, Fingerprint, Verdict, compare, fingerprint
 from minilm.quantize import dequantize, quantize_embeddings
+from minilm.report import aligned, as_json
 from minilm.similarity import Embeddings
 
 __all__ = ["LONGEST", "CheckResult", "check_vectors"]
@@ -96,30 +98,28 @@ class CheckResult:
         if self.agreement is not None:
             lines.append(f"between the two: {self.agreement}")
         if self.max_abs > 0 and self.worst:
-            lines += ["", f"{'row':>9}  {'max abs':>8}"]
-            lines += [f"{row:>9}  {difference:8.1e}" for row, difference in self.worst]
+            rows = [("row", "max abs"), *((f"{row}", f"{value:.1e}") for row, value in self.worst)]
+            lines += ["", *aligned(rows, right=(0, 1))]
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
         """The finding as an object for JSON."""
-
-        def finite(number: float) -> float | None:
-            return number if math.isfinite(number) else None
-
-        return {
-            "verdict": self.verdict,
-            "summary": self.summary,
-            "reason": self.reason,
-            "rows": self.rows,
-            "checked": self.checked,
-            "max_abs": finite(self.max_abs),
-            "limit": self.limit,
-            "fingerprints_agree": self.fingerprints_agree,
-            "own": self.own.to_dict(),
-            "recorded": self.recorded.to_dict() if self.recorded else None,
-            "differing": list(self.agreement.differing) if self.agreement else None,
-            "worst": [{"row": row, "max_abs": finite(value)} for row, value in self.worst],
-        }
+        return as_json(  # type: ignore[no-any-return]
+            {
+                "verdict": self.verdict,
+                "summary": self.summary,
+                "reason": self.reason,
+                "rows": self.rows,
+                "checked": self.checked,
+                "max_abs": self.max_abs,
+                "limit": self.limit,
+                "fingerprints_agree": self.fingerprints_agree,
+                "own": self.own,
+                "recorded": self.recorded,
+                "differing": self.agreement.differing if self.agreement else None,
+                "worst": [{"row": row, "max_abs": value} for row, value in self.worst],
+            }
+        )
 
 
 def check_vectors(
@@ -265,8 +265,7 @@ def _choose(texts: Sequence[str], sample: int) -> list[int]:
     rows = {number * count // sample for number in range(sample)}
     # In bytes: a letter of Chinese is three of them, and a word piece of its own.
     lengths = [len(text.encode("utf-8", "replace")) for text in texts]
-    rows |= set(sorted(range(count), key=lambda row: -lengths[row])[:LONGEST])
-    return sorted(rows)
+    return sorted(rows.union(heapq.nlargest(LONGEST, range(count), key=lengths.__getitem__)))
 
 
 class _Making:
@@ -283,17 +282,12 @@ class _Making:
             "normalize_embeddings": record.normalize
             and (record.dimension < full or isinstance(encoder.normalize, nn.Identity)),
         }
-        self.ranges: np.ndarray[Any, Any] | None = None
-        if self.precision in ("int8", "uint8"):
-            self.ranges = model_ranges_of(
-                encoder, record.dimension, self.options["normalize_embeddings"]
-            )
-            if self.ranges is None:
-                raise InputError(
-                    f"vectors are {self.precision} with ranges of their own, which are not known; "
-                    "check the float32 vectors",
-                    "vectors",
-                )
+        self.ranges: np.ndarray[Any, Any] | None = required_ranges(
+            encoder, self.precision, record.dimension, self.options["normalize_embeddings"],
+            f"vectors are {self.precision} with ranges of their own, which are not known; check "
+            "the float32 vectors",
+            "vectors",
+        )  # fmt: skip
 
     @property
     def width(self) -> int:
@@ -357,23 +351,12 @@ def _stored_in(ours: Tensor, stored: Tensor) -> str | None:
             ours.to(dtype).double(), stored.double()
         ):
             return f" after rounding to {str(dtype).removeprefix('torch.')}"
-    digits = _decimals(stored)
+    digits = decimals(stored.double())
     if digits is not None:
         half = 0.5 * 10.0**-digits
         slack = 1e-7 * stored.double().abs() + 1e-12
         if bool(((ours.double() - stored.double()).abs() <= half + slack).all()):
             return f" after rounding to {digits} decimals"
-    return None
-
-
-def _decimals(stored: Tensor) -> int | None:
-    """How many decimals the numbers have, if few."""
-    values = stored.double()
-    for digits in range(2, 8):
-        scaled = values * 10.0**digits
-        # A float32 of a short decimal is off by 6e-8 of itself.
-        if bool(((scaled - scaled.round()).abs() < 0.01 + 1e-7 * scaled.abs()).all()):
-            return digits
     return None
 
 
@@ -385,14 +368,11 @@ def _bound(own: Fingerprint, recorded: Fingerprint | None, ours: Tensor, stored:
     if own.precision != "float32":  # differences count from the edge of what a code stands for
         return computing * max(1.0, longest)
     values = stored.double().nan_to_num(posinf=0.0, neginf=0.0)
-    storing = 0.0
-    for dtype in (torch.bfloat16, torch.float16):
-        if torch.equal(values.to(dtype).double(), values):
-            storing = float(values.abs().max()) * torch.finfo(dtype).eps / 2
-            break
-    else:
-        digits = _decimals(values)
-        storing = 0.0 if digits is None else 0.5 * 10.0**-digits
+    form, storing = short_form(values), 0.0
+    if isinstance(form, int):
+        storing = 0.5 * 10.0**-form
+    elif form is not None:
+        storing = float(values.abs().max()) * torch.finfo(form).eps / 2
     return computing * max(1.0, longest) + storing
 
 

@@ -24,6 +24,7 @@ from minilm.files.shards import part_paths, verify_parts
 from minilm.files.sources import readable
 from minilm.inputs import check_positive_int
 from minilm.parity.check import LONGEST, CheckResult, check_vectors
+from minilm.report import as_json
 
 __all__ = ["FolderCheck", "check_folder"]
 
@@ -74,14 +75,8 @@ class FolderCheck:
 
     def to_dict(self) -> dict[str, Any]:
         """The finding as an object for JSON."""
-        return {
-            "summary": self.summary,
-            "parts": self.parts,
-            "rows": self.rows,
-            "has_manifest": self.has_manifest,
-            "problems": list(self.problems),
-            "result": self.result.to_dict() if self.result else None,
-        }
+        found = {name: value for name, value in vars(self).items() if name != "folder"}
+        return {"summary": self.summary, **as_json(found)}
 
 
 def check_folder(
@@ -158,13 +153,11 @@ def _sampled(
         number = bisect_right(starts, row) - 1
         if paths[number] in whole:
             of_part.setdefault(number, []).append(row)
-    columns = [name, vectors]
     for number, chosen in of_part.items():
         path = paths[number]
-        read = partial(pyarrow.parquet.read_table, path, columns=columns)
-        table = readable(path, read)
+        read = partial(pyarrow.parquet.read_table, path, columns=[name, vectors])
         in_part = [row - starts[number] for row in chosen]
-        table = table.take(in_part)
+        table = readable(path, read).take(in_part)
         texts += texts_of(table, name, str(path), in_part)
         found.append(embeddings_of(table.column(vectors)))
     stored = np.concatenate(found)
@@ -180,15 +173,12 @@ def _sampled(
 
 def _longest(paths: list[Path], name: str, first_row: dict[Path, int]) -> set[int]:
     """The rows of the longest texts, which alone show another limit."""
-    longest: list[tuple[int, int]] = []
-    for path in paths:
-        for row, text in enumerate(_texts(path, name), first_row[path]):
-            length = len((text or "").encode("utf-8", "replace"))
-            if len(longest) < LONGEST:
-                heapq.heappush(longest, (length, -row))
-            else:
-                heapq.heappushpop(longest, (length, -row))
-    return {-row for _, row in longest}
+    lengths = (
+        (len((text or "").encode("utf-8", "replace")), -row)
+        for path in paths
+        for row, text in enumerate(_texts(path, name), first_row[path])
+    )
+    return {-row for _, row in heapq.nlargest(LONGEST, lengths)}
 
 
 def _texts(path: Path, name: str) -> Iterator[str | None]:

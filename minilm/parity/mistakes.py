@@ -1,19 +1,21 @@
 """The usual mistakes in running this model, each made on our own modules, changed from outside.
 
-In: an encoder, texts, and a `Recipe`: the right way, but for what one or more mistakes change. Out:
-the vectors that come of it. Next: `causes.py` compares them with another program's.
+In: an encoder, texts, and a `Variant`: the right computation, but for what one or more mistakes
+change. Out: the vectors that come of it. Next: `causes.py` compares them with another program's.
 
 There is no second copy of the architecture here. A mistake is a copy of the encoder with another
 number in it, or with hooks that round; or other features, such as an `attention_mask` of ones; or
-another normalizer, pooling or GELU in its place.
+another normalizer, pooling or GELU in its place. `mistakes.json` lists those of any model.
 """
 
 import copy
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
+from importlib import resources
 from typing import Any
 
 import torch
@@ -24,14 +26,15 @@ from torch.overrides import TorchFunctionMode
 
 from minilm.encoder import SentenceEncoder
 from minilm.inference.packed import PackedBatch
+from minilm.parity.stages import batches
 from minilm.pipeline import Batch
 from minilm.pooling import ClsPooling, MeanPooling
 from minilm.pretrained.save import read_pooler
 
-__all__ = ["Cause", "Laboratory", "Recipe", "causes_for"]
+__all__ = ["Cause", "Variant", "VariantRunner", "causes_for"]
 
 _TOKENS = 4096  # computed at a time
-_PLAIN = (None, False, "")  # of `Laboratory._changed`: nothing is different in the model
+_PLAIN = (None, False, "")  # the key of `VariantRunner._changed` if nothing in the model differs
 
 
 @dataclass(frozen=True)
@@ -39,19 +42,25 @@ class Cause:
     """A mistake.
 
     Attributes:
-        name: In a few words.
+        name: What it is, in a few words.
         remedy: What to look at in the other program.
         needs: The texts that show it.
+        changes: The fields of a `Variant` that it changes.
     """
 
     name: str
     remedy: str
     needs: str = "any texts"
+    changes: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
+
+    def to_dict(self) -> dict[str, str]:
+        """The mistake as an object for JSON."""
+        return {"name": self.name, "remedy": self.remedy, "needs": self.needs}
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How to compute vectors: the right way, but for what a cause changes."""
+class Variant:
+    """How to compute vectors: the right way, but for what mistakes change."""
 
     limit: int
     closed: bool = True  # a cut text ends in [SEP]
@@ -64,41 +73,19 @@ class Recipe:
     gelu: str = ""  # another one, by its name in `_GELUS`
     eps: float | None = None  # of every LayerNorm
     token_type: str = ""  # "none", "1"
-    bits: str = ""  # by its name in `_BITS`
+    bits: str = ""  # fewer of them, by the name in `_BITS`
 
-    def with_(self, changes: Mapping[str, Any]) -> "Recipe":
-        return replace(self, **changes)
+    def with_(self, cause: Cause) -> "Variant":
+        """The same with one more mistake."""
+        return replace(self, **cause.changes)
 
 
-_LONG = "texts longer than {} tokens"
-_UNEQUAL = "texts of unequal length"
-_CAPITALS, _ACCENTS, _CJK = "capital letters", "accents", "Chinese or Japanese"
-
-_BERT_OUTPUT = (
-    "take the mean of the last layer's token vectors (last_hidden_state) over real tokens"
-)
 _MASK = "give the attention mask to the model"
 _POOL_MASK = "multiply by the attention mask before adding up, and divide by its sum"
 _TRUNCATION = (
     "set the tokenizer's limit yourself: tokenizer.json says 128, tokenizer_config.json 512, and "
     "sentence_bert_config.json, which is right, 256"
 )
-
-
-def _padding_causes(name: str, width: int | str, limit: int | None) -> dict[Cause, dict[str, Any]]:
-    """The three ways to forget the mask, for one way to pad."""
-    changes: dict[str, Any] = {"width": width} | ({} if limit is None else {"limit": limit})
-    needs = f"texts shorter than {width} tokens" if isinstance(width, int) else _UNEQUAL
-    return {
-        Cause(f"no mask in the mean: padding counted, {name}", _POOL_MASK, needs): {
-            **changes, "counted": True,
-        },
-        Cause(f"padding attended, {name}", _MASK, needs): {**changes, "attended": True},
-        Cause(f"no mask at all: padding attended and counted, {name}", f"{_MASK}; {_POOL_MASK}",
-              needs): {**changes, "attended": True, "counted": True},
-    }  # fmt: skip
-
-
 _WIDTHS = {
     "all": "padded to the longest of all texts",
     "batches of 32": "padded to the longest of each 32",
@@ -106,103 +93,53 @@ _WIDTHS = {
 }
 
 
-def _simple_causes() -> dict[Cause, dict[str, Any]]:
-    tokens = "the special tokens are part of the text"
-    causes: dict[Cause, dict[str, Any]] = {
-        Cause("cut without [SEP]", "keep the last token, [SEP], when a text is cut",
-              "texts beyond the limit"): {"closed": False},
-        Cause("no [CLS] and [SEP]", "let the tokenizer add the special tokens"): {
-            "specials": False},
-        Cause("[CLS] pooling", _BERT_OUTPUT): {"pooling": "cls"},
-        Cause("mean pooling", "take the vector of the first token, [CLS]"): {"pooling": "mean"},
-        Cause("max pooling", _BERT_OUTPUT): {"pooling": "max"},
-        Cause("[CLS] and [SEP] left out of the mean", f"{tokens}, and of its mean"): {
-            "pooling": "words"},
-        Cause("BERT's own pooler (pooler_output)", _BERT_OUTPUT): {"pooling": "pooler"},
-        Cause("tanh GELU", "take the exact form, with erf, not its tanh approximation"): {
-            "gelu": "tanh"},
-        Cause("sigmoid GELU (quick GELU)", "take the exact form of GELU, with erf"): {
-            "gelu": "sigmoid"},
-        **{
-            Cause(f"LayerNorm eps {eps:.0e}".replace("e-0", "e-"),
-                  "read layer_norm_eps in config.json"): {"eps": eps}
-            for eps in (1e-5, 1e-6, 1e-12)
-        },
-        Cause("no token-type row", "add row 0 of token_type_embeddings to every token"): {
-            "token_type": "none"},
-        Cause("token type 1", "token_type_ids are all 0"): {"token_type": "1"},
-        Cause("cased text (no lowercasing)", "lowercase first, which strips accents too",
-              _CAPITALS): {"text": "cased"},
-        Cause("cased text, accents stripped", "lowercase before splitting into words",
-              _CAPITALS): {"text": "cased, accents stripped"},
-        Cause("accents kept", "strip accents (NFD without marks), as lowercasing BERT does",
-              _ACCENTS): {"text": "accents kept"},
-        Cause("Chinese characters not split", "put blanks around each CJK character", _CJK): {
-            "text": "Chinese not split"},
-        Cause("lowercased text", "the model is cased: leave capital letters", _CAPITALS): {
-            "text": "lowercased"},
-    }  # fmt: skip
-    return causes
+def _padding_causes(name: str, needs: str, **changes: Any) -> list[Cause]:
+    """The three ways to forget the mask, for one way to pad."""
+    counted, attended = {"counted": True}, {"attended": True}
+    return [
+        Cause(f"{what}, {name}", remedy, needs, changes | more)
+        for what, remedy, more in (
+            ("no mask in the mean: padding counted", _POOL_MASK, counted),
+            ("padding attended", _MASK, attended),
+            ("no mask at all: padding attended and counted", f"{_MASK}; {_POOL_MASK}",
+             counted | attended),
+        )
+    ]  # fmt: skip
 
 
-_FEWER = "it computes with fewer bits, which is no mistake; compare in float32 to be sure"
-
-_BIT_CAUSES = {
-    Cause("float16 weights", _FEWER): {"bits": "float16 weights"},
-    Cause("float16", _FEWER): {"bits": "float16"},
-    Cause("bfloat16 weights", _FEWER): {"bits": "bfloat16 weights"},
-    Cause("bfloat16 products", _FEWER): {"bits": "bfloat16 products"},
-    Cause("bfloat16", _FEWER): {"bits": "bfloat16"},
-    Cause("int8 weights, one scale a tensor", _FEWER): {"bits": "int8 tensor"},
-    Cause("int8 weights, one scale a channel", _FEWER): {"bits": "int8 channel"},
-    Cause("int8 weights and activations, one scale a tensor", _FEWER): {"bits": "int8 both"},
-    Cause("int8 weights and activations, one scale a channel", _FEWER): {
-        "bits": "int8 both channel"
-    },
-}
-
-
-def causes_for(encoder: SentenceEncoder) -> dict[Cause, dict[str, Any]]:
-    """Every mistake that is possible with this model, and what it changes in the computation.
-
-    Args:
-        encoder: The model.
-
-    Returns:
-        Cause -> fields of the recipe. The cheap ones first.
-    """
+def causes_for(encoder: SentenceEncoder) -> list[Cause]:
+    """Every mistake that is possible with this model, those that are cheap to try first."""
     config = encoder.bert.config
     own, longest = encoder.max_seq_length, config.max_position_embeddings
     limits = [limit for limit in (128, 256, 512) if limit <= longest]
-    causes: dict[Cause, dict[str, Any]] = {
-        Cause(f"cut at {limit} tokens", _TRUNCATION, _LONG.format(min(limit, own))): {
-            "limit": limit
-        }
+    causes = [
+        Cause(f"cut at {limit} tokens", _TRUNCATION, f"texts longer than {min(limit, own)} tokens",
+              {"limit": limit})
         for limit in limits
         if limit != own
-    }
-    causes |= _simple_causes()
-    causes |= _BIT_CAUSES
+    ]  # fmt: skip
+    data = resources.files("minilm.parity").joinpath("mistakes.json").read_text(encoding="utf-8")
+    causes += [Cause(**each) for each in json.loads(data)]
     for rule, name in _WIDTHS.items():
-        causes |= _padding_causes(name, rule, None)
+        causes += _padding_causes(name, "texts of unequal length", width=rule)
     for limit in limits:
-        causes |= _padding_causes(f"padded to {limit} tokens", limit, limit)
-    normalizer = encoder.get_tokenizer().backend.normalizer
-    lowers = getattr(normalizer, "lowercase", True)
+        needs = f"texts shorter than {limit} tokens"
+        causes += _padding_causes(f"padded to {limit} tokens", needs, width=limit, limit=limit)
+    lowers = getattr(encoder.get_tokenizer().backend.normalizer, "lowercase", True)
     unfit = {"lowercased"} if lowers else set(_NORMALIZERS) - {"lowercased"}
     own_pooling = "cls" if isinstance(encoder.pooling, ClsPooling) else "mean"
-    return {
-        cause: changes
-        for cause, changes in causes.items()
-        if changes.get("text") not in unfit
-        and changes.get("pooling") != own_pooling
-        and changes.get("eps") != config.layer_norm_eps
-        and not (changes.get("token_type") == "1" and config.type_vocab_size < 2)
-    }
+    return [
+        cause
+        for cause in causes
+        if cause.changes.get("text") not in unfit
+        and cause.changes.get("pooling") != own_pooling
+        and cause.changes.get("eps") != config.layer_norm_eps
+        and not (cause.changes.get("token_type") == "1" and config.type_vocab_size < 2)
+    ]
 
 
-class Laboratory:
-    """Computes pooled vectors by a recipe, on the encoder's own modules, changed from outside."""
+class VariantRunner:
+    """Computes pooled vectors of chosen texts by any variant, on the encoder's own modules."""
 
     def __init__(
         self, encoder: SentenceEncoder, texts: list[str], counts: list[int], rows: list[int]
@@ -215,53 +152,53 @@ class Laboratory:
         self._all_ids: dict[str, list[list[int]]] = {}
         self._models: dict[tuple[Any, ...], SentenceEncoder] = {}
 
-    def ids(self, recipe: Recipe) -> list[list[int]]:
+    def ids(self, variant: Variant) -> list[list[int]]:
         """The ids of the chosen texts."""
-        if recipe.text not in self._all_ids:
+        if variant.text not in self._all_ids:
             tokenizer = self.encoder.get_tokenizer()
-            if recipe.text:
+            if variant.text:
                 tokenizer = copy.deepcopy(tokenizer)
-                tokenizer.backend.normalizer = _NORMALIZERS[recipe.text](
+                tokenizer.backend.normalizer = _NORMALIZERS[variant.text](
                     self.encoder.get_tokenizer().backend.normalizer
                 )
             chosen = [self.texts[row] for row in self.rows]
-            self._all_ids[recipe.text] = tokenizer(chosen).input_ids
-        rows = self._all_ids[recipe.text]
-        if not recipe.specials:
-            return [row[1:-1][: recipe.limit] for row in rows]
+            self._all_ids[variant.text] = tokenizer(chosen).input_ids
+        rows = self._all_ids[variant.text]
+        if not variant.specials:
+            return [row[1:-1][: variant.limit] for row in rows]
         return [
             row
-            if len(row) <= recipe.limit
-            else row[: recipe.limit - 1] + row[-1:]
-            if recipe.closed
-            else row[: recipe.limit]
+            if len(row) <= variant.limit
+            else row[: variant.limit - 1] + row[-1:]
+            if variant.closed
+            else row[: variant.limit]
             for row in rows
         ]
 
-    def widths(self, recipe: Recipe) -> list[int]:
+    def widths(self, variant: Variant) -> list[int]:
         """To how many tokens each of the chosen texts is padded."""
-        lengths = [len(row) for row in self.ids(recipe)]
-        if not recipe.width:
+        lengths = [len(row) for row in self.ids(variant)]
+        if not variant.width:
             return lengths
-        if isinstance(recipe.width, int):
-            return [max(length, recipe.width) for length in lengths]
-        every = [min(count, recipe.limit) for count in self.counts]
+        if isinstance(variant.width, int):
+            return [max(length, variant.width) for length in lengths]
+        every = [min(count, variant.limit) for count in self.counts]
         order = list(range(len(every)))
-        if recipe.width == "batches of 32 by length":  # of the text, in characters
+        if variant.width == "batches of 32 by length":  # of the text, in characters
             order.sort(key=lambda row: -len(self.texts[row]))
-        size = len(every) if recipe.width == "all" else 32
+        size = len(every) if variant.width == "all" else 32
         width_of: dict[int, int] = {}
         for start in range(0, len(order), size):
             batch = order[start : start + size]
             width_of |= dict.fromkeys(batch, max(every[row] for row in batch))
         return [max(length, width_of[row]) for length, row in zip(lengths, self.rows, strict=True)]
 
-    def differs(self, recipe: Recipe, other: Recipe) -> bool:
-        """Whether the texts chosen show the difference between two recipes."""
+    def differs(self, variant: Variant, other: Variant) -> bool:
+        """Whether the texts chosen show the difference between two variants."""
         if other.pooling == "pooler" and self._pooler() is None:
             return False
         names = ("limit", "closed", "specials", "text", "width", "attended", "counted")
-        if replace(other, **{name: getattr(recipe, name) for name in names}) != recipe:
+        if replace(other, **{name: getattr(variant, name) for name in names}) != variant:
             return True  # it differs in the model
         widths = self.widths(other)
         if other.width and widths == [len(row) for row in self.ids(other)]:
@@ -272,8 +209,8 @@ class Laboratory:
             if self.widths(replace(other, width=rule)) == widths:
                 return False
         padding = (other.attended, other.counted, other.width)
-        return padding != (recipe.attended, recipe.counted, recipe.width) or self.ids(
-            recipe
+        return padding != (variant.attended, variant.counted, variant.width) or self.ids(
+            variant
         ) != self.ids(other)
 
     def screening(self, count: int) -> list[int]:
@@ -283,90 +220,75 @@ class Laboratory:
         return [half[i * len(half) // count] for i in range(count)] if len(half) > count else half
 
     @torch.no_grad()
-    def pooled(self, recipe: Recipe, places: Sequence[int] | None = None) -> Tensor:
+    def pooled(self, variant: Variant, places: Sequence[int] | None = None) -> Tensor:
         """The vectors before they are normalized, float64 `[n, 384]`.
 
         Args:
-            recipe: How to compute them.
+            variant: How to compute them.
             places: Which of the chosen texts; by default all.
         """
-        ids, widths = self.ids(recipe), self.widths(recipe)
+        ids, widths = self.ids(variant), self.widths(variant)
         places = range(len(ids)) if places is None else places
-        model = self._changed(recipe)
+        model = self._changed(variant)
         shape = len(places), self.encoder.bert.config.hidden_size
         out = torch.empty(shape, dtype=torch.float64, device="cpu")
-        with _gelu(recipe.gelu):
-            for batch in _batches([widths[place] for place in places], bool(recipe.width)):
+        with _gelu(variant.gelu):
+            for batch in batches([widths[i] for i in places], _TOKENS, exact=bool(variant.width)):
                 rows = [ids[places[i]] for i in batch]
                 width = max(widths[places[i]] for i in batch)
-                pooled = self._padded if recipe.width or not all(rows) else self._packed
-                out[batch] = pooled(recipe, model, rows, width).cpu().double()
+                pooled = self._padded if variant.width or not all(rows) else self._packed
+                out[batch] = pooled(variant, model, rows, width).cpu().double()
         return out
 
     def _packed(
-        self, recipe: Recipe, model: SentenceEncoder, rows: list[list[int]], _: int
+        self, variant: Variant, model: SentenceEncoder, rows: list[list[int]], _: int
     ) -> Tensor:
         """Without padding, which no mistake is about: less work."""
         batch = PackedBatch(rows, model.device)
-        batch.token_type_ids = torch.full_like(batch.input_ids, int(recipe.token_type == "1"))
+        batch.token_type_ids = torch.full_like(batch.input_ids, int(variant.token_type == "1"))
         tokens = model(batch)["token_embeddings"]
-        return batch.pool(partial(self._pool, recipe, model.pooling), tokens)
+        return batch.pool(partial(self._pool, variant, model.pooling), tokens)
 
     def _padded(
-        self, recipe: Recipe, model: SentenceEncoder, rows: list[list[int]], width: int
+        self, variant: Variant, model: SentenceEncoder, rows: list[list[int]], width: int
     ) -> Tensor:
-        """With so many tokens in each row, and the masks of the recipe."""
+        """With so many tokens in each row, and the masks of the variant."""
         device, pad = model.device, self.encoder.get_tokenizer().pad_token_id
         width = max(width, 1)  # even where there is no token at all
         lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64, device=device)
         real = (torch.arange(width, device=device) < lengths[:, None]).to(torch.int64)
         filled = [row + [pad] * (width - len(row)) for row in rows]
         input_ids = torch.tensor(filled, dtype=torch.int64, device=device)  # [batch, tokens]
-        types = torch.full_like(input_ids, int(recipe.token_type == "1"))
-        batch = Batch(input_ids, torch.ones_like(real) if recipe.attended else real, types)
-        counted = torch.ones_like(real) if recipe.counted else real
-        return self._pool(recipe, model.pooling, model(batch)["token_embeddings"], counted)
+        types = torch.full_like(input_ids, int(variant.token_type == "1"))
+        batch = Batch(input_ids, torch.ones_like(real) if variant.attended else real, types)
+        counted = torch.ones_like(real) if variant.counted else real
+        return self._pool(variant, model.pooling, model(batch)["token_embeddings"], counted)
 
-    def _pool(self, recipe: Recipe, pooling: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
+    def _pool(self, variant: Variant, pooling: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
         """`[batch, tokens, 384]` -> `[batch, 384]`, by the model's own way or another."""
-        if recipe.pooling:
-            weights = self._pooler() if recipe.pooling == "pooler" else None
-            return _POOLINGS[recipe.pooling](tokens, mask, weights)
+        if variant.pooling:
+            weights = self._pooler() if variant.pooling == "pooler" else None
+            return _POOLINGS[variant.pooling](tokens, mask, weights)
         pooled: Tensor = pooling(tokens, mask)
         return pooled
 
-    def _changed(self, recipe: Recipe) -> SentenceEncoder:
-        """A copy of the encoder with what the recipe changes; the last and the plain are kept."""
-        key = (recipe.eps, recipe.token_type == "none", recipe.bits)
+    def _changed(self, variant: Variant) -> SentenceEncoder:
+        """A copy of the encoder with what the variant changes; the last and the plain are kept."""
+        key = (variant.eps, variant.token_type == "none", variant.bits)
         if key not in self._models:
             tokenizer = self.encoder.tokenizer
             model = copy.deepcopy(self.encoder, {id(tokenizer): tokenizer}).eval()
             model.normalize = nn.Identity()
             for part in model.modules():
-                if isinstance(part, nn.LayerNorm) and recipe.eps is not None:
-                    part.eps = recipe.eps
-            if recipe.token_type == "none":
+                if isinstance(part, nn.LayerNorm) and variant.eps is not None:
+                    part.eps = variant.eps
+            if variant.token_type == "none":
                 model.bert.embeddings.token_type_embeddings.weight.zero_()
-            if recipe.bits:
-                _BITS[recipe.bits](model)
+            if variant.bits:
+                _BITS[variant.bits](model)
             plain = {kept: self._models[kept] for kept in self._models if kept == _PLAIN}
             self._models = plain | {key: model}
         return self._models[key]
-
-
-def _batches(widths: Sequence[int], exact: bool) -> Iterator[list[int]]:
-    """Places in order of width, as many at a time as fit; with `exact`, and of 0, of one width."""
-    batch: list[int] = []
-    for place in sorted(range(len(widths)), key=lambda place: widths[place]):
-        if batch and (
-            (len(batch) + 1) * widths[place] > _TOKENS
-            or ((exact or not widths[batch[0]]) and widths[place] != widths[batch[0]])
-        ):
-            yield batch
-            batch = []
-        batch.append(place)
-    if batch:
-        yield batch
 
 
 def _normalizer(**changes: Any) -> Callable[[Any], Any]:
@@ -447,13 +369,8 @@ _GELUS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@contextmanager
-def _gelu(name: str) -> Iterator[None]:
-    if not name:
-        yield
-        return
-    with _Gelu(_GELUS[name]):
-        yield
+def _gelu(name: str) -> AbstractContextManager[Any]:
+    return _Gelu(_GELUS[name]) if name else nullcontext()
 
 
 # --- fewer bits
@@ -474,29 +391,17 @@ def _weights_in(dtype: torch.dtype, kind: type[nn.Module] = nn.Module) -> Any:
     return change
 
 
-def _all_in(dtype: torch.dtype) -> Any:
-    """Weights, and what every module gives."""
+def _all_in(dtype: torch.dtype, *kinds: type[nn.Module]) -> Any:
+    """Round the weights and outputs of these kinds of modules, and the inputs of linear layers."""
 
     def change(model: SentenceEncoder) -> None:
-        _weights_in(dtype)(model)
         for part in model.modules():
-            if isinstance(part, nn.Linear | nn.LayerNorm | nn.Embedding):
+            if isinstance(part, kinds):
                 part.register_forward_hook(lambda _, __, output: _in(dtype)(output))
             if isinstance(part, nn.Linear):
                 part.register_forward_pre_hook(lambda _, args: (_in(dtype)(args[0]),))
-
-    return change
-
-
-def _products_in(dtype: torch.dtype) -> Any:
-    """The linear layers alone, with what they are given and give."""
-
-    def change(model: SentenceEncoder) -> None:
-        _weights_in(dtype, nn.Linear)(model)
-        for part in model.modules():
-            if isinstance(part, nn.Linear):
-                part.register_forward_pre_hook(lambda _, args: (_in(dtype)(args[0]),))
-                part.register_forward_hook(lambda _, __, output: _in(dtype)(output))
+        for kind in kinds:
+            _weights_in(dtype, kind)(model)
 
     return change
 
@@ -526,12 +431,13 @@ def _in_uint8(tensor: Tensor) -> Tensor:
     return ((tensor / scale).round() + zero).clamp(0, 255).sub(zero).mul(scale)
 
 
+_EVERY = (nn.Linear, nn.LayerNorm, nn.Embedding)
 _BITS: dict[str, Callable[[SentenceEncoder], None]] = {
     "float16 weights": _weights_in(torch.float16),
-    "float16": _all_in(torch.float16),
+    "float16": _all_in(torch.float16, *_EVERY),
     "bfloat16 weights": _weights_in(torch.bfloat16),
-    "bfloat16 products": _products_in(torch.bfloat16),
-    "bfloat16": _all_in(torch.bfloat16),
+    "bfloat16 products": _all_in(torch.bfloat16, nn.Linear),
+    "bfloat16": _all_in(torch.bfloat16, *_EVERY),
     "int8 tensor": _int8(per_channel=False, activations=False),
     "int8 channel": _int8(per_channel=True, activations=False),
     "int8 both": _int8(per_channel=False, activations=True),

@@ -24,6 +24,8 @@ from minilm.parity.golden import (
 pytestmark = pytest.mark.filterwarnings("ignore::minilm.errors.TruncationWarning")
 
 Dump = dict[str, Tensor]
+EMBEDDINGS = "embeddings.layer_norm.output"
+FIRST, LAST = (f"layers.{n}.feed_forward_layer_norm.output" for n in (0, 1))
 
 SOME = (
     GoldenText("the dog bites the man", "an ordinary sentence", has_stages=True),
@@ -69,7 +71,7 @@ def test_fifty_texts_that_tell_causes_apart(encoder: SentenceEncoder) -> None:
 
 def test_stage_names() -> None:
     assert stage_names(2) == [
-        "input_ids", "embeddings", "layer.1", "layer.2", "pooled", "sentence_embedding",
+        "input_ids", EMBEDDINGS, FIRST, LAST, "pooled", "embedding",
     ]  # fmt: skip
 
 
@@ -111,11 +113,11 @@ def test_tensors_are_those_of_the_model(
             result = tiny_encoder(features)
             embeddings = tiny_encoder.bert.embeddings(features["input_ids"])
             for name, expected in (
-                ("embeddings", embeddings[0]),
-                ("layer.1", tiny_encoder.bert.layers[0](embeddings)[0]),
-                ("layer.2", result["token_embeddings"][0]),
+                (EMBEDDINGS, embeddings[0]),
+                (FIRST, tiny_encoder.bert.layers[0](embeddings)[0]),
+                (LAST, result["token_embeddings"][0]),
                 ("pooled", result["token_embeddings"][0].mean(0)),
-                ("sentence_embedding", result["sentence_embedding"][0]),
+                ("embedding", result["sentence_embedding"][0]),
             ):
                 torch.testing.assert_close(tensors[f"00.{name}"], expected)
     assert torch.equal(dump["00.input_ids"], features["input_ids"][0])
@@ -123,7 +125,12 @@ def test_tensors_are_those_of_the_model(
 
 def test_readme_beside_them_names_everything(folder: Path) -> None:
     text = (folder / "README.txt").read_text(encoding="utf-8")
-    for name in ("golden.json", "golden.float64.safetensors", "NN.layer.2", "--against-stages"):
+    for name in (
+        "golden.json",
+        "golden.float64.safetensors",
+        "NN.layers.L.feed_forward_layer_norm.output",
+        "--against-stages",
+    ):
         assert name in text
     assert "00, 01, 02" in text
 
@@ -171,7 +178,7 @@ def test_planted_divergence_is_named(
     assert not report.passed
     assert report.first is not None
     assert (report.first.stage, report.first.text) == (stage, 2)
-    assert report.first.token == (None if stage in ("pooled", "sentence_embedding") else 4)
+    assert report.first.token == (None if stage in ("pooled", "embedding") else 4)
     assert report.first.max_abs == pytest.approx(1 if stage == "input_ids" else size, rel=1e-2)
     table = report.table()
     assert f"first stage that diverges: {stage}" in table
@@ -183,19 +190,19 @@ def test_planted_divergence_is_named(
 
 
 def test_part_of_the_stages_will_do(folder: Path, dump: Dump) -> None:
-    part = {"00.layer.1": dump["00.layer.1"][None], "99.nonsense": torch.zeros(1)}
+    part = {f"00.{FIRST}": dump[f"00.{FIRST}"][None], "99.nonsense": torch.zeros(1)}
     report = compared(folder, part)  # with a batch dimension
     assert report.passed
     assert report.ignored == ("99.nonsense",)
-    assert "embeddings" in report.missing
+    assert EMBEDDINGS in report.missing
     assert "names that are not known: 99.nonsense" in report.table()
 
 
 def test_another_shape_and_no_number_diverge(folder: Path, dump: Dump) -> None:
-    tensor = dump["00.layer.1"]
-    report = compared(folder, dump | {"00.layer.1": tensor[:-1].contiguous()})
+    tensor = dump[f"00.{FIRST}"]
+    report = compared(folder, dump | {f"00.{FIRST}": tensor[:-1].contiguous()})
     assert report.first is not None
-    assert report.first.stage == "layer.1"
+    assert report.first.stage == FIRST
     assert "its shape is [6, 32], expected [7, 32]" in report.table()
     json.dumps(report.to_dict(), allow_nan=False)
     report = compared(folder, dump | {"01.pooled": dump["01.pooled"] * torch.nan})
@@ -207,9 +214,9 @@ def test_missing_and_broken_files_are_named(folder: Path, dump: Dump, tmp_path: 
     with pytest.raises(InputError, match="has none of the golden names"):
         compared(folder, {"layer": torch.zeros(1)})
     (tmp_path / "broken.safetensors").write_bytes(b"nonsense")
-    with pytest.raises(InputError, match=r"broken.safetensors: is no safetensors file"):
+    with pytest.raises(InputError, match=r"broken.safetensors: is not a safetensors file"):
         compare_stages_file(folder, tmp_path / "broken.safetensors")
-    with pytest.raises(InputError, match=r"absent.safetensors: is no safetensors file"):
+    with pytest.raises(InputError, match=r"absent.safetensors: is not a safetensors file"):
         compare_stages_file(folder, tmp_path / "absent.safetensors")
     with pytest.raises(InputError, match=r"golden.json: no such file; write it with minilm parity"):
         compared(tmp_path, dump)
@@ -218,7 +225,7 @@ def test_missing_and_broken_files_are_named(folder: Path, dump: Dump, tmp_path: 
     with pytest.raises(InputError, match=r"is not the file that golden\.json"):
         compared(folder, dump)
     (folder / "golden.json").write_text("[]", encoding="utf-8")
-    with pytest.raises(InputError, match=r"golden.json: is no golden index"):
+    with pytest.raises(InputError, match=r"golden.json: is not a golden index"):
         compared(folder, dump)
 
 
@@ -256,11 +263,11 @@ def test_command(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
     assert cli.main([*compare, str(folder / "golden.float32.safetensors")]) == 0
     assert "equal to rounding" in capsys.readouterr().out
     tensors = safetensors.torch.load_file(folder / "golden.float64.safetensors")
-    tensors["03.layer.2"] = tensors["03.layer.2"] + 1.0
+    tensors[f"03.{LAST}"] = tensors[f"03.{LAST}"] + 1.0
     safetensors.torch.save_file(tensors, tmp_path / "port.safetensors")
     assert cli.main([*compare, str(tmp_path / "port.safetensors")]) == 1
-    assert "first stage that diverges: layer.2, by 1.0e+00" in capsys.readouterr().out
+    assert f"first stage that diverges: {LAST}, by 1.0e+00" in capsys.readouterr().out
     assert cli.main([*compare, str(tmp_path / "port.safetensors"), "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["first"]["text"] == 3
     assert cli.main([*compare, str(tmp_path / "absent.safetensors")]) == 1
-    assert "absent.safetensors: is no safetensors file" in capsys.readouterr().err
+    assert "absent.safetensors: is not a safetensors file" in capsys.readouterr().err
