@@ -1,6 +1,6 @@
 """minilm: all-MiniLM-L6-v2 from scratch in PyTorch.
 
-A sentence goes through these files, which are best read in this order:
+A sentence passes these files, which are best read in this order:
 
 1. `tokenizer.py`   text -> token ids
 2. `bert.py`        token ids -> embeddings -> six layers -> token vectors: the architecture
@@ -9,11 +9,11 @@ A sentence goes through these files, which are best read in this order:
 
 Beside them lies what everything stands on: `config.py` the sizes of the network, `errors.py` what
 can go wrong, `inputs.py` what may be passed, `vectors.py` vectors in any form, `similarity.py` how
-they are compared, `quantize.py` how they are made smaller, `disk.py`, `outputs.py` and `streams.py`
-where things are written and read, `forks.py` what becomes of forked children. `util.py` has the
-names that sentence-transformers gives to much of this.
+they are compared, `quantize.py` how they are made smaller, `report.py` how findings are shown,
+`disk.py`, `outputs.py` and `streams.py` where things are written and read, `forks.py` what becomes
+of forked children. `util.py` has the names that sentence-transformers gives to much of this.
 
-The rest is in wings. What a wing is for, and the order to read it in, says its `__init__.py`:
+The rest is in wings. The `__init__.py` of a wing says what it is for, and how to read it:
 
 - `inference/`   how `encode` runs: batches without padding, fast products, long text, processes
 - `pretrained/`  a model's files, in and out, and which model it is
@@ -38,85 +38,54 @@ from minilm.version import __version__ as __version__
 # Names and where they live. They are imported when first used (PEP 562), so that `import minilm`
 # and `minilm --help` don't load torch.
 _HOMES = {
-    "BertConfig": "config",
-    "BertEmbeddings": "bert",
-    "BertFeedForward": "bert",
-    "BertLayer": "bert",
-    "BertModel": "bert",
-    "BertSelfAttention": "bert",
-    "ClsPooling": "pooling",
-    "EncodeReport": "inference.truncation",
-    "Explanation": "interpret.explain",
-    "Fingerprint": "pretrained.fingerprint",
-    "MeanPooling": "pooling",
-    "MiniLMVectorizer": "adapters.sklearn",
-    "MinilmError": "errors",
-    "Normalize": "pooling",
-    "SentenceEncoder": "encoder",
-    "SimilarityFunction": "similarity",
-    "TextWindow": "inference.truncation",
-    "Trace": "interpret.trace",
-    "TruncationError": "errors",
-    "TruncationWarning": "errors",
-    "WordPieceTokenizer": "tokenizer",
-    "attention": "bert",
-    "cos_sim": "similarity",
-    "quantize_embeddings": "quantize",
+    name: module
+    for module, names in {
+        "adapters.sklearn": "MiniLMVectorizer",
+        "bert": "BertEmbeddings BertFeedForward BertLayer BertModel BertSelfAttention attention",
+        "config": "BertConfig",
+        "encoder": "SentenceEncoder",
+        "errors": "MinilmError TruncationError TruncationWarning",
+        "inference.truncation": "EncodeReport TextWindow",
+        "interpret.explain": "Explanation",
+        "interpret.trace": "Trace",
+        "pooling": "ClsPooling MeanPooling Normalize",
+        "pretrained.fingerprint": "Fingerprint",
+        "quantize": "quantize_embeddings",
+        "similarity": "SimilarityFunction cos_sim",
+        "tokenizer": "WordPieceTokenizer",
+    }.items()
+    for name in names.split()
 }
 
 if TYPE_CHECKING:
-    from minilm.adapters.sklearn import MiniLMVectorizer as MiniLMVectorizer
-    from minilm.bert import BertEmbeddings as BertEmbeddings
-    from minilm.bert import BertFeedForward as BertFeedForward
-    from minilm.bert import BertLayer as BertLayer
-    from minilm.bert import BertModel as BertModel
-    from minilm.bert import BertSelfAttention as BertSelfAttention
-    from minilm.bert import attention as attention
-    from minilm.config import BertConfig as BertConfig
-    from minilm.encoder import SentenceEncoder as SentenceEncoder
-    from minilm.errors import MinilmError as MinilmError
-    from minilm.errors import TruncationError as TruncationError
-    from minilm.errors import TruncationWarning as TruncationWarning
-    from minilm.inference.truncation import EncodeReport as EncodeReport
-    from minilm.inference.truncation import TextWindow as TextWindow
-    from minilm.interpret.explain import Explanation as Explanation
-    from minilm.interpret.trace import Trace as Trace
-    from minilm.pooling import ClsPooling as ClsPooling
-    from minilm.pooling import MeanPooling as MeanPooling
-    from minilm.pooling import Normalize as Normalize
-    from minilm.pretrained.fingerprint import Fingerprint as Fingerprint
-    from minilm.quantize import quantize_embeddings as quantize_embeddings
-    from minilm.similarity import SimilarityFunction as SimilarityFunction
-    from minilm.similarity import cos_sim as cos_sim
-    from minilm.tokenizer import WordPieceTokenizer as WordPieceTokenizer
+    from minilm.adapters.sklearn import MiniLMVectorizer
+    from minilm.bert import (
+        BertEmbeddings,
+        BertFeedForward,
+        BertLayer,
+        BertModel,
+        BertSelfAttention,
+        attention,
+    )
+    from minilm.config import BertConfig
+    from minilm.encoder import SentenceEncoder
+    from minilm.errors import MinilmError, TruncationError, TruncationWarning
+    from minilm.inference.truncation import EncodeReport, TextWindow
+    from minilm.interpret.explain import Explanation
+    from minilm.interpret.trace import Trace
+    from minilm.pooling import ClsPooling, MeanPooling, Normalize
+    from minilm.pretrained.fingerprint import Fingerprint
+    from minilm.quantize import quantize_embeddings
+    from minilm.similarity import SimilarityFunction, cos_sim
+    from minilm.tokenizer import WordPieceTokenizer
 
 __all__ = [
-    "BertConfig",
-    "BertEmbeddings",
-    "BertFeedForward",
-    "BertLayer",
-    "BertModel",
-    "BertSelfAttention",
-    "ClsPooling",
-    "EncodeReport",
-    "Explanation",
-    "Fingerprint",
-    "MeanPooling",
-    "MiniLMVectorizer",
-    "MinilmError",
-    "Normalize",
-    "SentenceEncoder",
-    "SimilarityFunction",
-    "TextWindow",
-    "Trace",
-    "TruncationError",
-    "TruncationWarning",
-    "WordPieceTokenizer",
-    "__version__",
-    "attention",
-    "cos_sim",
-    "quantize_embeddings",
-]
+    "BertConfig", "BertEmbeddings", "BertFeedForward", "BertLayer", "BertModel",
+    "BertSelfAttention", "ClsPooling", "EncodeReport", "Explanation", "Fingerprint", "MeanPooling",
+    "MiniLMVectorizer", "MinilmError", "Normalize", "SentenceEncoder", "SimilarityFunction",
+    "TextWindow", "Trace", "TruncationError", "TruncationWarning", "WordPieceTokenizer",
+    "__version__", "attention", "cos_sim", "quantize_embeddings",
+]  # fmt: skip
 
 logging.getLogger(__name__).addHandler(logging.NullHandler())
 

@@ -22,8 +22,10 @@ what it is about as attributes, so that nobody has to parse a message::
     BadRowWarning (UserWarning)              rows of files had no text to embed
 """
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 __all__ = [
     "BadRowError",
@@ -48,7 +50,18 @@ __all__ = [
 
 
 class MinilmError(Exception):
-    """Base of every error that this package raises on purpose."""
+    """Base of every error that this package raises on purpose.
+
+    An error is pickled, for another process, by the arguments of its class. It has them as
+    attributes of the same names; `message` is what it says.
+    """
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        given = inspect.signature(type(self).__init__).parameters
+        if "kwargs" in given:  # Exception's own
+            return super().__reduce__()
+        names = list(given)[1:]
+        return type(self), tuple(str(self) if n == "message" else getattr(self, n) for n in names)
 
 
 class InputError(MinilmError, ValueError):
@@ -61,9 +74,6 @@ class InputError(MinilmError, ValueError):
     def __init__(self, message: str, argument: str) -> None:
         super().__init__(message)
         self.argument = argument
-
-    def __reduce__(self) -> tuple[type, tuple[str, str]]:
-        return type(self), (str(self), self.argument)
 
 
 class InputTypeError(InputError, TypeError):
@@ -81,9 +91,6 @@ class TruncationError(InputError):
         super().__init__(message, "sentences")
         self.rows = list(rows)
 
-    def __reduce__(self) -> tuple[type, tuple[str, list[int]]]:  # type: ignore[override]
-        return type(self), (str(self), self.rows)
-
 
 class BadRowError(InputError):
     """A row of a file has no text that can be embedded, and `on_bad_row="error"` was asked for.
@@ -95,9 +102,6 @@ class BadRowError(InputError):
     def __init__(self, message: str, path: str | Path) -> None:
         super().__init__(message, "inputs")
         self.path = Path(path)
-
-    def __reduce__(self) -> tuple[type, tuple[str, Path]]:  # type: ignore[override]
-        return type(self), (str(self), self.path)
 
 
 class NotFiniteError(MinilmError, ArithmeticError):
@@ -111,9 +115,6 @@ class NotFiniteError(MinilmError, ArithmeticError):
         self.rows, self.reason = list(rows), reason
         first = f"first: sentences[{self.rows[0]}]" if self.rows else ""
         super().__init__(f"{len(self.rows):,} vectors have NaN or infinity; {first}; {reason}")
-
-    def __reduce__(self) -> tuple[type, tuple[list[int], str]]:
-        return type(self), (self.rows, self.reason)
 
 
 class WorkerError(MinilmError, RuntimeError):
@@ -132,9 +133,6 @@ class _FileError(MinilmError, ValueError):
         self.path = Path(path)
         self.problems = tuple(problems)
         super().__init__(describe(self.path, self.problems))
-
-    def __reduce__(self) -> tuple[type, tuple[Path, tuple[str, ...]]]:
-        return type(self), (self.path, self.problems)
 
 
 class ConfigError(_FileError):
@@ -167,9 +165,6 @@ class HashMismatchError(MinilmError, ValueError):
             f"expected {expected}; delete it{target}, so that it is fetched again"
         )
 
-    def __reduce__(self) -> tuple[type, tuple[Path, str, str]]:
-        return type(self), (self.path, self.expected, self.actual)
-
 
 class ModelFolderError(MinilmError, ValueError):
     """Several files of one model folder cannot be used.
@@ -184,9 +179,6 @@ class ModelFolderError(MinilmError, ValueError):
         self.errors = tuple(errors)
         super().__init__(describe(self.path, [str(error) for error in self.errors]))
 
-    def __reduce__(self) -> tuple[type, tuple[Path, tuple[MinilmError, ...]]]:
-        return type(self), (self.path, self.errors)
-
 
 class ModelNotFoundError(MinilmError, FileNotFoundError):
     """The model, or a file of it, is in none of the places looked at.
@@ -198,9 +190,6 @@ class ModelNotFoundError(MinilmError, FileNotFoundError):
     def __init__(self, message: str, places: Sequence[str] = ()) -> None:
         super().__init__(message)
         self.places = tuple(places)
-
-    def __reduce__(self) -> tuple[type, tuple[str, tuple[str, ...]]]:
-        return type(self), (str(self), self.places)
 
 
 class NotAFolderError(ModelNotFoundError, NotADirectoryError):
@@ -221,9 +210,6 @@ class MissingPackageError(MinilmError, ImportError):
         self.package = package
         self.extra = extra
 
-    def __reduce__(self) -> tuple[type, tuple[str, str, str]]:
-        return type(self), (self.what, self.package, self.extra)
-
 
 class TraceKeyError(MinilmError, KeyError):
     """A trace has no tensor of that name.
@@ -240,9 +226,6 @@ class TraceKeyError(MinilmError, KeyError):
 
     def __str__(self) -> str:  # KeyError's own would quote it
         return str(self.args[0])
-
-    def __reduce__(self) -> tuple[type, tuple[str, list[str]]]:
-        return type(self), (self.name, self.nearest)
 
 
 class TruncationWarning(UserWarning):

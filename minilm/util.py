@@ -1,8 +1,8 @@
 """The names of `sentence_transformers.util` that make sense for this model, under one roof.
 
-For `from minilm.util import ...` in place of `from sentence_transformers.util import ...`. Nothing
-is done here: `similarity.py` compares, `tasks/` searches and groups, `quantize.py` makes vectors
-smaller.
+For `from minilm.util import ...` in place of `from sentence_transformers.util import ...`. The work
+is done elsewhere: `similarity.py` compares, `tasks/` searches and groups, `quantize.py` makes
+vectors smaller.
 """
 
 from collections.abc import Iterable
@@ -33,32 +33,16 @@ from minilm.tasks.search import ScoreFunction, semantic_search
 from minilm.vectors import as_numbers
 
 __all__ = [
-    "SimilarityFunction",
-    "batch_to_device",
-    "community_detection",
-    "cos_sim",
-    "dequantize",
-    "dot_score",
-    "euclidean_sim",
-    "is_singular_input",
-    "manhattan_sim",
-    "model_ranges",
-    "normalize_embeddings",
-    "pairwise_cos_sim",
-    "pairwise_dot_score",
-    "pairwise_euclidean_sim",
-    "pairwise_manhattan_sim",
-    "paraphrase_mining",
-    "paraphrase_mining_embeddings",
-    "pytorch_cos_sim",
-    "quantize_embeddings",
-    "semantic_search",
-    "truncate_embeddings",
-]
+    "SimilarityFunction", "batch_to_device", "community_detection", "cos_sim", "dequantize",
+    "dot_score", "euclidean_sim", "is_singular_input", "manhattan_sim", "model_ranges",
+    "normalize_embeddings", "pairwise_cos_sim", "pairwise_dot_score", "pairwise_euclidean_sim",
+    "pairwise_manhattan_sim", "paraphrase_mining", "paraphrase_mining_embeddings",
+    "pytorch_cos_sim", "quantize_embeddings", "semantic_search", "truncate_embeddings",
+]  # fmt: skip
 
 _Array = np.ndarray[Any, Any]
 
-pytorch_cos_sim = cos_sim  # its name of long ago
+pytorch_cos_sim = cos_sim  # an old name for it
 
 
 def paraphrase_mining(
@@ -80,16 +64,10 @@ def paraphrase_mining(
     Args:
         model: A `SentenceEncoder`, or anything with such an `encode`.
         sentences: The texts.
-        show_progress_bar: As in `encode`; so is `batch_size`.
-        batch_size: Sentences computed at a time.
-        query_chunk_size: As in `paraphrase_mining_embeddings`; so are the next four.
-        corpus_chunk_size: Vectors that a chunk is compared with at a time.
-        max_pairs: The most pairs to return.
-        top_k: The most neighbours of one sentence to consider.
-        score_function: What compares two sets of vectors.
-        truncate_dim: As in `encode`, to which this and the prompt are passed if they are given.
-        prompt_name: The name of a prompt of the model.
-        prompt: Text to put before every sentence.
+        show_progress_bar, batch_size: As in `encode`.
+        query_chunk_size, corpus_chunk_size, max_pairs, top_k, score_function: As in
+            `paraphrase_mining_embeddings`.
+        truncate_dim, prompt_name, prompt: Passed to `encode` if they are given.
 
     Returns:
         `[score, i, j]` with i < j, the most similar first.
@@ -141,7 +119,7 @@ def truncate_embeddings(embeddings: Tensor | _Array, truncate_dim: int | None) -
 
     Raises:
         InputError: `truncate_dim` is 0 or negative.
-        InputTypeError: It is no integer, or the embeddings are neither a tensor nor an array.
+        InputTypeError: It is not an integer, or the embeddings are neither a tensor nor an array.
     """
     if not isinstance(embeddings, Tensor | np.ndarray):
         raise InputTypeError(
