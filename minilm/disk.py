@@ -24,15 +24,15 @@ from minilm.errors import InputError
 
 __all__ = [
     "absolute",
+    "errors_about",
     "file_sha256",
-    "held",
     "inside",
+    "lock_folder",
     "make_folder",
     "mount_of",
     "sync",
     "sync_folder",
     "temporary_name",
-    "told_of",
     "with_metadata",
     "write_atomically",
     "write_together",
@@ -109,12 +109,12 @@ def write_together(files: Mapping[Path, Callable[[IO[bytes]], object]]) -> None:
         for path, write in files.items():
             # In the same folder, so that the rename is atomic.
             temporary = temporaries[path] = path.with_name(temporary_name(path.name))
-            with told_of(path, temporary), _Numberless(io.FileIO(temporary, "xb")) as file:
+            with errors_about(path, temporary), _Numberless(io.FileIO(temporary, "xb")) as file:
                 _keep_attributes(path, temporary)
                 write(file)
                 sync(file)
         for path, temporary in temporaries.items():
-            with told_of(path, temporary):
+            with errors_about(path, temporary):
                 _take_place(temporary, path)
     except BaseException:
         for temporary in temporaries.values():
@@ -160,7 +160,7 @@ class _Numberless(io.BufferedWriter):
 
 
 @contextmanager
-def told_of(path: Path, temporary: Path) -> Iterator[None]:
+def errors_about(path: Path, temporary: Path) -> Iterator[None]:
     """An error names the path that is meant, not the hidden one, and the disk if it is full.
 
     Args:
@@ -227,7 +227,7 @@ def sync_folder(folder: Path) -> None:
     except PermissionError:  # one may write in it, and not list it
         return
     try:
-        with told_of(folder, folder):
+        with errors_about(folder, folder):
             _sync(descriptor)
     finally:
         os.close(descriptor)
@@ -305,7 +305,7 @@ if hasattr(os, "register_at_fork"):
 
 
 @contextmanager
-def held(folder: Path, name: str, argument: str) -> Iterator[None]:
+def lock_folder(folder: Path, name: str, argument: str) -> Iterator[None]:
     """Hold a folder against all others that would write to it.
 
     Threads of this process wait for each other. Another process is told of at once. The lock is one
@@ -343,7 +343,7 @@ def held(folder: Path, name: str, argument: str) -> Iterator[None]:
             _waiting.pop(thread, None)
             turn.owner = thread
             try:
-                with _held_by_process(folder, name, argument):
+                with _lock_against_processes(folder, name, argument):
                     yield
             finally:
                 turn.owner = None
@@ -352,7 +352,7 @@ def held(folder: Path, name: str, argument: str) -> Iterator[None]:
 
 
 @contextmanager
-def _held_by_process(folder: Path, name: str, argument: str) -> Iterator[None]:
+def _lock_against_processes(folder: Path, name: str, argument: str) -> Iterator[None]:
     # Not at the top: it takes 0.06 s, and `--help` needs no lock.
     from filelock import FileLock, SoftFileLock, Timeout
 

@@ -19,8 +19,8 @@ import safetensors.numpy
 from conftest import ROOT, another_process
 from minilm.disk import (
     file_sha256,
-    held,
     inside,
+    lock_folder,
     make_folder,
     sync_folder,
     with_metadata,
@@ -209,7 +209,7 @@ def test_what_is_renamed_and_made_is_synced(
 
 
 def refused(folder: Path, match: str) -> None:
-    with pytest.raises(InputError, match=match) as caught, held(folder, "lock", "output"):
+    with pytest.raises(InputError, match=match) as caught, lock_folder(folder, "lock", "output"):
         pass
     assert caught.value.argument == "output"
     assert str(caught.value).startswith(f"{folder}: ")
@@ -218,12 +218,12 @@ def refused(folder: Path, match: str) -> None:
 def test_another_process_is_refused(tmp_path: Path) -> None:
     with another_process(tmp_path):
         refused(tmp_path, "another process is writing there; wait until it is done")
-    with held(tmp_path, "lock", "output"):
+    with lock_folder(tmp_path, "lock", "output"):
         assert names(tmp_path) == ["lock"]
         code = """
 import pathlib, sys
-from minilm.disk import held
-with held(pathlib.Path(sys.argv[1]), "lock", "output"):
+from minilm.disk import lock_folder
+with lock_folder(pathlib.Path(sys.argv[1]), "lock", "output"):
     pass
 """
         done = subprocess.run(
@@ -235,9 +235,9 @@ with held(pathlib.Path(sys.argv[1]), "lock", "output"):
 
 
 def test_a_thread_cannot_wait_for_itself(tmp_path: Path) -> None:
-    with held(tmp_path, "lock", "output"):
+    with lock_folder(tmp_path, "lock", "output"):
         refused(tmp_path, "this thread is writing there already")
-    with held(tmp_path, "lock", "output"):
+    with lock_folder(tmp_path, "lock", "output"):
         pass
     assert not list(tmp_path.iterdir())
 
@@ -250,7 +250,7 @@ def test_threads_wait_for_each_other(tmp_path: Path) -> None:
     def work(folder: Path) -> None:
         nonlocal inside_now, most, done
         for _ in range(5):
-            with held(folder, "lock", "output"):
+            with lock_folder(folder, "lock", "output"):
                 inside_now += 1
                 most = max(most, inside_now)
                 time.sleep(0.002)
@@ -276,9 +276,9 @@ def test_threads_that_would_wait_for_each_other_forever(tmp_path: Path) -> None:
 
     def work(place: int) -> None:
         try:
-            with held(folders[place], "lock", "output"):
+            with lock_folder(folders[place], "lock", "output"):
                 all_have.wait(30)
-                with held(folders[place - 1], "lock", "output"):
+                with lock_folder(folders[place - 1], "lock", "output"):
                     done.append(place)
         except InputError as error:
             refusals.append(str(error))
@@ -299,7 +299,7 @@ def test_a_forked_child_has_nothing_and_takes_nothing(tmp_path: Path) -> None:
     stop = threading.Event()
 
     def hold() -> None:
-        with held(other, "lock", "output"):
+        with lock_folder(other, "lock", "output"):
             ready.set()
             stop.wait(30)
 
@@ -307,7 +307,7 @@ def test_a_forked_child_has_nothing_and_takes_nothing(tmp_path: Path) -> None:
     thread = threading.Thread(target=hold)
     thread.start()
     ready.wait(30)
-    with held(tmp_path, "lock", "output"):
+    with lock_folder(tmp_path, "lock", "output"):
         child = os.fork()
         if child == 0:  # nothing of pytest may run in it
             code = 1
@@ -320,26 +320,26 @@ def test_a_forked_child_has_nothing_and_takes_nothing(tmp_path: Path) -> None:
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     stop.set()
     thread.join(30)
-    with held(tmp_path, "lock", "output"):
+    with lock_folder(tmp_path, "lock", "output"):
         child = os.fork()
     if child == 0:  # it has left the block, and the folder is its parent's all the same
         os._exit(0 if (tmp_path / "lock").exists() else 1)
     os.waitpid(child, 0)
-    with held(tmp_path, "lock", "output"), held(other, "lock", "output"):
+    with lock_folder(tmp_path, "lock", "output"), lock_folder(other, "lock", "output"):
         pass
 
 
 def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
     code = """
 import os, pathlib, sys
-from minilm.disk import held
-with held(pathlib.Path(sys.argv[1]), "lock", "output"):
+from minilm.disk import lock_folder
+with lock_folder(pathlib.Path(sys.argv[1]), "lock", "output"):
     os._exit(9)
 """
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False, cwd=ROOT)
     assert done.returncode == 9
     assert (tmp_path / "lock").exists()
-    with held(tmp_path, "lock", "output"):
+    with lock_folder(tmp_path, "lock", "output"):
         pass
 
 
@@ -348,7 +348,7 @@ def test_without_flock_there_is_another_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     monkeypatch.setattr(fcntl, "flock", failing(number))
-    with held(tmp_path, "lock", "output"):
+    with lock_folder(tmp_path, "lock", "output"):
         assert names(tmp_path) == ["lock.soft"]
         child = os.fork()
         if child == 0:
@@ -362,17 +362,20 @@ def test_without_flock_there_is_another_lock(
     assert not list(tmp_path.iterdir())
     child = os.fork()
     if child == 0:
-        with held(tmp_path, "lock", "output"):
+        with lock_folder(tmp_path, "lock", "output"):
             os._exit(9)
     os.waitpid(child, 0)
     assert names(tmp_path) == ["lock.soft"]  # of a process that was killed
-    with held(tmp_path, "lock", "output"):
+    with lock_folder(tmp_path, "lock", "output"):
         pass
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_without_a_lock_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError) as caught, held(tmp_path / "none", "lock", "output"):
+    with (
+        pytest.raises(FileNotFoundError) as caught,
+        lock_folder(tmp_path / "none", "lock", "output"),
+    ):
         pass
     assert caught.value.filename == str(tmp_path / "none")
 

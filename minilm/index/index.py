@@ -35,7 +35,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from minilm.disk import absolute, file_sha256, held, sync_folder
+from minilm.disk import absolute, file_sha256, lock_folder, sync_folder
 from minilm.errors import ConfigError, InputError, InputTypeError
 from minilm.index.segments import (
     LOCK,
@@ -150,7 +150,7 @@ class Index:
             check_folder(path, "folder")
         path.mkdir(exist_ok=True)
         sync_folder(path.parent)
-        with held(path, LOCK, "folder"):
+        with lock_folder(path, LOCK, "folder"):
             foreign = [each.name for each in path.iterdir() if not is_ours(each.name)]
             if foreign:
                 what = "an index" if MANIFEST in foreign else f"{sorted(foreign)[0]!r}"
@@ -249,7 +249,7 @@ class Index:
         """
         _check_same(self.fingerprint, fingerprint, "add vectors")
         _check_is_index(self.folder)
-        with held(self.folder, LOCK, "folder"):
+        with lock_folder(self.folder, LOCK, "folder"):
             manifest = read_manifest(self.folder)  # another process may have added
             if manifest != self._manifest:
                 self._use(manifest)

@@ -22,12 +22,12 @@ import torch
 from torch import Tensor
 
 from minilm.disk import (
+    errors_about,
     file_sha256,
     inside,
     sync,
     sync_folder,
     temporary_name,
-    told_of,
     write_atomically,
 )
 from minilm.errors import ConfigError, InputError, InputTypeError
@@ -337,7 +337,7 @@ def _write_segment(
     """
     temporary = folder / temporary_name(name)
     try:
-        with told_of(folder, temporary):
+        with errors_about(folder, temporary):
             temporary.mkdir()
             count = _write_files(temporary, blocks, manifest)
             files = {

@@ -1,6 +1,6 @@
 """Vectors that another program made: read from its file, or asked of an ONNX model.
 
-In: a path. Out: `Foreign`, texts and their vectors. Next: `causes.py` says why they are not ours.
+In: a path. Out: `ForeignVectors`, texts and their vectors. Next: `causes.py` says why they are not ours.
 
 NumPy, torch and onnxruntime are imported only when they are used, so that the command line answers
 `--help` at once.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from minilm.encoder import SentenceEncoder
 
-__all__ = ["Foreign", "read_texts", "read_vectors", "run_onnx"]
+__all__ = ["ForeignVectors", "read_texts", "read_vectors", "run_onnx"]
 
 _BATCH = 32  # texts that an ONNX model is given at a time, padded to the longest of them
 _SENTENCE_OUTPUTS = ("sentence_embedding", "sentence_embeddings")
@@ -30,7 +30,7 @@ _TOKEN_OUTPUTS = ("token_embeddings", "last_hidden_state")
 
 
 @dataclass(frozen=True)
-class Foreign:
+class ForeignVectors:
     """Texts, and the vectors that another program gave for them.
 
     Attributes:
@@ -69,7 +69,7 @@ def read_vectors(
     default: Sequence[str] | None = None,
     column: str | None = None,
     argument: str = "--against",
-) -> Foreign:
+) -> ForeignVectors:
     """Read the vectors that a program wrote, with their texts where the file has them.
 
     Args:
@@ -133,7 +133,7 @@ def read_vectors(
         raise InputError(
             f"{path}: holds {len(vectors)} vectors, but {whose} {len(known)}{hint}", argument
         )
-    return Foreign(list(known), vectors, str(path))
+    return ForeignVectors(list(known), vectors, str(path))
 
 
 def _read_npy(path: Path, column: str | None) -> tuple[list[str] | None, Any]:
@@ -260,7 +260,7 @@ def _read_parquet(path: Path, column: str | None) -> tuple[list[str] | None, Any
 
 def run_onnx(
     path: Path, encoder: "SentenceEncoder", texts: Sequence[str], *, session: Any = None
-) -> Foreign:
+) -> ForeignVectors:
     """Ask an ONNX export of the model for the vectors of some texts.
 
     It is given the ids of our tokenizer, cut at our limit, in padded batches of 32, or in the one
@@ -316,7 +316,7 @@ def run_onnx(
             mask = features["attention_mask"][:count]
             found = encoder.normalize(encoder.pooling(found, mask))
         vectors.append(found.numpy())
-    return Foreign(list(texts), np.concatenate(vectors), str(path))
+    return ForeignVectors(list(texts), np.concatenate(vectors), str(path))
 
 
 def _session(path: Path) -> Any:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from minilm import SentenceEncoder, cli
 from minilm.errors import InputError, InputTypeError, MissingPackageError
 from minilm.parity.causes import Diagnosis, diagnose
-from minilm.parity.foreign import Foreign, read_texts, read_vectors, run_onnx
+from minilm.parity.foreign import ForeignVectors, read_texts, read_vectors, run_onnx
 from minilm.parity.golden import TEXTS as GOLDEN
 from minilm.parity.mistakes import causes_for
 from mutations import norms, planted
@@ -499,7 +499,7 @@ def test_files_are_read(tmp_path: Path) -> None:
             read_vectors(tmp_path / name, texts)
     np.save(tmp_path / "a.npy", vectors.astype(np.float16))
     found = read_vectors(tmp_path / "a.npy", texts)
-    assert isinstance(found, Foreign)
+    assert isinstance(found, ForeignVectors)
     assert found.vectors.dtype == np.float32
     assert read_vectors(tmp_path / "a.npy", default=texts).texts == texts
 
