@@ -1,13 +1,15 @@
 """Vectors that another program made: read from its file, or asked of an ONNX model.
 
-In: a path. Out: `ForeignVectors`, texts and their vectors. Next: `causes.py` says why they are not ours.
+In: a path. Out: `ForeignVectors`, texts and their vectors. Next: `causes.py` says why they are not
+ours.
 
 NumPy, torch and onnxruntime are imported only when they are used, so that the command line answers
 `--help` at once.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count, takewhile
 from pathlib import Path
@@ -36,7 +38,7 @@ class ForeignVectors:
     Attributes:
         texts: n texts.
         vectors: Floating point `[n, d]`.
-        origin: Where they came from, for a heading.
+        origin: The file that they came from, for a heading.
     """
 
     texts: list[str]
@@ -45,7 +47,7 @@ class ForeignVectors:
 
 
 def read_texts(path: Path, column: str | None = None, argument: str = "--texts") -> list[str]:
-    """The texts of a file, at least one, as `files.tables.read_table` reads them.
+    """Read the texts of a file, at least one, as `files.tables.read_table` does.
 
     Args:
         path: The file.
@@ -80,18 +82,22 @@ def read_vectors(
             numbers, else all behind the text. `.parquet`: a column of texts, and one of lists of
             numbers; of what this package wrote, a null is the empty text.
         texts: The texts of a file that has none.
-        default: Likewise, where `texts` is not given.
+        default: The texts of such a file if `texts` is not given.
         column: The name of the text in `.jsonl`, `.csv` and `.parquet`, by default "text", or the
             only one beside the vectors; in a `.csv` without columns 0, 1, 2, ... the first.
         argument: What to call the file in an error.
 
     Raises:
         InputError: The file is of another form or broken, has texts of its own beside `texts` or
-            none at all, or not as many texts as vectors; or one of its texts is no string.
+            none at all, or not as many texts as vectors; or one of its texts is not a string.
         OSError: The file can't be read.
     """
-    import numpy as np
+    import zipfile
 
+    import numpy as np
+    from safetensors import SafetensorError
+
+    broken = (ValueError, KeyError, TypeError, IndexError, EOFError, zipfile.BadZipFile)
     readers = {
         ".npy": _read_npy,
         ".npz": _read_npz,
@@ -114,11 +120,11 @@ def read_vectors(
         if vectors.dtype.kind not in "fiu":
             raise ValueError(f"holds {vectors.dtype}, not numbers")
         vectors = vectors.astype(np.promote_types(vectors.dtype, np.float32))
-    except (ValueError, KeyError, TypeError, IndexError, EOFError) as error:
+    except (*broken, SafetensorError) as error:
         if isinstance(error, InputError):
             raise
         reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise InputError(f"{path}: is no file of vectors: {reason}", argument) from error
+        raise InputError(f"{path}: is not a file of vectors: {reason}", argument) from error
     if vectors.ndim != 2 or not vectors.size:
         shape = list(vectors.shape)
         raise InputError(f"{path}: holds an array {shape}, expected one row a text", argument)
@@ -143,15 +149,10 @@ def _read_npy(path: Path, column: str | None) -> tuple[list[str] | None, Any]:
 
 
 def _read_npz(path: Path, column: str | None) -> tuple[list[str] | None, Any]:
-    import zipfile
-
     import numpy as np
 
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            return _from_archive(archive)
-    except zipfile.BadZipFile as error:
-        raise ValueError(error) from error
+    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+        return _from_archive(archive)
 
 
 def _from_archive(archive: Any) -> tuple[list[str] | None, Any]:
@@ -172,15 +173,12 @@ def _from_archive(archive: Any) -> tuple[list[str] | None, Any]:
 def _read_safetensors(path: Path, column: str | None) -> tuple[list[str] | None, Any]:
     import safetensors
 
-    try:
-        with safetensors.safe_open(path, "np") as file:
-            names = list(file.keys())
-            name = next((name for name in VECTOR_FIELDS if name in names), names[0])
-            texts = (file.metadata() or {}).get("texts_json")
-            own = None if texts is None else _strings("texts_json", json.loads(texts))
-            return own, file.get_tensor(name)
-    except safetensors.SafetensorError as error:
-        raise ValueError(error) from error
+    with safetensors.safe_open(path, "np") as file:
+        names = list(file.keys())
+        name = next((name for name in VECTOR_FIELDS if name in names), names[0])
+        texts = (file.metadata() or {}).get("texts_json")
+        own = None if texts is None else _strings("texts_json", json.loads(texts))
+        return own, file.get_tensor(name)
 
 
 def _strings(name: str, texts: Any) -> list[str]:
@@ -234,7 +232,7 @@ def _read_csv(path: Path, column: str | None) -> tuple[list[str] | None, Any]:
 
 
 def _numbered(names: Sequence[str]) -> list[str]:
-    """Those that are called 0, 1, 2 and so on: numbers of a vector."""
+    """The names 0, 1, 2, ... as far as they go: columns with the numbers of a vector."""
     known = set(names)
     return list(takewhile(known.__contains__, map(str, count())))
 
@@ -270,8 +268,8 @@ def run_onnx(
         path: The `.onnx` file.
         encoder: Our model.
         texts: n texts.
-        session: An `onnxruntime.InferenceSession`, or what behaves as one; by default one for
-            `path` on the processor.
+        session: An `onnxruntime.InferenceSession`, or an object that behaves as one; by default
+            one for `path` on the processor.
 
     Raises:
         MissingPackageError: onnxruntime is not installed.
@@ -304,13 +302,8 @@ def run_onnx(
             for key in inputs
             if key in features
         }
-        try:
+        with _onnx_errors(path, "can't be run"):
             (output,) = session.run([name], feed)
-        except Warning:  # python -W error
-            raise
-        except Exception as error:  # onnxruntime raises classes of its own
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise InputError(f"{path}: can't be run: {reason}", "--against") from error
         found = torch.from_numpy(np.asarray(output)).float()[:count]
         if found.dim() == 3:  # [batch, tokens, 384] -> [batch, 384]
             mask = features["attention_mask"][:count]
@@ -326,17 +319,26 @@ def _session(path: Path) -> Any:
         raise MissingPackageError("comparing with an ONNX model", "onnxruntime", "onnx") from error
     if not path.is_file():
         raise InputError(f"{path}: no such file", "--against")
-    try:
+    with _onnx_errors(path, "is not an ONNX model"):
         return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+
+
+@contextmanager
+def _onnx_errors(path: Path, problem: str) -> Iterator[None]:
+    """Raise an `InputError` for what onnxruntime raises, which are classes of its own."""
+    try:
+        yield
     except Warning:  # python -W error
         raise
-    except Exception as error:  # onnxruntime raises classes of its own
+    except Exception as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path}: is no ONNX model: {reason}", "--against") from error
+        raise InputError(f"{path}: {problem}: {reason}", "--against") from error
 
 
 def _output(path: Path, session: Any, hidden_size: int) -> str:
-    """The output to take: a sentence vector if it is named so, else token vectors, else either."""
+    """The name of the output to take: one that is named for a sentence's or for tokens' vectors,
+    else one of their shape.
+    """
     outputs: dict[str, list[Any]] = {each.name: list(each.shape) for each in session.get_outputs()}
     for name in (*_SENTENCE_OUTPUTS, *_TOKEN_OUTPUTS):
         if name in outputs:

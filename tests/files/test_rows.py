@@ -216,7 +216,7 @@ def test_vectors_of_csv(tmp_path: Path, content: str, column: str | None, texts:
             '{"text": "a", "embedding": [1, 2]}\n{"text": "b", "embedding": [1]}',
             "line 2",
         ),
-        ("a.npz", "", "is no file of vectors"),
+        ("a.npz", "", "is not a file of vectors"),
     ],
 )
 def test_broken_vectors_are_named(tmp_path: Path, name: str, content: str, message: str) -> None:

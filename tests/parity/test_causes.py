@@ -508,14 +508,14 @@ def test_files_are_read(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.txt", b"", "has no suffix of .npy, .npz, .safetensors, .jsonl, .csv, .parquet, .onnx"),
-        ("a.npy", b"nonsense", "is no file of vectors"),
-        ("a.npz", b"PK\x03\x04nonsense", "is no file of vectors"),
+        ("a.npy", b"nonsense", "is not a file of vectors"),
+        ("a.npz", b"PK\x03\x04nonsense", "is not a file of vectors"),
         ("a.jsonl", b'{"text": "a"}\n', "line 1 has no list of numbers under 'embedding'"),
         ("a.jsonl", b'{"text": "a", "embedding": [1]}\nx', "line 2: is not JSON"),
         ("a.jsonl", b'{"text": "a", "embedding": ["x"]}', "not numbers"),
         ("a.jsonl", b"", "expected one row a text"),
         ("a.jsonl", b"\xff", "line 1 is not UTF-8"),
-        ("a.csv", b"text,0\na,x\n", "is no file of vectors"),
+        ("a.csv", b"text,0\na,x\n", "is not a file of vectors"),
     ],
 )
 def test_broken_files_are_named(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -537,7 +537,7 @@ def test_texts_of_an_array_must_fit(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="holds <U1, not numbers"):
         read_vectors(tmp_path / "b.npy", ["a"])
     np.save(tmp_path / "c.npy", np.array([{}], dtype=object), allow_pickle=True)
-    with pytest.raises(InputError, match="is no file of vectors"):
+    with pytest.raises(InputError, match="is not a file of vectors"):
         read_vectors(tmp_path / "c.npy", ["a"])
 
 
@@ -643,7 +643,7 @@ def test_real_onnxruntime(encoder: SentenceEncoder, tmp_path: Path) -> None:
     foreign = run_onnx(path, encoder, SHORT)
     assert diagnose(encoder, SHORT, foreign.vectors).is_equal
     (tmp_path / "broken.onnx").write_bytes(b"nonsense")
-    with pytest.raises(InputError, match="is no ONNX model"):
+    with pytest.raises(InputError, match="is not an ONNX model"):
         run_onnx(tmp_path / "broken.onnx", encoder, SHORT)
     with pytest.raises(InputError, match="no such file"):
         run_onnx(tmp_path / "absent.onnx", encoder, SHORT)
