@@ -61,8 +61,8 @@ class BertConfig:
         layer_norm_eps: Added to the variance in every LayerNorm.
         hidden_dropout_prob: Dropout on embeddings and sublayer outputs, in training only.
         attention_probs_dropout_prob: Dropout on attention probabilities, in training only.
-        pad_token_id: A row of the word table, or None; which id fills short rows the tokenizer
-            knows.
+        pad_token_id: A row of the word table, or None. It is only checked: the tokenizer knows
+            with which id to fill short rows.
     """
 
     vocab_size: int = 30522
@@ -113,10 +113,10 @@ class BertConfig:
 
 
 def unsupported(values: Mapping[str, Any], supported: Mapping[str, Sequence[Any]]) -> list[str]:
-    """The problems of a JSON object with fields for which only some values are implemented.
+    """List the fields of a JSON object whose values are not among those that are implemented.
 
     Args:
-        values: The object; a field that it lacks is no problem.
+        values: The object; it may lack any of the fields.
         supported: The implemented values of each field that matters.
     """
     return [
@@ -127,7 +127,7 @@ def unsupported(values: Mapping[str, Any], supported: Mapping[str, Sequence[Any]
 
 
 def _problems(values: Mapping[str, Any]) -> dict[str, str]:
-    """What is wrong with which of these fields of a `BertConfig`."""
+    """The problem of each field that can't be used, by the field's name."""
     problems = {}
     for name, (low, high) in _BOUNDS.items():
         value = values.get(name, low)

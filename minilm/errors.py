@@ -7,7 +7,7 @@ what it is about as attributes, so that nobody has to parse a message::
     ├── InputError (ValueError)              an argument: its value
     │   ├── InputTypeError (TypeError)       an argument: its type
     │   ├── BadRowError                      a row of a file that has no text to embed
-    │   └── TruncationError                  text beyond the limit, where that is no option
+    │   └── TruncationError                  text beyond the limit, where none may be cut
     ├── ConfigError (ValueError)             a JSON file of a model folder
     ├── TokenizerError (ValueError)          tokenizer.json
     ├── WeightsError (ValueError)            model.safetensors
@@ -84,7 +84,7 @@ class TruncationError(InputError):
     """Some texts are longer than the model's limit, and `truncation="error"` was asked for.
 
     Attributes:
-        rows: Which.
+        rows: The numbers of those texts.
     """
 
     def __init__(self, message: str, rows: Sequence[int]) -> None:
@@ -108,7 +108,7 @@ class NotFiniteError(MinilmError, ArithmeticError):
     """The vectors of some texts have NaN or infinity in them.
 
     Attributes:
-        rows: Of which texts.
+        rows: The numbers of those texts.
     """
 
     def __init__(self, rows: Sequence[int], reason: str) -> None:
@@ -216,7 +216,7 @@ class TraceKeyError(MinilmError, KeyError):
 
     Attributes:
         name: What was asked for.
-        nearest: The names most like it, the likest first.
+        nearest: The names that are most like it, the most similar first.
     """
 
     def __init__(self, name: str, nearest: Sequence[str]) -> None:

@@ -1,12 +1,12 @@
-"""What a forked child needs, so that it never waits for threads that only its parent has.
+"""Care for forked children, so that none waits for threads that only its parent has.
 
-Nothing is called here by anyone but the system: the package is imported, and `os.fork` does the
-rest. Three kinds of threads and locks are inherited without what would end the waiting for them:
+It is enough to import the package: the system calls what is registered here at each `os.fork`. A
+child inherits three kinds of threads and locks for which it would wait without end:
 
 - OpenMP's threads, in which torch computes, and which it keeps for the next time. They are let go
   just before a fork, whoever started them; parent and child start new ones when they need them.
 - The threads of `tokenizers`. The library looks after them, but not where TOKENIZERS_PARALLELISM
-  asks for them expressly; so the child has it say "false".
+  asks for them expressly; so it is set to "false" in the child.
 - Locks of this package that another thread of the parent held.
 """
 
@@ -26,9 +26,10 @@ _locks: "WeakSet[threading.Lock]" = WeakSet()
 
 
 def mark_in_use() -> None:
-    """Say that texts are embedded in this process, so that forks of it compute in one thread.
+    """Note that texts are embedded in this process, so that forks of it compute in one thread.
 
-    Before that a server only gets ready, and the processes that it forks may use all threads.
+    Before the first text a server only gets ready, and the processes that it forks may use all
+    threads.
     """
     global _in_use
     _in_use = True

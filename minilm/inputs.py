@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from minilm.errors import InputError, InputTypeError
+from minilm.report import shortened
 from minilm.streams import is_open
 
 __all__ = [
@@ -47,7 +48,7 @@ _HINT = "pass a string or an iterable of strings"
 
 
 def with_progress(batches: Sequence[_Batch], show: bool | None) -> Iterable[_Batch]:
-    """The batches, with a progress bar if `show`; by default if the package's logger is at INFO."""
+    """The batches, with a progress bar if `show`; by default if this package logs at INFO."""
     if _is_shown(show):
         from tqdm.auto import tqdm  # comes with huggingface_hub
 
@@ -57,7 +58,7 @@ def with_progress(batches: Sequence[_Batch], show: bool | None) -> Iterable[_Bat
 
 
 def progress_bar(show: bool | None, **options: Any) -> Any:
-    """A bar of tqdm, for what is not a loop; it shows itself as `with_progress` does."""
+    """A bar of tqdm for what is not a loop, shown if `with_progress` would show one."""
     from tqdm.auto import tqdm
 
     return tqdm(disable=not _is_shown(show), **options)
@@ -113,7 +114,7 @@ def is_singular_input(inputs: Any) -> bool:
 
 
 def as_rows(sentences: Any, argument: str = "sentences") -> tuple[list[Row], bool]:
-    """The same as `as_texts`, where a row may also be a pair of texts: a tuple or a list of two.
+    """Read texts as `as_texts` does, where a row may also be a pair: a tuple or a list of two.
 
     Returns:
         The rows in positional order, pairs as tuples, and whether a single text was passed.
@@ -124,12 +125,8 @@ def as_rows(sentences: Any, argument: str = "sentences") -> tuple[list[Row], boo
     """
     if isinstance(sentences, np.ndarray) and sentences.ndim == 2:
         sentences = sentences.tolist()
-    if isinstance(sentences, np.ndarray) and sentences.ndim == 0:
-        sentences = sentences.item()
-    if isinstance(sentences, str):
-        return [sentences], True
-    _check_column(sentences, argument)
-    return _check_pairs(list(_plain_rows(sentences)), argument), False
+    rows, is_single = _rows(sentences, argument)
+    return _check_pairs(rows, argument), is_single
 
 
 def _check_pairs(rows: list[Any], argument: str, start: int = 0) -> list[Row]:
@@ -160,21 +157,21 @@ def as_texts(sentences: Any, argument: str = "sentences") -> tuple[list[str], bo
         The texts in positional order, and whether a single one was passed.
 
     Raises:
-        InputTypeError: Something in it, or the whole, is not text. The message names the row.
-        InputError: An array with more than one dimension.
+        InputTypeError: It is not text, or a row of it isn't. The message names the row.
+        InputError: It is an array with more than one dimension.
     """
-    if isinstance(sentences, np.ndarray) and sentences.ndim == 0:
-        sentences = sentences.item()
-    if isinstance(sentences, str):
-        return [sentences], True
-    return _column(sentences, argument), False
+    rows, is_single = _rows(sentences, argument)
+    for row, text in enumerate(rows):
+        if not isinstance(text, str):
+            check_text(text, f"{argument}[{row}]")
+    return rows, is_single
 
 
 def check_positive_int(value: Any, argument: str) -> int:
     """Return `value` if it is a whole number above 0.
 
     Raises:
-        InputTypeError: It is no integer (a bool is none either).
+        InputTypeError: It is not an integer; a bool is not one.
         InputError: It is 0 or negative.
     """
     if isinstance(value, bool) or not isinstance(value, int | np.integer):
@@ -188,7 +185,7 @@ def check_in_range(value: Any, smallest: int, largest: int, argument: str) -> in
     """Return `value` if it is a whole number from `smallest` to `largest`.
 
     Raises:
-        InputTypeError, InputError: As in `check_positive_int`, or it is outside.
+        InputTypeError, InputError: As in `check_positive_int`; or it is outside of that range.
     """
     if not smallest <= check_positive_int(value, argument) <= largest:
         raise InputError(
@@ -197,14 +194,19 @@ def check_in_range(value: Any, smallest: int, largest: int, argument: str) -> in
     return int(value)
 
 
-def _column(sentences: Any, argument: str) -> list[str]:
+def _rows(sentences: Any, argument: str) -> tuple[list[Any], bool]:
+    """Everything in a column, and whether it is a single text."""
+    if isinstance(sentences, np.ndarray) and sentences.ndim == 0:
+        sentences = sentences.item()
+    if isinstance(sentences, str):
+        return [sentences], True
     _check_column(sentences, argument)
-    return _check_rows(list(_plain_rows(sentences)), argument)
+    return list(_plain_rows(sentences)), False
 
 
 def _plain_rows(sentences: Any) -> Iterable[Any]:
-    """Arrow, xarray and arrays of dask iterate over scalars of their own; all else gives str, in
-    positional order.
+    """The rows in positional order. Arrow, xarray and arrays of dask iterate over scalars of their
+    own; these become str.
     """
     rows: Iterable[Any] = sentences
     if hasattr(type(sentences), "to_pylist"):
@@ -215,7 +217,7 @@ def _plain_rows(sentences: Any) -> Iterable[Any]:
 
 
 def _is_frame(data: Any) -> bool:
-    """A table of columns; a column of dask's knows the name "columns" too, but has one dimension.
+    """Whether it is a table. A column of dask has the attribute "columns" too, but one dimension.
 
     The class is asked, here and elsewhere: an object such as a pandas Series answers to its labels.
     """
@@ -225,7 +227,7 @@ def _is_frame(data: Any) -> bool:
 
 
 def computed(data: Any) -> Any:
-    """What a dask collection stands for; anything else as it is."""
+    """The data that a dask collection stands for; anything else as it is."""
     return data.compute() if hasattr(type(data), "__dask_graph__") else data
 
 
@@ -248,18 +250,11 @@ def _check_column(sentences: Any, argument: str) -> None:
         raise InputError(f"{argument} has shape {list(shape)}; {_HINT}", argument)
 
 
-def _check_rows(texts: list[Any], argument: str, start: int = 0) -> list[str]:
-    for row, text in enumerate(texts, start):
-        if not isinstance(text, str):
-            check_text(text, f"{argument}[{row}]")
-    return texts
-
-
 def check_text(text: Any, argument: str) -> str:
     """Return `text` if it is a str.
 
     Raises:
-        InputTypeError: It is none.
+        InputTypeError: It is something else.
     """
     if not isinstance(text, str):
         seen = "None" if text is None else f"{_short(text)}, of type {type(text).__name__}"
@@ -268,10 +263,10 @@ def check_text(text: Any, argument: str) -> str:
 
 
 def check_unicode(texts: Sequence[Row], argument: str = "sentences", start: int = 0) -> None:
-    """Refuse half characters, which a str can hold and UTF-8 can't.
+    """Check that texts have no lone surrogates, which a str can hold and UTF-8 can't.
 
     Raises:
-        InputError: A text has a lone surrogate; the message names the row, counted from `start`.
+        InputError: A text has one; the message names its row, counted from `start`.
     """
     for row, text in enumerate(texts, start):
         try:
@@ -287,15 +282,14 @@ def check_unicode(texts: Sequence[Row], argument: str = "sentences", start: int 
 
 
 def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 40 else text[:37] + "..."
+    return shortened(repr(value), 40)
 
 
 def check_choice(value: str, choices: Collection[str], argument: str) -> str:
     """Return `value` if it is one of `choices`.
 
     Raises:
-        InputError: It is none of them; they are listed.
+        InputError: It is another; the message lists them.
     """
     if value not in choices:
         raise InputError(f"{argument} is {value!r}; pass one of {', '.join(choices)}", argument)
@@ -309,11 +303,11 @@ def as_device(
 
     Args:
         device: The device or its name; a number is that of a cuda device.
-        dtype: What it shall compute in. Not every device has every one: mps has no float64.
+        dtype: What it should compute in. Not every device has every one: mps has no float64.
 
     Raises:
         InputError: The name is unknown, or this build of torch or this machine lacks the device.
-        InputTypeError: It is no name.
+        InputTypeError: It is not a name.
     """
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -359,7 +353,7 @@ def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
     """A floating-point dtype that the model can compute in, float32 by default.
 
     Raises:
-        InputError: It is none of float64, float32, float16 and bfloat16.
+        InputError: It is not float64, float32, float16 or bfloat16.
     """
     if dtype is None:
         return torch.float32
@@ -370,7 +364,7 @@ def as_many(texts: Any, argument: str) -> list[str]:
     """Read several texts, under the name that the caller has for them.
 
     Raises:
-        InputTypeError: Something is no text; or it is a single one, no list of them.
+        InputTypeError: It is a single text, or something in it is not a text.
         InputError: A text has a lone surrogate.
     """
     rows, is_single = as_texts(texts, argument)

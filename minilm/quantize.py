@@ -18,7 +18,6 @@ any index for int8 ranks by it directly. `scripts/int8_ranges.py` measures what 
 
 import json
 import logging
-from collections.abc import Callable
 from functools import cache
 from importlib import resources
 from math import sqrt
@@ -44,7 +43,6 @@ __all__ = [
 ]
 
 Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
-PRECISIONS: tuple[str, ...] = ("float32", "int8", "uint8", "binary", "ubinary")
 
 _Array = np.ndarray[Any, Any]
 _DTYPES: dict[str, np.dtype[Any]] = {
@@ -54,6 +52,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "binary": np.dtype(np.int8),
     "ubinary": np.dtype(np.uint8),
 }
+PRECISIONS = tuple(_DTYPES)
 _ENOUGH = 100  # embeddings for ranges of their own, by the reference's judgement
 
 logger = logging.getLogger(__name__)
@@ -104,9 +103,9 @@ def quantize_embeddings(
     Raises:
         InputError: The precision is unknown, widths differ, a number is NaN, a range is not finite
             or ends before it begins, or ranges would have to be taken from one embedding.
-        InputTypeError: The embeddings are no numbers, or codes already.
+        InputTypeError: The embeddings are not numbers, or are codes already.
     """
-    _dtype_of(precision)
+    check_precision(precision)
     if isinstance(embeddings, list | tuple):
         if not embeddings:
             return []
@@ -115,7 +114,11 @@ def quantize_embeddings(
                 as_floats(matrix, f"embeddings[{i}]") for i, matrix in enumerate(embeddings)
             ]
             if precision.endswith("int8") and ranges is None:  # the same ones for all
-                rows = _joined(np.concatenate, matrices, "embeddings")
+                try:
+                    rows = np.concatenate(matrices)
+                except ValueError as error:
+                    problem = "embeddings has vectors of different widths"
+                    raise InputError(problem, "embeddings") from error
                 ranges = _ranges_of(rows, precision, calibration_embeddings)
             return [_codes(matrix, precision, ranges, None) for matrix in matrices]
     return _codes(as_floats(embeddings, "embeddings"), precision, ranges, calibration_embeddings)
@@ -128,7 +131,7 @@ def dequantize(
     *,
     width: int | None = None,
 ) -> _Array:
-    """Numbers for codes, as near as can be said from them.
+    """Turn codes back into numbers, as near as the codes tell.
 
     Args:
         codes: What `quantize_embeddings` gave.
@@ -146,7 +149,7 @@ def dequantize(
             doesn't fit.
         InputTypeError: The codes have another dtype than that precision has.
     """
-    dtype = _dtype_of(precision)
+    dtype = _DTYPES[check_precision(precision)]
     array: _Array = as_numbers(codes, "codes").detach().cpu().numpy()
     if array.dtype != dtype:
         raise InputTypeError(
@@ -183,8 +186,8 @@ def model_ranges(
     """Fixed ranges for the published model: the same in every call, process and machine.
 
     With them an int8 code is round(384 x), kept within -128 and 127. That holds numbers up to a
-    third: in sentences none is larger, in one dimension of single words or of text without any some
-    are, up to 0.41, and lose what is beyond.
+    third. In sentences none is larger. In one dimension, those of single words and of text without
+    words reach 0.41, and lose what is beyond a third.
 
     Args:
         width: Numbers in a vector, at most 384; fewer after `truncate_dim`.
@@ -198,7 +201,7 @@ def model_ranges(
         float32 `[2, width]`: the smallest and the largest value of each number.
 
     Raises:
-        InputError, InputTypeError: `width` is no integer from 1 to 384.
+        InputError, InputTypeError: `width` is not an integer from 1 to 384.
     """
     data = _shipped()
     full = data["width"]
@@ -328,7 +331,7 @@ def check_precision(precision: str) -> str:
     """Return `precision` if it is one of `PRECISIONS`.
 
     Raises:
-        InputError: It is none of them.
+        InputError: It is another.
     """
     if precision not in PRECISIONS:
         raise InputError(
@@ -337,14 +340,3 @@ def check_precision(precision: str) -> str:
             "precision",
         )
     return precision
-
-
-def _dtype_of(precision: str) -> np.dtype[Any]:
-    return _DTYPES[check_precision(precision)]
-
-
-def _joined(join: Callable[[list[_Array]], _Array], parts: list[_Array], argument: str) -> _Array:
-    try:
-        return join(parts)
-    except ValueError as error:
-        raise InputError(f"{argument} has vectors of different widths", argument) from error

@@ -1,4 +1,4 @@
-"""How alike are two vectors? Cosine, dot product, and two distances with their sign turned.
+"""How alike are two vectors? Cosine, dot product, and two distances with a minus in front.
 
 In: embeddings as tensors, NumPy arrays or lists. Out: a tensor, larger where more alike.
 Each function comes in two forms: all pairs `[n, d] x [m, d] -> [n, m]`, and `pairwise_...`, row by
@@ -62,14 +62,12 @@ def dot_score(a: Embeddings, b: Embeddings) -> Tensor:
 
 def euclidean_sim(a: Embeddings, b: Embeddings) -> Tensor:
     """-‖a_i - b_j‖₂, `[n, d] x [m, d] -> [n, m]`. Arguments and errors as in `cos_sim`."""
-    a, b = as_matrices(a, b)
-    return -_distances(a, b, p=2.0)
+    return -_distances(*as_matrices(a, b), p=2.0)
 
 
 def manhattan_sim(a: Embeddings, b: Embeddings) -> Tensor:
     """-‖a_i - b_j‖₁, `[n, d] x [m, d] -> [n, m]`. Arguments and errors as in `cos_sim`."""
-    a, b = as_matrices(a, b)
-    return -_distances(a, b, p=1.0)
+    return -_distances(*as_matrices(a, b), p=1.0)
 
 
 def _of_two_vectors_one_number(pairwise: _Pairwise) -> _Pairwise:
@@ -101,17 +99,13 @@ def pairwise_dot_score(a: Embeddings, b: Embeddings) -> Tensor:
 @_of_two_vectors_one_number
 def pairwise_euclidean_sim(a: Embeddings, b: Embeddings) -> Tensor:
     """-‖a_i - b_i‖₂, `[n, d] x [n, d] -> [n]`. Errors as in `cos_sim`, or if n differs."""
-    a, b = _rows(a, b)
-    distances: Tensor = torch.linalg.vector_norm(a - b, ord=2, dim=-1)
-    return -distances
+    return _pairwise_distance(a, b, order=2)
 
 
 @_of_two_vectors_one_number
 def pairwise_manhattan_sim(a: Embeddings, b: Embeddings) -> Tensor:
     """-‖a_i - b_i‖₁, `[n, d] x [n, d] -> [n]`. Errors as in `cos_sim`, or if n differs."""
-    a, b = _rows(a, b)
-    distances: Tensor = torch.linalg.vector_norm(a - b, ord=1, dim=-1)
-    return -distances
+    return _pairwise_distance(a, b, order=1)
 
 
 Similarity = Callable[[Embeddings, Embeddings], Tensor]
@@ -126,7 +120,7 @@ SIMILARITY_FUNCTIONS: dict[str, tuple[Similarity, Similarity]] = {
 
 
 class SimilarityFunction(Enum):
-    """The names of `SIMILARITY_FUNCTIONS` as the reference's enumeration."""
+    """The names of `SIMILARITY_FUNCTIONS`, as an enumeration of the reference has them."""
 
     COSINE = "cosine"
     DOT_PRODUCT = "dot"
@@ -148,20 +142,22 @@ class SimilarityFunction(Enum):
 
     @staticmethod
     def to_similarity_fn(similarity_function: "str | SimilarityFunction") -> Similarity:
-        """The function of that name for all pairs.
-
-        Raises:
-            InputError: There is none.
-        """
+        """The function of that name for all pairs; an unknown name is an `InputError`."""
         return SIMILARITY_FUNCTIONS[SimilarityFunction(similarity_function).value][0]
 
     @staticmethod
     def to_similarity_pairwise_fn(similarity_function: "str | SimilarityFunction") -> Similarity:
-        """The function of that name row by row. Errors as in `to_similarity_fn`."""
+        """The function of that name row by row; an unknown name is an `InputError`."""
         return SIMILARITY_FUNCTIONS[SimilarityFunction(similarity_function).value][1]
 
 
 _unit = Normalize()
+
+
+def _pairwise_distance(a: Embeddings, b: Embeddings, order: int) -> Tensor:
+    first, second = _rows(a, b)
+    distances: Tensor = torch.linalg.vector_norm(first - second, ord=order, dim=-1)
+    return -distances
 
 
 def _distances(a: Tensor, b: Tensor, p: float) -> Tensor:

@@ -37,7 +37,7 @@ class ModelFiles:
         """The path of a file, or None if the model has no such file.
 
         Raises:
-            ConfigError: It is a link that leads nowhere: the model has it, and it is lost.
+            ConfigError: It is a link that leads nowhere: the model had the file, and it is lost.
         """
         path = self.path(name)
         if path.is_symlink() and not path.exists():
@@ -45,7 +45,7 @@ class ModelFiles:
         return path if path.is_file() else None
 
     def path(self, name: str) -> Path:
-        """Where `name` is, or would be."""
+        """The path that a file of that name has, or would have."""
         return self.folder / name
 
     def read(self, name: str) -> bytes | None:
@@ -59,7 +59,7 @@ class ModelFiles:
         return data
 
     def read_unverified(self, name: str) -> bytes | None:
-        """The same; to be followed by `verify`, which may run beside what reads the contents."""
+        """The contents, not yet hashed: `verify` must follow, and may run while they are read."""
         path = self.find(name)
         return None if path is None else path.read_bytes()
 

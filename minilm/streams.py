@@ -1,7 +1,7 @@
 """The standard streams, any of which may not be there: in a service, under cron or pythonw.
 
 In: `sys.stdin`, `sys.stdout`, `sys.stderr`, which are None there, or closed, or a pipe that nobody
-reads any more. Used by whatever asks whether somebody watches, reads standard input, or prints.
+reads any more. Used where a progress bar is shown, standard input is read, or a result is printed.
 """
 
 import os
@@ -21,7 +21,7 @@ def is_open(stream: Any) -> bool:
 
 
 def is_watched(stream: Any) -> bool:
-    """Whether somebody watches it: it is there, open, and a terminal."""
+    """Whether a stream is there, open, and a terminal, so that somebody may be watching."""
     try:
         return is_open(stream) and bool(stream.isatty())
     except (AttributeError, ValueError):  # another program's object
@@ -37,7 +37,7 @@ def standard_input() -> Iterable[bytes]:
     if not is_open(sys.stdin):
         raise InputError("standard input is closed; name a file", "-")
     binary = getattr(sys.stdin, "buffer", None)
-    # What a program has put in its place may hold text only.
+    # A program may have put an object in its place that holds text only.
     return binary or (line.encode("utf-8", "surrogatepass") for line in sys.stdin)
 
 
@@ -62,7 +62,7 @@ def standard_output() -> Iterator[IO[str]]:
 
 
 def tell(line: str) -> None:
-    """Tell the user something, apart from the results; nobody need be there to hear it."""
+    """Print a line for the user on standard error, which need not be there."""
     try:
         print(line, file=sys.stderr, flush=True)
     except (OSError, ValueError):
@@ -70,8 +70,8 @@ def tell(line: str) -> None:
 
 
 def _discard(stream: Any) -> None:
-    """Let what is written from now on, and what is still to be flushed at exit, go nowhere."""
-    with suppress(OSError, ValueError, AttributeError):  # it is no file of the system
+    """Discard what is written from now on, and what would still be flushed at exit."""
+    with suppress(OSError, ValueError, AttributeError):  # it is not a file of the system
         descriptor = stream.fileno()
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, descriptor)
@@ -80,12 +80,12 @@ def _discard(stream: Any) -> None:
 
 @contextmanager
 def present() -> Iterator[None]:
-    """Have a standard output and error to write to, for a command that runs in this process.
+    """Inside a `with`, replace a standard output or error that isn't there by one that discards.
 
-    What is written to one that isn't there goes nowhere.
+    For a command that runs in this process.
     """
-    # The first file opened would take the number of a closed stream, and then whatever a library
-    # in C prints would stand in that file.
+    # The first file opened would take the number of a closed stream, and then all that a library
+    # in C prints would be written to that file.
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(descriptor)
@@ -102,5 +102,5 @@ def present() -> Iterator[None]:
             for stream in (sys.stdout, sys.stderr):
                 try:
                     stream.flush()
-                except (OSError, ValueError):  # else Python tells of it as it ends
+                except (OSError, ValueError):  # else Python prints an error as it ends
                     _discard(stream)
