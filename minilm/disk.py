@@ -1,8 +1,8 @@
-"""Files that are complete or not there, folders that one writer has at a time, and names that stay
+"""Files that are complete or not there, folders with one writer at a time, and names that stay
 within a folder.
 
-In: paths, and what writes. Used wherever something is left on a disk, or is looked up under a name
-that a file tells: by `outputs.py`, `files/shards.py` and `index/segments.py`.
+In: paths, and functions that write. Used for all that is left on a disk, or is looked up under a
+name that stands in a file: by `outputs.py`, `files/shards.py` and `index/segments.py`.
 """
 
 import errno
@@ -38,7 +38,7 @@ __all__ = [
     "write_together",
 ]
 
-# What a file system answers that has no such call as fsync or flock.
+# The errors of a file system that has no fsync or no flock.
 _HAS_NONE = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOLCK}
 
 
@@ -46,7 +46,7 @@ _HAS_NONE = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.
 
 
 def absolute(path: str | os.PathLike[str]) -> Path:
-    """A path that means the same wherever the process is later, to be kept.
+    """The path from the root, which means the same in every working directory.
 
     "~" is the user's home; links and ".." stay as they are.
 
@@ -62,16 +62,16 @@ def absolute(path: str | os.PathLike[str]) -> Path:
 
 
 def inside(name: Any) -> str:
-    r"""A path that a file tells of, as one below that file's folder.
+    r"""Check that a path which stands in a file leads to a place below that file's folder.
 
-    Files come from elsewhere, also from other systems. So this is about names only, the same on
-    every system; what a link of that name on this disk leads to is up to who made the link.
+    Files come from elsewhere, also from other systems. So this looks at names only, and is the same
+    on every system; where a link of that name on this disk leads is up to who made the link.
 
     Args:
-        name: What the file says, such as "1_Pooling" or "a\\b".
+        name: The path as the file has it, such as "1_Pooling" or "a\\b".
 
     Returns:
-        The same with "/" between its parts; "" for the folder itself.
+        The path with "/" between its parts; "" for the folder itself.
 
     Raises:
         ValueError: It is not a string, or leads outside: it has "..", a root or a drive.
@@ -89,15 +89,15 @@ def inside(name: Any) -> str:
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Write a file so that it is complete or not there, also beside parallel writers.
 
-    A file that is there keeps its mode and group. A link of that name is replaced, not followed.
+    An existing file's mode and group are kept. A link of that name is replaced, not followed.
 
     Args:
-        path: Where it goes; its folder must exist.
-        write: Is given the open file, and leaves it open.
+        path: The file; its folder must exist.
+        write: A function that is given the open file, and leaves it open.
 
     Raises:
         OSError: The folder is missing or may not be written to, or the disk is full. It names
-            `path`, and the disk. What was there before still is.
+            `path`, and the disk. An existing file is as it was.
     """
     write_together({path: write})
 
@@ -142,17 +142,17 @@ def with_metadata(data: bytes, metadata: Mapping[str, str]) -> bytes:
 
 
 def temporary_name(name: str) -> str:
-    """A hidden name for what shall become `name`: one of its own, so that parallel runs don't meet,
-    and short, so that each name that a file can have has one.
+    """A hidden name for a file that will be called `name`: unique, so that parallel runs don't
+    meet, and short, so that there is one for the longest name that a file can have.
     """
     return f".{name[:24]}.{uuid.uuid4().hex}.part"
 
 
 class _Numberless(io.BufferedWriter):
-    """A file that keeps its descriptor to itself.
+    """A file without a descriptor.
 
-    NumPy would write to the descriptor by itself, and of a full disk say only "115200 requested and
-    25568 written".
+    NumPy would write to the descriptor itself, and its error for a full disk says only "115200
+    requested and 25568 written".
     """
 
     def fileno(self) -> int:
@@ -161,11 +161,11 @@ class _Numberless(io.BufferedWriter):
 
 @contextmanager
 def errors_about(path: Path, temporary: Path) -> Iterator[None]:
-    """An error names the path that is meant, not the hidden one, and the disk if it is full.
+    """Inside a `with`, let errors name `path`, not its temporary name, and the disk if it is full.
 
     Args:
-        path: What is written.
-        temporary: What it is called until it is whole: a file or a folder.
+        path: The file or folder that is written.
+        temporary: What it is called until it is complete.
     """
     try:
         yield
@@ -186,7 +186,7 @@ def mount_of(path: Path) -> Path:
 
 
 def _keep_attributes(path: Path, temporary: Path) -> None:
-    """Make a file like the one whose place it will take, as if that had been written over."""
+    """Give a new file the mode and group of the one whose place it will take."""
     with suppress(FileNotFoundError):
         before = path.lstat()
         if stat.S_ISREG(before.st_mode):
@@ -213,18 +213,18 @@ def _take_place(temporary: Path, path: Path) -> None:
 
 
 def sync(file: IO[bytes]) -> None:
-    """Wait until what was written is on the disk, where the system can."""
+    """Wait until what was written to a file is on the disk, where the system can."""
     file.flush()
     _sync(getattr(file, "raw", file).fileno())
 
 
 def sync_folder(folder: Path) -> None:
-    """Make new names in a folder last, where the system can."""
+    """Wait until new names in a folder are on the disk, where the system can."""
     if os.name != "posix":
         return
     try:
         descriptor = os.open(folder, os.O_RDONLY)
-    except PermissionError:  # one may write in it, and not list it
+    except PermissionError:  # the folder may be written to, but not listed
         return
     try:
         with errors_about(folder, folder):
@@ -237,8 +237,8 @@ def _sync(descriptor: int) -> None:
     try:
         os.fsync(descriptor)
     except OSError as error:
-        # There is no such thing here, and what was written is there all the same. Any other error
-        # is one of writing.
+        # This file system has no fsync, and the file is there all the same. Any other error is one
+        # of writing.
         if error.errno not in _HAS_NONE:
             raise
 
@@ -247,7 +247,7 @@ def make_folder(folder: Path) -> list[Path]:
     """Make a folder and its parents, so that they last.
 
     Returns:
-        Those that were not there, from the top down.
+        The folders that did not exist, from the top down.
 
     Raises:
         OSError: One can't be made.
@@ -267,7 +267,7 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-# --- folders that are held
+# --- locked folders
 
 
 class _Turn:
@@ -279,7 +279,7 @@ class _Turn:
 
     def waits_for(self, thread: int) -> bool:
         """Whether a thread would wait for itself, if it waited for this turn: it has the turn, or
-        something that whoever has it waits for.
+        one that the owner of this turn waits for.
         """
         turn: _Turn | None = self
         while turn is not None and turn.owner is not None:
@@ -306,21 +306,21 @@ if hasattr(os, "register_at_fork"):
 
 @contextmanager
 def lock_folder(folder: Path, name: str, argument: str) -> Iterator[None]:
-    """Hold a folder against all others that would write to it.
+    """Inside a `with`, be the only one who writes to a folder.
 
-    Threads of this process wait for each other. Another process is told of at once. The lock is one
-    of the system, which ends with its process, however that ends. Where a file system has none it
-    is a file that tells the process; one that is left by a process of this machine that is gone
-    doesn't count.
+    Threads of this process wait for each other; another process is an error at once. The lock is
+    one of the system, which ends with its process, however that ends. Where a file system has none,
+    it is a file that names the process; a file of a process of this machine that has ended doesn't
+    count.
 
     Args:
         folder: It must exist.
-        name: Of the file in it that is locked; it is removed at the end, and so is `NAME.soft`.
-        argument: What the folder is called where the user named it.
+        name: The file in it that is locked. It is removed at the end, and so is `NAME.soft`.
+        argument: What the user calls the folder.
 
     Raises:
-        InputError: Another process has it; or this very thread, or one that waits for it, which
-            it can't wait for.
+        InputError: Another process has the folder; or this very thread has it, or a thread that
+            waits for this one.
         OSError: No file can be made there.
     """
     key = os.path.realpath(folder / name)

@@ -1,13 +1,13 @@
-"""Where the user wants a result: asked before it is computed, written to afterwards.
+"""The place that the user wants a result in: checked before it is computed, written to afterwards.
 
-In: a path as it was named. Out: an error at once if nothing can be written there; then a file that
-is complete or not there, or bytes into what the name stands for.
+In: a path as the user named it. Out: an error at once if nothing can be written there; then a file
+that is complete or not there, or bytes into the stream that the name stands for.
 
-A name can stand for more than a new file. A link is followed: what it points to gets the contents,
-and the link stays. A file that is there keeps its mode. /dev/stdout, /dev/fd/63 (which is what
-`>(gzip > x.gz)` stands for), /dev/null and named pipes are written to as they are. Of a file with
-other hard links only the name that was given gets the new contents. A file that is also what was
-read is replaced like any other: it was read before.
+A name can stand for more than a new file. A link is followed: the file that it points to gets the
+contents, and the link stays. An existing file keeps its mode. /dev/stdout, /dev/fd/63 (which is
+what `>(gzip > x.gz)` stands for), /dev/null and named pipes are written to as they are. Of a file
+with other hard links only the given name gets the new contents. A file that was also read is
+replaced like any other.
 """
 
 import errno
@@ -19,7 +19,6 @@ import stat
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import IO
 
@@ -47,12 +46,12 @@ def check_output(path: Path, argument: str, beside: Sequence[Path] = ()) -> None
     """Find out whether a file can be written, by making and removing one in its folder.
 
     Args:
-        path: The file, or what else `write_output` can write to.
-        argument: What it is called where the user named it.
+        path: The file, or another place that `write_output` can write to.
+        argument: What the user calls it.
         beside: Other files that will be written with it.
 
     Raises:
-        InputError: It can't; the message says why.
+        InputError: It can't be written; the message says why.
     """
     problem = _problem(path)
     if problem is not None:
@@ -67,10 +66,10 @@ def check_output(path: Path, argument: str, beside: Sequence[Path] = ()) -> None
 
 
 def check_folder(folder: Path, argument: str) -> None:
-    """Find out whether files can be written into a folder, which need not be there yet.
+    """Find out whether files can be written into a folder, which need not exist yet.
 
     Raises:
-        InputError: They can't; the message says why.
+        InputError: They can't be; the message says why.
     """
     place = folder
     while not os.path.lexists(place):
@@ -101,7 +100,7 @@ def check_room(path: Path, size: int) -> None:
         size: The least that will be written, in bytes.
 
     Raises:
-        OSError: It hasn't, by what the disk tells.
+        OSError: It has too little, by its own account.
     """
     if is_stream(path):
         return
@@ -118,7 +117,7 @@ def check_room(path: Path, size: int) -> None:
 
 
 def is_stream(path: Path) -> bool:
-    """Whether a path stands for something that is written to as it is: a pipe, a terminal, ..."""
+    """Whether a path stands for a pipe, a terminal or the like, which is written to as it is."""
     if _descriptor(path) is not None:
         return True
     try:
@@ -166,7 +165,7 @@ def _trial(target: Path) -> str | None:
             pass
         temporary.unlink(missing_ok=True)
     except OSError as error:
-        return f"{target.parent} is no folder that can be written to: {_reason(error)}"
+        return f"{target.parent} is not a folder that can be written to: {_reason(error)}"
     return None
 
 
@@ -182,19 +181,19 @@ def write_output(
     write: Callable[[IO[bytes]], object],
     beside: Mapping[Path, bytes] | None = None,
 ) -> None:
-    """Write what the user asked for to where he pointed.
+    """Write a result to the place that the user named.
 
     Args:
         path: A file, which will be complete or as it was; or a stream, see `is_stream`.
-        write: Is given the open file, and leaves it open.
+        write: A function that is given the open file, and leaves it open.
         beside: Other files and their contents, which appear with it; none beside a stream.
 
     Raises:
-        OSError: It can't be written, the disk is full; it names `path`.
+        OSError: It can't be written, or the disk is full; the error names `path`.
     """
     if not is_stream(path):
         others = {
-            _target(other): partial(_write_bytes, contents)
+            _target(other): (lambda file, contents=contents: file.write(contents))
             for other, contents in (beside or {}).items()
         }
         write_together({_target(path): write, **others})
@@ -206,7 +205,9 @@ def write_output(
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()
-        if number == 1 and hasattr(sys.stdout, "buffer"):  # whatever a caller has put there
+        if number == 1 and hasattr(
+            sys.stdout, "buffer"
+        ):  # or an object that a caller has put there
             sys.stdout.buffer.write(buffer.getbuffer())
             sys.stdout.flush()
             return
@@ -218,18 +219,14 @@ def write_output(
         raise OSError(error.errno or errno.EIO, _reason(error), str(path)) from error
 
 
-def _write_bytes(contents: bytes, file: IO[bytes]) -> None:
-    file.write(contents)
-
-
 def _target(path: Path) -> Path:
     """The path itself, or where it leads if it is a link."""
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def _descriptor(path: Path) -> int | None:
-    """Which open file of this process a path stands for, if any. Opened by that name, a file that
-    standard output is appended to would lose what is in it.
+    """The number of the open file of this process that a path stands for, if any. If it were opened
+    by that name, a file that standard output is appended to would lose its contents.
     """
     text = path.as_posix()
     if text not in _STANDARD:

@@ -1,11 +1,11 @@
-"""Vectors in any form that a person has them in -> a tensor: the one reader of all of them.
+"""Vectors in any form that people have them in -> a tensor: the one reader of all of them.
 
 In: tensors, arrays (memory-mapped ones are not copied), lists, columns and frames of pandas,
 polars, Arrow or dask. Out: a tensor of their numbers, or an error that names the argument. Next:
 `similarity.py`, `quantize.py` and `tasks/`.
 
-No framework is imported but the one that an object is of: they are told apart by what they can do,
-and only by what their class can do, since a pandas Series answers to its labels.
+A framework is imported only for its own objects. They are told apart by what their class can do,
+and not by attributes of the object, since a pandas Series answers to its labels.
 """
 
 from collections.abc import Iterable, Mapping, Set
@@ -35,14 +35,14 @@ def as_matrix(embeddings: Any, argument: str, *, codes: bool = True, keep: bool 
         embeddings: See `as_numbers`.
         argument: What to call them in an error.
         codes: Whether int8 and uint8 are numbers like others; if not, they are refused.
-        keep: Leave integers of one or two bytes what they are; else all become float32.
+        keep: Keep integers of one or two bytes; otherwise all integers become float32.
 
     Returns:
-        The numbers, in the memory of what was given where that can be: not to be written to.
+        The numbers, where possible in the memory that was given: not to be written to.
 
     Raises:
         InputError: They have other dimensions.
-        InputTypeError: They are no numbers, codes where none are wanted, or of several widths.
+        InputTypeError: They are not numbers, codes where none are wanted, or of several widths.
     """
     tensor = as_numbers(embeddings, argument)
     if tensor.dtype in _CODES and not codes:
@@ -79,18 +79,18 @@ def as_numbers(embeddings: Any, argument: str) -> Tensor:
         argument: What to call them in an error.
 
     Returns:
-        The numbers in their own dtype, or the nearest that torch has; those of Python are float32.
+        The numbers in their own dtype, or the nearest that torch has; Python's become float32.
 
     Raises:
-        InputTypeError: It is something else, or the vectors are of several widths; or a number is
+        InputTypeError: They are something else, or vectors of several widths; or a number is
             missing: null, or masked.
     """
     given = type(embeddings).__name__
     try:
         data = computed(embeddings)
-        if _is_of(data, "polars"):
+        if _is_from(data, "polars"):
             data = _of_polars(data)
-        if _is_of(data, "pyarrow"):
+        if _is_from(data, "pyarrow"):
             data = from_arrow(data, argument)
         return _as_tensor(data)
     except (InputError, MissingPackageError):
@@ -103,11 +103,11 @@ def as_numbers(embeddings: Any, argument: str) -> Tensor:
 
 
 class _UnfitError(TypeError):
-    """What can't be read as numbers, with the reason in words."""
+    """An object can't be read as numbers; the message is the reason."""
 
 
 class _MissingError(ValueError):
-    """A number that is not there; the message goes behind the argument's name."""
+    """A number is missing; the message goes behind the argument's name."""
 
 
 def _as_tensor(data: Any) -> Tensor:
@@ -119,16 +119,16 @@ def _as_tensor(data: Any) -> Tensor:
         raise TypeError("no numbers")
     if isinstance(data, list | tuple):
         return _of_rows(list(data))
-    if hasattr(type(data), "__array__"):  # pandas, xarray, jax and whoever else
+    if hasattr(type(data), "__array__"):  # pandas, xarray, jax and others
         return _of_array(np.asarray(data))
     if not hasattr(type(data), "__len__") or not isinstance(data, Iterable):
         raise TypeError("no numbers")
-    with suppress(TypeError):  # what shows its memory, as array.array
+    with suppress(TypeError):  # an object that shows its memory, as array.array
         return _of_array(np.asarray(memoryview(data)))  # type: ignore[arg-type]
     return _of_rows(list(data))
 
 
-def _is_of(data: Any, package: str) -> bool:
+def _is_from(data: Any, package: str) -> bool:
     return type(data).__module__.partition(".")[0] == package
 
 
@@ -162,7 +162,7 @@ def _of_rows(rows: list[Any]) -> Tensor:
 
 
 def _has_to_be_read(row: Any) -> bool:
-    """Whether a row is of a kind that NumPy would make an object of, or a wrong number."""
+    """Whether NumPy would make an object of such a row, or a wrong number."""
     return not isinstance(row, list | tuple | np.ndarray | np.generic | int | float | str) and (
         hasattr(type(row), "__len__") or hasattr(type(row), "__array__")
     )
@@ -183,7 +183,7 @@ def _of_array(array: _Array) -> Tensor:
 
 
 def _of_objects(array: _Array) -> Tensor:
-    """Each number, or each vector, an object of its own."""
+    """Read an array of objects, each a number or a vector."""
     flat = array.ravel().tolist() if array.ndim != 1 else list(array)
     for row, each in enumerate(flat):
         if _is_missing(each):
@@ -197,7 +197,7 @@ def _of_objects(array: _Array) -> Tensor:
 
 
 def _is_missing(value: Any) -> bool:
-    """None, or what pandas has for it; a NaN is a number."""
+    """Whether a value is None, or pandas' own for a missing one; a NaN is a number."""
     return value is None or type(value).__name__ in ("NAType", "NaTType")
 
 
@@ -214,7 +214,7 @@ def _unmasked(array: Any, place: str = "") -> _Array:
 
 
 def _of_polars(data: Any) -> Any:
-    """A column as Arrow has it; a frame of numbers as an array."""
+    """A column of polars as one of Arrow; a frame of numbers as an array."""
     if hasattr(type(data), "collect"):
         raise _UnfitError("not computed yet; collect() it")
     if not hasattr(type(data), "columns"):
@@ -231,8 +231,8 @@ def from_arrow(column: Any, argument: str) -> _Array:
     """The numbers `[n]`, or the vectors `[n, d]`, of an Arrow column.
 
     Raises:
-        InputError: A number or a vector is null, or the vectors differ in length; or it holds
-            something else, or is a table.
+        InputTypeError: A number or a vector is null, or the vectors differ in length; or the column
+            holds something else, or is a table.
     """
     import pyarrow
 
@@ -277,7 +277,7 @@ def _has_python_numbers(embeddings: Any) -> bool:
 
 
 class _Writable:
-    """The memory of an array that is perhaps read-only, as torch wants it. Never written to."""
+    """An array's memory, shown as writable, as torch wants it, if it is not. Never written to."""
 
     def __init__(self, array: _Array) -> None:
         self.array = array  # kept alive by what is made of this

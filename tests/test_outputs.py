@@ -91,10 +91,10 @@ def test_what_cannot_be_a_file(command: str, refused: Callable[..., str], workpl
     before = sorted(path.name for path in workplace.iterdir())
     for name, match in {
         f"folder{suffix}": "is a folder",
-        f"missing/x{suffix}": "missing is no folder that can be written to",
+        f"missing/x{suffix}": "missing is not a folder that can be written to",
         f"in.txt/x{suffix}": "Not a directory",
         f"loop{suffix}": "leads nowhere|symbolic link",
-        f"away{suffix}": "no folder that can be written to",
+        f"away{suffix}": "not a folder that can be written to",
         "a" * 252 + suffix: "File name too long",
         "": "",
         "/dev/stdin": "can't be written",

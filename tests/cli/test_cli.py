@@ -137,7 +137,7 @@ def test_file_that_is_not_utf8_is_named_with_its_line(model: list[str], tmp_path
 def test_output_into_a_missing_folder(model: list[str], tmp_path: Path) -> None:
     output = tmp_path / "missing" / "x.npy"
     message = failed(minilm("encode", "-t", "a", "-o", output, *model), 1)
-    where = f"{output.parent} is no folder that can be written to"
+    where = f"{output.parent} is not a folder that can be written to"
     assert message == f"minilm: {output}: {where}: No such file or directory\n"
 
 
