@@ -3,18 +3,18 @@
 In: an encoder, texts, and the vectors that another program gave for them. Out: a `Diagnosis`: how
 far they are from ours, and which mistake makes ours equal to them.
 
-People run this model in many languages, and what goes wrong is nearly always one of a few things:
-text cut elsewhere, padding that is looked at or averaged, another pooling, a detail of the
-arithmetic, fewer bits. So all of them are made (`mistakes.py`). The one whose vectors are the
-foreign ones but for rounding is the cause; and where two are, they are named together, with the
-texts that would tell them apart. A second mistake on top of the first is found in the same way.
+People run this model in many languages, and nearly always one of a few things goes wrong: text cut
+elsewhere, padding that is attended or averaged, another pooling, a detail of the arithmetic, fewer
+bits. So all of them are made (`mistakes.py`). The one whose vectors are the foreign ones but for
+rounding is the cause; if there are two, they are named together, with the texts that would tell
+them apart. A second mistake on top of the first is found in the same way.
 
 Fewer bits can't be reproduced exactly, since rounding depends on the order of the operations. But
 rounding the weights alike makes errors that point in the same directions: their correlation with
 the foreign errors tells float16, bfloat16 and int8 apart, and from all else.
 
-Directions and lengths are looked at one by one: whether vectors were normalized is plain from their
-lengths, and is no obstacle to finding what else is different.
+Directions and lengths are compared apart: the lengths show whether vectors were normalized, and the
+directions what else is different.
 """
 
 import math
@@ -40,17 +40,17 @@ __all__ = ["Candidate", "Diagnosis", "TextDifference", "decimals", "diagnose", "
 # smallest mistake that is tried, an epsilon of 1e-6, moves some text of a few by 1e-5.
 _ROUNDING = 2e-6
 _SCALED = 1.25  # rounding the numbers of a vector changes its length too
-_FLOOR = 3e-7  # differences below this say nothing any more
-_CLEAR = 0.1  # a cause that leaves less of the difference than this is named, whatever remains
-_HELPS = 0.1  # orders of magnitude, over all texts, that make it worth trying a second one on top
-_MOST = 0.5  # of the texts that differ: a cause that explains so many is named too
+_FLOOR = 3e-7  # smaller differences carry no information
+_CLEAR = 0.1  # a cause that leaves less of the difference than this is named
+_HELPS = 0.1  # orders of magnitude, over all texts, by which a first mistake must help for a second
+_MOST = 0.5  # a cause that explains a larger share of the texts that differ is named too
 _TIE = 2.0  # causes within this factor of the best are named together
-_CORRELATION = 0.4  # of errors by fewer bits: 0.58 to 0.71 where that is the cause, else to 0.24
-_SIZES = (0.4, 3.0)  # how large they may be beside those that we make
+_CORRELATION = 0.4  # of errors by fewer bits: 0.58 to 0.71 if they are the cause, else up to 0.24
+_SIZES = (0.4, 3.0)  # how many times as large as ours these errors may be
 _ANOTHER_MODEL = 0.6  # the median cosine below which nothing but another model is left
-_SCREENED = 3  # texts on which the padded forms are tried first: they cost the most
-_BEST = 3  # of them are tried on all texts, if within
-_WITHIN = 0.5  # orders of magnitude of the best
+_SCREENED = 3  # texts on which mistakes about padding are tried first: they cost the most
+_BEST = 3  # mistakes about padding that are tried on all texts
+_WITHIN = 0.5  # orders of magnitude by which they may be behind the best
 
 _NOT_NORMALIZED = Cause("no normalization", "divide each vector by its length")
 _NORMALIZED = Cause("normalized, where this model isn't", "leave the vectors their length")
@@ -70,11 +70,11 @@ class TextDifference:
     """How far apart the two vectors of one text are.
 
     Attributes:
-        row: Its number, from 0.
+        row: The number of the text, from 0.
         text: The text.
-        tokens: How many it has, before any cut.
-        max_abs: The largest difference of two numbers; infinite if one is no number.
-        cosine: Of the angle between the vectors.
+        tokens: How many tokens it has, before any cut.
+        max_abs: The largest difference of two numbers; infinite if one is not finite.
+        cosine: The cosine of the vectors.
     """
 
     row: int
@@ -91,8 +91,8 @@ class Candidate:
     Attributes:
         names: The mistakes that were made together.
         max_abs: The largest difference that they leave, between vectors scaled to length 1.
-        rms: Its root mean square.
-        correlation: For fewer bits: of the errors with the foreign ones.
+        rms: The root mean square of the differences.
+        correlation: For fewer bits, how our errors correlate with the foreign ones.
     """
 
     names: tuple[str, ...]
@@ -108,17 +108,17 @@ class Diagnosis:
     Attributes:
         verdict: "equal", "cause", "tie", "another model" or "none".
         causes: The mistakes, all of which were made.
-        alternatives: Of a tie, the mistakes of which one was made, beside those.
+        alternatives: In a tie, further mistakes, of which one was made.
         texts: How many texts were compared.
         compared: How many of them the mistakes were tried on.
-        max_abs, rms: Of the difference between the vectors as they came.
+        max_abs, rms: Of the differences between the vectors as they came.
         min_cosine, median_cosine: Over the texts.
         unit_max_abs: The largest difference between the vectors scaled to length 1.
-        remaining: What of that the causes leave.
+        remaining: The part of `unit_max_abs` that the causes leave.
         rows: Every text, the worst first.
-        candidates: What was tried, the nearest first.
+        candidates: The mistakes that were tried, the nearest first.
         untried: Mistakes that none of these texts would show.
-        notes: What else is to be said.
+        notes: Further sentences for a reader.
     """
 
     verdict: str
@@ -157,7 +157,7 @@ class Diagnosis:
 
         Args:
             worst: How many texts to show.
-            nearest: How many of the mistakes that were tried.
+            nearest: How many of the mistakes that were tried to show.
         """
         rows = [("row", "max abs", "cosine", "tokens", "text, the worst first")]
         rows += [
@@ -212,15 +212,12 @@ def diagnose(
     Args:
         encoder: Our model, in float32 or float64; it is left as it is.
         texts: n texts, in the order in which the other program had them.
-        vectors: What it gave for them, `[n, 384]`: a tensor, an array, or lists.
-        max_texts: On how many of them to try the mistakes, at most: half of them the worst, half
-            spread over the rest.
-
-    Returns:
-        See `Diagnosis`.
+        vectors: Its vectors for them, `[n, 384]`: a tensor, an array, or lists.
+        max_texts: The most texts to try the mistakes on: half of them the worst, half spread over
+            the rest.
 
     Raises:
-        InputTypeError: Something is no text, or no vector.
+        InputTypeError: A text or a vector is something else.
         InputError: The numbers of texts and vectors differ, or the widths of the vectors; there
             are none; or the encoder computes in 16 bits.
     """
@@ -279,11 +276,11 @@ class _Case:
 
     @property
     def tolerance(self) -> float:
-        """What rounding explains, between vectors of length 1."""
+        """The largest difference that rounding explains, between vectors of length 1."""
         return _ROUNDING + self.storage
 
     def _storage(self) -> float:
-        """By how much writing the numbers down in a short form may have moved them."""
+        """The most by which writing the numbers down in a short form may have changed them."""
         values = self.foreign[self.finite]
         if not values.numel() or not values.any():
             return 0.0
@@ -317,7 +314,7 @@ class _Case:
         return sorted(rows, key=lambda row: -row.max_abs)
 
     def _choose(self, count: int) -> list[int]:
-        """Rows to try the mistakes on: the worst, and an even choice of the others."""
+        """Choose rows to try the mistakes on: the worst, and some evenly spread over the others."""
         order = [row.row for row in self.rows if self.finite[row.row]]
         if len(order) <= count:
             return sorted(order)
@@ -332,9 +329,7 @@ class _Case:
             return self._result("cause", [_NO_NUMBER], [])
         base = self._try((), self.right)
         if base.max_abs <= self.tolerance:
-            lengths = self._lengths(base)
-            causes = [] if lengths is None else [lengths]
-            causes += [] if self.finite.all() else [_NO_NUMBER]
+            causes = self._beside_direction(base)
             return self._result("cause" if causes else "equal", causes, [base])
         if self._is_another_order(base):
             return self._result("cause", [_ANOTHER_ORDER], [base], remaining=0.0)
@@ -343,9 +338,7 @@ class _Case:
             return self._result("another model", [_OTHER], [base])
         if found is None:
             return self._result("none", [_UNKNOWN], [base])
-        lengths = self._lengths(found[0])
-        ends = [] if lengths is None else [lengths]
-        ends += [] if self.finite.all() else [_NO_NUMBER]
+        ends = self._beside_direction(found[0])
         if len(found) > 1:
             self._say_what_would_tell(found)
             # The last mistake of each; those before are common to all.
@@ -354,7 +347,7 @@ class _Case:
         return self._result("cause", [*found[0].causes, *ends], found)
 
     def _search(self, base: "_Trial") -> "list[_Trial] | None":
-        """What explains the difference: one trial, several that do equally well, or none."""
+        """Find what explains the difference: one trial, several that do equally well, or none."""
         singles = self._round(base)
         explained = self._explaining(singles)
         if explained:
@@ -379,7 +372,7 @@ class _Case:
         return None
 
     def _nearly(self, trials: "list[_Trial]", base: "_Trial") -> "list[_Trial]":
-        """Those that explain nearly all of the difference, or most of the texts entirely."""
+        """The trials that explain nearly all of the difference, or most of the texts entirely."""
         least = min((trial.rms for trial in trials), default=math.inf)
         if least <= _CLEAR * base.rms:
             near = [trial for trial in trials if trial.rms <= _TIE * least]
@@ -395,7 +388,7 @@ class _Case:
         return [trial for trial in trials if right[trial] == most]
 
     def _round(self, base: "_Trial") -> "list[_Trial]":
-        """Every mistake on top of those of `base`: the cheap ones first, until one explains all."""
+        """Try each mistake on top of those of `base`: cheap ones first, until one explains all."""
         trials: list[_Trial] = []
         tiers: dict[str, list[tuple[Cause, Variant]]] = {"simple": [], "bits": [], "width": []}
         changed = {name for cause in base.causes for name in cause.changes}
@@ -437,7 +430,7 @@ class _Case:
         return sorted(near, key=lambda trial: trial.rms)
 
     def _by_pattern(self, trials: "list[_Trial]", base: "_Trial") -> "_Trial | None":
-        """Fewer bits than ours, by the errors that they make."""
+        """The trial with fewer bits whose errors are most like the foreign ones, if any are."""
         error = self.goal - base.unit
         found = []
         for trial in trials:
@@ -465,6 +458,12 @@ class _Case:
         nearest = everything[(self.goal @ everything.T).argmax(dim=1)]
         fits = (self.goal - nearest).abs().amax(dim=1) <= self.tolerance
         return float(fits.double().mean()) >= 0.9
+
+    def _beside_direction(self, trial: "_Trial") -> list[Cause]:
+        """The causes beside those of a trial, which explains the directions of the vectors."""
+        causes = [] if self.finite.all() else [_NO_NUMBER]
+        lengths = self._lengths(trial)
+        return causes if lengths is None else [lengths, *causes]
 
     def _lengths(self, trial: "_Trial") -> Cause | None:
         """What is different about the lengths of the vectors, given what explains the rest."""
@@ -544,7 +543,7 @@ class _Case:
 
 
 class _Trial:
-    """What one variant gives, and how far that is from the goal."""
+    """The vectors of one variant, and how far they are from the goal."""
 
     def __init__(
         self, causes: tuple[Cause, ...], variant: Variant, pooled: Tensor, goal: Tensor
@@ -563,7 +562,7 @@ class _Trial:
 def _score(difference: Tensor) -> float:
     """The mean over texts of the order of magnitude: explaining most texts counts, not the worst.
 
-    A mistake that only some texts show must not keep another, which all show, from being found.
+    So a mistake that some texts show doesn't hide another, which all show.
     """
     return float(difference.abs().amax(dim=1).clamp_min(_FLOOR).log10().mean())
 

@@ -47,11 +47,11 @@ class CheckResult:
             "limit", another `max_seq_length` explains it; "model", anything else.
         rows: How many vectors there are.
         checked: How many of them were compared.
-        max_abs: The largest difference of two numbers; infinite if one is no number.
-        reason: Why, in words.
+        max_abs: The largest difference of two numbers; infinite if one is not finite.
+        reason: The reason of the verdict, for a reader.
         own: The fingerprint of the encoder.
-        recorded: The one that came with the vectors, if any.
-        agreement: How those two differ; None without `recorded`.
+        recorded: The fingerprint that came with the vectors, if any.
+        agreement: How the two fingerprints differ; None without `recorded`.
         limit: The `max_seq_length` that explains the difference, if one does.
         worst: Rows with their differences, the worst first.
         diagnosis: A `minilm.parity.causes.Diagnosis`, where one was made.
@@ -133,23 +133,23 @@ def check_vectors(
     """Can these stored vectors be searched with this encoder? Embed some of the texts again.
 
     Args:
-        encoder: Its `max_seq_length` and default prompt count; it is left as it is.
+        encoder: The model, with its `max_seq_length` and default prompt; it is left as it is.
         texts: n texts, in the order of the vectors.
-        vectors: Floating point `[n, 384]`, or the codes that `recorded` tells of: an array (of a
+        vectors: Floating point `[n, 384]`, or codes of the precision of `recorded`: an array (of a
             memory-mapped one only some rows are read), a tensor, or lists.
         recorded: The fingerprint that came with them. Its dtype says how much rounding to expect,
             and its limit is tried first; the verdict is that of the numbers.
-        sample: How many rows to check, evenly spread, and with them the longest texts, which
-            alone show another limit. All, if there are no more.
+        sample: How many rows to check, evenly spread; the longest texts, which alone show another
+            limit, are checked too.
 
     Returns:
         See `CheckResult`. What rounding explains is a bound, not a proof: below it another model
         could hide in bfloat16, though none that was trained otherwise.
 
     Raises:
-        InputTypeError: Something is no text, or no vector.
-        InputError: There are none; the numbers of texts and vectors differ; or the vectors are no
-            floating-point numbers, and no fingerprint tells what they are.
+        InputTypeError: A text or a vector is something else.
+        InputError: There are none; the numbers of texts and vectors differ; or the vectors are not
+            floating-point numbers, and no fingerprint tells their precision.
     """
     texts, _ = inputs.as_texts(texts, "texts")
     inputs.check_positive_int(sample, "sample")
@@ -159,7 +159,7 @@ def check_vectors(
     if count != len(texts):
         raise InputError(f"vectors has {count} rows, texts {len(texts)}; pass as many", "vectors")
     own = fingerprint(encoder)
-    if recorded is not None:  # our vectors are to be made as those were
+    if recorded is not None:  # ours are made in the same way
         own = replace(
             own,
             prompt=recorded.prompt,
@@ -170,7 +170,7 @@ def check_vectors(
         )
     elif own.dimension < width <= encoder.bert.config.hidden_size:
         own = own.of_call(truncate_dim=width)
-    made = _Making(encoder, own)
+    made = _Recorded(encoder, own)
     result = CheckResult(
         verdict="model",
         rows=count,
@@ -211,7 +211,7 @@ def check_vectors(
 
 
 def _shape(vectors: Any, is_coded: bool) -> tuple[int, int]:
-    """How many vectors, of how many numbers; that is floating point, but for codes."""
+    """The number of vectors and their width; vectors must be floating point, unless coded."""
     if isinstance(vectors, Tensor | np.ndarray):
         if vectors.ndim != 2:
             raise InputError(f"vectors has shape {list(vectors.shape)}; pass [n, 384]", "vectors")
@@ -258,7 +258,7 @@ def _rows(vectors: Any, rows: Sequence[int]) -> Tensor:
 
 
 def _choose(texts: Sequence[str], sample: int) -> list[int]:
-    """Rows to check: evenly spread, and the longest texts."""
+    """Choose rows to check: evenly spread, and the longest texts."""
     count = len(texts)
     if count <= sample:
         return list(range(count))
@@ -268,8 +268,8 @@ def _choose(texts: Sequence[str], sample: int) -> list[int]:
     return sorted(rows.union(heapq.nlargest(LONGEST, range(count), key=lengths.__getitem__)))
 
 
-class _Making:
-    """How the stored vectors were made, by their record: ours are made in the same way."""
+class _Recorded:
+    """How vectors were made by their record, to make ours in the same way and compare the two."""
 
     def __init__(self, encoder: SentenceEncoder, record: Fingerprint) -> None:
         full = encoder.bert.config.hidden_size
@@ -301,8 +301,9 @@ class _Making:
         return vectors.detach().cpu()
 
     def differences(self, ours: Tensor, stored: Tensor) -> Tensor:
-        """How far each row of ours is from a vector that would be stored so, `[rows]`: the largest
-        difference of a number, infinite where something is no number.
+        """The largest difference of a number in each row, `[rows]`; infinite if one is not finite.
+
+        A number that a code stands for differs by its distance from the code's range.
         """
         if self.precision == "float32":
             difference = (ours.double() - stored.double()).abs()
@@ -314,7 +315,7 @@ class _Making:
         return difference.amax(dim=1).nan_to_num(nan=math.inf, posinf=math.inf)
 
     def stored_in(self, ours: Tensor, stored: Tensor) -> str | None:
-        """As `_stored_in`, of codes too."""
+        """Whether the stored vectors are ours, see `_stored_in`, or codes of ours."""
         if self.precision == "float32":
             return _stored_in(ours, stored)
         codes = quantize_embeddings(ours.float().numpy(), self.precision, ranges=self.ranges)
@@ -378,7 +379,7 @@ def _bound(own: Fingerprint, recorded: Fingerprint | None, ours: Tensor, stored:
 
 def _explaining_limit(
     encoder: SentenceEncoder,
-    made: "_Making",
+    made: "_Recorded",
     texts: list[str],
     stored: Tensor,
     difference: Tensor,
@@ -411,16 +412,16 @@ def _explaining_limit(
 def _diagnosed(
     encoder: SentenceEncoder, texts: list[str], stored: Tensor, result: CheckResult
 ) -> CheckResult:
-    """The verdict where neither rounding nor a limit is plain."""
+    """The result with a diagnosis, where neither rounding nor a limit explains the difference."""
+    advice = None
     if result.own.precision != "float32" or result.own.truncation == "chunk" or result.own.prompt:
-        reason = f"differs by {result.max_abs:.1e}; check plain float32 vectors to learn why"
-        return replace(result, reason=reason)
-    if encoder.dtype not in (torch.float32, torch.float64):
-        reason = f"differs by {result.max_abs:.1e}; load the encoder in float32 to learn why"
-        return replace(result, reason=reason)
-    if stored.shape[1] != encoder.bert.config.hidden_size:
-        reason = f"differs by {result.max_abs:.1e}; why, can be learned of whole vectors only"
-        return replace(result, reason=reason)
+        advice = "check plain float32 vectors to learn why"
+    elif encoder.dtype not in (torch.float32, torch.float64):
+        advice = "load the encoder in float32 to learn why"
+    elif stored.shape[1] != encoder.bert.config.hidden_size:
+        advice = "only whole vectors can show why"
+    if advice is not None:
+        return replace(result, reason=f"differs by {result.max_abs:.1e}; {advice}")
     diagnosis = diagnose(encoder, texts, stored, max_texts=_DIAGNOSED)
     result = replace(result, diagnosis=diagnosis, reason=diagnosis.summary)
     names = [cause.name for cause in (*diagnosis.causes, *diagnosis.alternatives)]

@@ -1,8 +1,8 @@
 """Is a folder of Parquet files whole, and are its vectors this encoder's? `minilm check OUTPUT`.
 
 In: an encoder, and a folder that `files/streaming.py` or another program wrote. Out: a
-`FolderCheck`: what differs from the manifest, and what `check.py` finds of a sample of the rows, of
-which memory holds one file at a time.
+`FolderCheck`: what differs from the manifest, and what `check.py` finds in a sample of the rows.
+Memory holds one file at a time.
 """
 
 import heapq
@@ -34,13 +34,12 @@ class FolderCheck:
     """What `check_folder` found.
 
     Attributes:
-        folder: Which.
+        folder: The folder.
         parts: How many Parquet files it has.
         rows: How many rows those have together.
         has_manifest: Whether there was one to compare with.
-        problems: What differs from it, one sentence each.
-        result: The verdict on the vectors of the parts that are whole; None if there is no row to
-            look at.
+        problems: The differences from the manifest, one sentence each.
+        result: The verdict on the vectors of the parts that are whole; None if these have no row.
     """
 
     folder: Path
@@ -52,7 +51,7 @@ class FolderCheck:
 
     @property
     def is_compatible(self) -> bool:
-        """Whether all is there, and can be searched with this encoder."""
+        """Whether the folder is complete, and can be searched with this encoder."""
         return not self.problems and (self.result is None or self.result.is_compatible)
 
     @property
@@ -89,14 +88,11 @@ def check_folder(
     """Verify a folder against its manifest, and embed some of its texts again.
 
     Args:
-        encoder: The model that its vectors shall be searched with.
-        folder: What `encode_files` wrote; or a folder of Parquet files without a manifest, of which
-            only the vectors are checked.
+        encoder: The model that its vectors should be searched with.
+        folder: A folder that `encode_files` wrote; or one of Parquet files without a manifest, of
+            which only the vectors are checked.
         column: The name of the texts; by default what the manifest says, "text", or the only one.
         sample: How many rows to check, evenly spread, and with them the longest texts.
-
-    Returns:
-        See `FolderCheck`.
 
     Raises:
         MissingPackageError: pyarrow is not installed.

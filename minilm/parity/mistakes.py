@@ -153,7 +153,7 @@ class VariantRunner:
         self._models: dict[tuple[Any, ...], SentenceEncoder] = {}
 
     def ids(self, variant: Variant) -> list[list[int]]:
-        """The ids of the chosen texts."""
+        """The token ids of the chosen texts."""
         if variant.text not in self._all_ids:
             tokenizer = self.encoder.get_tokenizer()
             if variant.text:
@@ -176,7 +176,7 @@ class VariantRunner:
         ]
 
     def widths(self, variant: Variant) -> list[int]:
-        """To how many tokens each of the chosen texts is padded."""
+        """The number of tokens to which each of the chosen texts is padded."""
         lengths = [len(row) for row in self.ids(variant)]
         if not variant.width:
             return lengths
@@ -194,12 +194,12 @@ class VariantRunner:
         return [max(length, width_of[row]) for length, row in zip(lengths, self.rows, strict=True)]
 
     def differs(self, variant: Variant, other: Variant) -> bool:
-        """Whether the texts chosen show the difference between two variants."""
+        """Whether the chosen texts show the difference between two variants."""
         if other.pooling == "pooler" and self._pooler() is None:
             return False
         names = ("limit", "closed", "specials", "text", "width", "attended", "counted")
         if replace(other, **{name: getattr(variant, name) for name in names}) != variant:
-            return True  # it differs in the model
+            return True  # it differs in what the model does with the tokens
         widths = self.widths(other)
         if other.width and widths == [len(row) for row in self.ids(other)]:
             return False  # there is no padding
@@ -214,18 +214,16 @@ class VariantRunner:
         ) != self.ids(other)
 
     def screening(self, count: int) -> list[int]:
-        """Some of the chosen texts, by their place among them: of the shorter half, spread."""
+        """The places of some of the chosen texts, spread over the shorter half."""
         order = sorted(range(len(self.rows)), key=lambda place: self.counts[self.rows[place]])
         half = order[: max(count, len(order) // 2)]
         return [half[i * len(half) // count] for i in range(count)] if len(half) > count else half
 
     @torch.no_grad()
     def pooled(self, variant: Variant, places: Sequence[int] | None = None) -> Tensor:
-        """The vectors before they are normalized, float64 `[n, 384]`.
+        """The vectors of the chosen texts before they are normalized, float64 `[n, 384]`.
 
-        Args:
-            variant: How to compute them.
-            places: Which of the chosen texts; by default all.
+        With `places`, those of the texts at these places alone.
         """
         ids, widths = self.ids(variant), self.widths(variant)
         places = range(len(ids)) if places is None else places
@@ -243,7 +241,7 @@ class VariantRunner:
     def _packed(
         self, variant: Variant, model: SentenceEncoder, rows: list[list[int]], _: int
     ) -> Tensor:
-        """Without padding, which no mistake is about: less work."""
+        """Compute without padding, which is less work, where no mistake is about padding."""
         batch = PackedBatch(rows, model.device)
         batch.token_type_ids = torch.full_like(batch.input_ids, int(variant.token_type == "1"))
         tokens = model(batch)["token_embeddings"]
@@ -252,7 +250,7 @@ class VariantRunner:
     def _padded(
         self, variant: Variant, model: SentenceEncoder, rows: list[list[int]], width: int
     ) -> Tensor:
-        """With so many tokens in each row, and the masks of the variant."""
+        """Compute with `width` tokens in each row, and the masks of the variant."""
         device, pad = model.device, self.encoder.get_tokenizer().pad_token_id
         width = max(width, 1)  # even where there is no token at all
         lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64, device=device)
@@ -265,7 +263,7 @@ class VariantRunner:
         return self._pool(variant, model.pooling, model(batch)["token_embeddings"], counted)
 
     def _pool(self, variant: Variant, pooling: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
-        """`[batch, tokens, 384]` -> `[batch, 384]`, by the model's own way or another."""
+        """`[batch, tokens, 384]` -> `[batch, 384]`, by the model's own pooling or another."""
         if variant.pooling:
             weights = self._pooler() if variant.pooling == "pooler" else None
             return _POOLINGS[variant.pooling](tokens, mask, weights)
@@ -273,7 +271,7 @@ class VariantRunner:
         return pooled
 
     def _changed(self, variant: Variant) -> SentenceEncoder:
-        """A copy of the encoder with what the variant changes; the last and the plain are kept."""
+        """A copy of the encoder with the variant's changes. The last and the plain are kept."""
         key = (variant.eps, variant.token_type == "none", variant.bits)
         if key not in self._models:
             tokenizer = self.encoder.tokenizer
@@ -292,7 +290,7 @@ class VariantRunner:
 
 
 def _normalizer(**changes: Any) -> Callable[[Any], Any]:
-    """Another normalizer than the given one, in these points."""
+    """Make a function that changes these settings of a normalizer."""
 
     def make(own: Any) -> Any:
         names = ("clean_text", "handle_chinese_chars", "strip_accents", "lowercase")
@@ -312,7 +310,7 @@ _NORMALIZERS: dict[str, Callable[[Any], Any]] = {
 
 
 def _words(token_embeddings: Tensor, mask: Tensor, _: Any) -> Tensor:
-    """The mean without [CLS] and [SEP], of what is left."""
+    """Take the mean of all tokens but [CLS] and [SEP]."""
     last = mask.sum(dim=1, keepdim=True) - 1
     places = torch.arange(mask.shape[1], device=mask.device)
     inner = mask * ((places > 0) & (places != last))
@@ -377,7 +375,7 @@ def _gelu(name: str) -> AbstractContextManager[Any]:
 
 
 def _in(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
-    """Rounded to a dtype, and back."""
+    """Make a function that rounds to a dtype, and back."""
     return lambda tensor: tensor.to(dtype).to(tensor.dtype)
 
 

@@ -50,9 +50,9 @@ Features = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Bars:
-    """The largest differences that pass, on every processor. None: shown without a bar.
+    """The largest differences that pass, on every processor; None for a stage without a bar.
 
-    float64 is compared with the reference's float64, the other dtypes with the same as the truth.
+    All dtypes are compared with the reference's float64.
     """
 
     stage: float | None  # embeddings, layers, pooled: max abs
@@ -115,7 +115,7 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        """Whether every measure is within its bar. A NaN is not."""
+        """Whether every measure is within its bar; a NaN is not."""
         return all(self.measures[name] <= bar for name, bar in self.bars.items())
 
     def to_dict(self) -> dict[str, Any]:
@@ -185,7 +185,7 @@ class Report:
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
-    """One line a row: ours, the reference's where there is one, the bar, the verdict."""
+    """Show each row in a line: our difference, the reference's if known, the bar, the verdict."""
     names = list(dict.fromkeys(name for row in rows for name in row.measures))
     theirs = [name for name in names if any(name in row.reference for row in rows)]
     cells = [["", *names, *(f"ref. {name}" for name in theirs), "bar", ""]]
@@ -256,7 +256,7 @@ def record_stages(encoder: SentenceEncoder, features: Features) -> Stages:
 
 
 def _recording(attend: Attend, stages: Stages, name: str) -> Attend:
-    """The same `attend`, which also keeps its probabilities: its own answer to V = identity."""
+    """Make a function that attends alike, and keeps its probabilities, its result for V = I."""
 
     def recording(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         batch, tokens, heads, _ = query.shape
@@ -275,7 +275,7 @@ def compare_ids(
     texts: Sequence[str],
     expected: Sequence[Sequence[int]],
 ) -> list[Row]:
-    """Token ids, text by text: how many texts differ, which must be 0."""
+    """Count the texts whose token ids differ, which must be 0."""
     ours = tokenizer(texts, max_length).input_ids
     different = [i for i, (a, b) in enumerate(zip(ours, expected, strict=True)) if a != list(b)]
     worst = different[0] if different else None
@@ -319,7 +319,7 @@ def compare_stages(
     truth: Callable[[Features], Stages] | None = None,
     tokens_per_batch: int = 2048,
 ) -> list[Row]:
-    """Every stage, on real tokens only: what comes out at padding positions means nothing.
+    """Compare every stage, at real tokens only: numbers at padding positions mean nothing.
 
     Args:
         encoder: Our model.
@@ -392,7 +392,7 @@ def _is_vectors(stage: str) -> bool:
 
 
 def _off_one(probabilities: Tensor) -> float:
-    """How far a row of probabilities is at most from adding up to 1."""
+    """The most by which the sum of a row of probabilities differs from 1."""
     off = (probabilities.double().sum(-1) - 1).abs().max()
     return float(off.nan_to_num(nan=float("inf")))
 
@@ -433,7 +433,7 @@ def within_own_error(allowed: dict[str, float], own: dict[str, float]) -> dict[s
 
 
 def compare_invariance(encoder: SentenceEncoder, texts: Sequence[str]) -> list[Row]:
-    """The same text alone, in batches, in another order, beside a neighbour of full length.
+    """Compare texts alone, in batches, in another order, and beside a text of full length.
 
     Not one bit may differ where `encoder.deterministic` says so.
     """
@@ -460,7 +460,7 @@ def compare_invariance(encoder: SentenceEncoder, texts: Sequence[str]) -> list[R
 
 
 def compare_gradients(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> list[Row]:
-    """Gradients of one loss by the same parameters, in float64, under the same names.
+    """Compare gradients of one loss by the same parameters, in float64, under the same names.
 
     The key's bias adds the same amount to all scores of a query, which softmax ignores: its
     gradient is 0, so that it can't be compared relatively.
@@ -484,7 +484,7 @@ def compare_gradients(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) 
 
 @dataclass(frozen=True)
 class Golden:
-    """What the reference gave for some texts, kept in a file.
+    """Ids and embeddings that the reference gave for some texts, kept in a file.
 
     Attributes:
         texts: n texts.
@@ -509,7 +509,7 @@ class Golden:
 
 
 def compare_with_golden(encoder: SentenceEncoder, golden: Golden) -> list[Row]:
-    """Ids and embeddings against the kept values: what can be proven without the reference."""
+    """Compare ids and embeddings with the kept values, for which no reference is needed."""
     tokenizer = encoder.get_tokenizer()
     rows = compare_ids(tokenizer, encoder.max_seq_length, golden.texts, golden.input_ids)
     ids = tokenizer(golden.texts, encoder.max_seq_length).input_ids

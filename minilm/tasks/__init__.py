@@ -6,7 +6,7 @@ Tasks take embeddings, never a model: vectors made elsewhere or long ago will do
 - `rescoring.py`    `quantized_search`: the same from codes of a byte or a bit, then by the vectors
 - `paraphrase.py`   `paraphrase_mining_embeddings`: the most similar pairs within one set
 - `communities.py`  `community_detection`: groups around a centre
-- `duplicates.py`   `near_duplicates` and `deduplicate`: rows that an earlier one makes superfluous
+- `duplicates.py`   `near_duplicates` and `deduplicate`: rows that repeat an earlier one
 
 All are exact and deterministic: every score is computed twice, quickly to find the candidates, then
 pair by pair in double precision to decide. So no result depends on the sizes of blocks, equal

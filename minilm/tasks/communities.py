@@ -44,7 +44,7 @@ def community_detection(
 
     Args:
         embeddings: `[n, d]`.
-        threshold: The smallest cosine, in float32; one that is equal counts.
+        threshold: The smallest cosine that counts, in float32.
         min_community_size: The smallest group to return.
         batch_size: Vectors compared with all at a time, at most. No result depends on it.
         show_progress_bar: Show one, of the first of two passes.
@@ -56,7 +56,7 @@ def community_detection(
     Raises:
         InputError: A size is not positive, `threshold` is not finite, or a vector has a number
             that is not.
-        InputTypeError: The embeddings are no numbers, or an argument is none.
+        InputTypeError: The embeddings or an argument are not numbers.
 
     Example:
         >>> community_detection([[1.0, 0.0], [0.9, 0.1], [0.0, 1.0]], min_community_size=2)
@@ -94,10 +94,10 @@ def community_detection(
 
 
 def check_threshold(threshold: Any) -> float:
-    """Return a threshold for a cosine as it is compared: in float32.
+    """Round a threshold for a cosine to float32, in which it is compared.
 
     Raises:
-        InputTypeError: It is no number.
+        InputTypeError: It is not a number.
         InputError: It is not finite.
     """
     if isinstance(threshold, bool) or not isinstance(threshold, int | float | np.number):
@@ -112,27 +112,18 @@ class Neighbours:
 
     Attributes:
         scores: Their cosines.
+        threshold: The smallest cosine that is near enough, as `check_threshold` returns it.
     """
 
     def __init__(self, vectors: Tensor, threshold: float) -> None:
-        """Check the vectors.
-
-        Args:
-            vectors: `[n, d]`, floating point.
-            threshold: The smallest cosine, as `check_threshold` returns it.
-
-        Raises:
-            InputError: A vector has a number that is not finite.
-        """
+        """Take vectors `[n, d]`, floating point; one that is not finite is an `InputError`."""
         self.scores = Scores(vectors, vectors, cos_sim, ("embeddings", "embeddings"))
         self.threshold = threshold
 
     def pairs(self, rows: _Array, start: int, stop: int) -> tuple[_Array, _Array]:
-        """Who of vectors[start:stop] is near enough to which of the rows.
+        """Find the pairs of a row of `rows` and one of vectors[start:stop] that are near enough.
 
-        Args:
-            rows: `[rows]`, row numbers.
-            start, stop: The others, at least one. `rows` times as many similarities are held.
+        The similarities of all of these pairs are held in memory.
 
         Returns:
             Places in `rows`, and row numbers from `start` to `stop`, both `[found]`: by the first,
@@ -151,25 +142,30 @@ class Neighbours:
         return i[near].cpu().numpy(), j[near].cpu().numpy() + start
 
     def of(self, rows: _Array) -> list[_Array]:
-        """The neighbours of each of the rows, itself included, in order: row numbers."""
+        """The row numbers of the neighbours of each of the rows, itself included, in order."""
         step = max(1, _BLOCK // len(rows))
         count = len(self.scores.corpus)
         found = [self.pairs(rows, k, min(k + step, count)) for k in range(0, count, step)]
-        places, near = (np.concatenate(part) for part in zip(*found, strict=True))
-        order = np.argsort(places, kind="stable")
-        ends = np.cumsum(np.bincount(places, minlength=len(rows)))[:-1]
-        return np.split(near[order], ends)
+        return _by_first(found, len(rows))
+
+
+def _by_first(pairs: list[tuple[_Array, _Array]], count: int) -> list[_Array]:
+    """For each number below `count` the second ones of the pairs that begin with it, in order."""
+    firsts, seconds = (np.concatenate(part) for part in zip(*pairs, strict=True))
+    order = np.lexsort((seconds, firsts))
+    ends = np.cumsum(np.bincount(firsts, minlength=count))[:-1]
+    return np.split(seconds[order], ends)
 
 
 def _sizes(
     neighbours: Neighbours, weights: _Array, step: int, show_progress_bar: bool
 ) -> tuple[_Array, list[_Array] | None]:
-    """How many neighbours each vector has, itself included, `[n]`; a neighbour counts its weight.
+    """Add up the weights of each vector's neighbours, itself included.
 
-    Of the square of similarities, half is computed: who is near is so from either side.
+    Half of the square of similarities is computed, since nearness is mutual.
 
     Returns:
-        The numbers; and the neighbours of each in order, if they are few enough to be held.
+        The sums `[n]`; and the neighbours of each in order, if they are few enough to be held.
     """
     count = len(weights)
     sizes = np.zeros(count, np.int64)
@@ -187,12 +183,7 @@ def _sizes(
                 np.add.at(sizes, one, weights[other])
                 held += len(one)
                 kept = None if kept is None or held > _BLOCK else [*kept, (one, other)]
-    if kept is None:
-        return sizes, None
-    rows, near = (np.concatenate(part) for part in zip(*kept, strict=True))
-    order = np.lexsort((near, rows))
-    ends = np.cumsum(np.bincount(rows, minlength=count))[:-1]
-    return sizes, np.split(near[order], ends)
+    return sizes, None if kept is None else _by_first(kept, count)
 
 
 def _communities(
@@ -221,15 +212,14 @@ def _communities(
 
 
 def equal_rows(vectors: Tensor) -> list[list[int]]:
-    """Rows that are the same, together, in order of the first. The same sentence many times over
-    would otherwise be compared with itself as often, and exactly where the threshold is 1.
+    """Group the numbers of equal rows, in order of the first of each group. A sentence that occurs
+    many times would otherwise be compared with itself as often, and exactly if the threshold is 1.
     """
     wide = torch.promote_types(vectors.dtype, torch.float32)
     kind = np.uint64 if wide == torch.float64 else np.uint32
     random = np.random.default_rng(0)
     factors = random.integers(1, 2**64, vectors.shape[1], np.uint64, endpoint=False) | np.uint64(1)
-    # A sum of the bits of each row tells nearly all rows apart; of the others the bytes are looked
-    # at.
+    # A sum of its bits tells nearly every row from all others; of the rest the bytes are compared.
     sums = np.empty(len(vectors), np.uint64)
     for start in range(0, len(vectors), 1024):
         part = vectors[start : start + 1024].detach().to(wide).cpu().contiguous().numpy()
@@ -246,9 +236,8 @@ def equal_rows(vectors: Tensor) -> list[list[int]]:
 
 
 def first_of_each(groups: list[list[int]], vectors: Tensor) -> Tensor:
-    """One of each group of equal rows, `[groups, d]`."""
+    """The first vector of each group of equal rows, `[groups, d]`."""
     if len(groups) == len(vectors):
         return vectors
-    return vectors[
-        torch.tensor([rows[0] for rows in groups], dtype=torch.int64, device=vectors.device)
-    ]
+    first = [rows[0] for rows in groups]
+    return vectors[torch.tensor(first, dtype=torch.int64, device=vectors.device)]

@@ -1,7 +1,7 @@
-"""Near-duplicates: rows so like an earlier one that only the earlier one need stay.
+"""Near-duplicates: rows so similar to an earlier one that only the earlier one need stay.
 
-In: embeddings and a threshold. Out: who is to go and because of whom, or the rows that stay. The
-scores are those of `search.py`, and who is near enough to whom is asked as in `communities.py`.
+In: embeddings and a threshold. Out: the rows that may go and because of which, or the rows that
+stay. The scores are those of `search.py`, and neighbours are found as in `communities.py`.
 
 Each row in turn stays, unless it is near enough to an earlier one that stays: the leader algorithm
 (Hartigan 1975, Clustering Algorithms, chapter 3). So nothing is lost, since for every row that goes
@@ -32,9 +32,9 @@ class Duplicate(NamedTuple):
     """A row that may go.
 
     Attributes:
-        row: The row.
-        of: The first of the rows that stay to which it is near enough.
-        score: Their cosine.
+        row: Its number.
+        of: The number of the first of the rows that stay to which it is near enough.
+        score: The cosine of the two.
     """
 
     row: int
@@ -52,7 +52,7 @@ def near_duplicates(
 
     Args:
         embeddings: `[n, d]`, the rows to be preferred first.
-        threshold: The smallest cosine, in float32; one that is equal counts.
+        threshold: The smallest cosine that counts, in float32.
         batch_size: Rows compared with all later ones at a time, at most. No result depends on it.
         show_progress_bar: Show one.
 
@@ -62,7 +62,7 @@ def near_duplicates(
     Raises:
         InputError: `batch_size` is not positive, `threshold` is not finite, or a vector has a
             number that is not.
-        InputTypeError: The embeddings are no numbers, or an argument is none.
+        InputTypeError: The embeddings or an argument are not numbers.
 
     Example:
         >>> near_duplicates([[1.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
@@ -97,16 +97,9 @@ def deduplicate(
     batch_size: int = 1024,
     show_progress_bar: bool = False,
 ) -> list[int]:
-    """The rows that stay: all but those of `near_duplicates`.
+    """Find the rows that stay, in order: all but those of `near_duplicates`.
 
-    Args:
-        embeddings, threshold, batch_size, show_progress_bar: As in `near_duplicates`.
-
-    Returns:
-        Row numbers, in order.
-
-    Raises:
-        InputError, InputTypeError: As in `near_duplicates`.
+    Arguments and errors are those of `near_duplicates`.
 
     Example:
         >>> deduplicate([[1.0, 0.0], [0.0, 1.0], [3.0, 0.0]])
@@ -119,9 +112,9 @@ def deduplicate(
 
 
 def _leaders(neighbours: Neighbours, count: int, step: int, show_progress_bar: bool) -> _Array:
-    """For each of different vectors the first that stays and is near enough, `[n]`: or itself.
+    """For each of n different vectors the first that stays and is near enough, or itself, `[n]`.
 
-    A block of rows at a time is settled, and those that stay take what is near among all later.
+    Rows are settled block by block; those that stay take their neighbours among all later ones.
     """
     leader = np.arange(count)
     for start in with_progress(range(0, count, step), show_progress_bar):

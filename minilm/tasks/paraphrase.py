@@ -37,11 +37,11 @@ def paraphrase_mining_embeddings(
     Args:
         embeddings: `[n, d]`.
         query_chunk_size: Vectors compared at a time, at most. No result depends on it.
-        corpus_chunk_size: Vectors that they are compared with at a time, at most; likewise.
+        corpus_chunk_size: Vectors that they are compared with at a time, at most. Nor on this.
         max_pairs: The most pairs to return.
         top_k: The most neighbours of one vector to consider.
-        score_function: As in `semantic_search`, and symmetric: of the scores of (i, j) and (j, i)
-            the larger counts.
+        score_function: As in `semantic_search`. Of the scores of (i, j) and (j, i) the larger
+            counts.
         show_progress_bar: Show one.
 
     Returns:
@@ -77,7 +77,7 @@ def paraphrase_mining_embeddings(
 
 
 def _best(parts: list[_Pairs], max_pairs: int) -> _Pairs:
-    """The best of the pairs, each once."""
+    """Pick the best of the pairs, each pair once."""
     keys, values = (np.concatenate(part) for part in zip(*parts, strict=True))
     order = np.argsort(keys, kind="stable")
     keys, values = keys[order], values[order]

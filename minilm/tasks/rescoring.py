@@ -2,8 +2,8 @@
 
 In: queries as floating-point vectors, a corpus as codes of `minilm.quantize`. Out: row numbers and
 scores, as from `search.py`. The codes are read instead of the vectors: a quarter of the bytes, or
-a thirty-second. What they say is not quite what the vectors say, so more than `top_k` candidates
-are taken, and these are scored again, by vectors that may lie on a disk.
+a thirty-second. They rank nearly as the vectors do, so more than `top_k` candidates are taken, and
+these are scored again, by vectors that may lie on a disk.
 
 `scripts/bench_search.py --recall` measures what is lost. Next: `index.py`, which keeps vectors and
 codes in files.
@@ -43,20 +43,20 @@ def quantized_search(
 ) -> list[list[dict[str, int | float]]]:
     """Find the vectors of a corpus that are most similar to each query, by the corpus's codes.
 
-    The candidates are those whose codes are best: bytes by the cosine of the query with what they
-    stand for, bits by how many are those of the query. Of `top_k * rescore_multiplier` of them the
-    cosine is computed with `rescore_embeddings`, in float64. Deterministic; of equals the smaller
-    row is better, at both steps.
+    The candidates are those whose codes are best: bytes by the cosine of the query with the numbers
+    that they stand for, bits by how many equal those of the query. Of `top_k * rescore_multiplier`
+    of them the cosine is computed with `rescore_embeddings`, in float64. Deterministic; of equals
+    the smaller row is better, at both steps.
 
     Args:
         query_embeddings: `[n, d]`, or one vector `[d]`, floating point: not codes.
         codes: `[m, d]` or, for bits, `[m, ⌈d / 8⌉]`, from `quantize_embeddings`. A memory-mapped
             array is not copied to memory.
-        precision: What they are: "int8", "uint8", "binary" or "ubinary".
+        precision: The precision of the codes: "int8", "uint8", "binary" or "ubinary".
         top_k: Results for each query, fewer if the corpus has fewer.
         rescore_embeddings: `[m, d]`, the vectors, or int8 or uint8 codes of them, memory-mapped
-            for example. By default what the codes stand for; then `top_k` candidates of bytes are
-            the result already.
+            for example. By default the numbers that the codes stand for; then the best `top_k`
+            by codes of a byte are the result already.
         rescore_multiplier: Candidates for each result.
         ranges: The ranges of bytes, by default `model_ranges()`.
 
@@ -66,8 +66,8 @@ def quantized_search(
     Raises:
         InputError: The widths or the numbers of rows don't go together, a vector has a number that
             is not finite, `precision` is unknown, or a size is not positive.
-        InputTypeError: The embeddings are no numbers, the codes are of another dtype than that
-            precision has, or a size is no integer.
+        InputTypeError: The embeddings are not numbers, the codes are of another dtype than that
+            precision has, or a size is not an integer.
 
     Example:
         >>> vectors = np.array([[0.9, 0.1], [0.6, 0.8], [-1.0, 0.0]])
@@ -107,16 +107,9 @@ def quantized_search(
 def by_codes(
     queries: Tensor, codes: Embeddings, precision: str, ranges: Embeddings | None = None
 ) -> Scores:
-    """The scores of queries against codes, by which candidates are found.
+    """The scores of queries `[n, d]`, floating point, against codes, by which candidates are found.
 
-    Args:
-        queries: `[n, d]`, floating point.
-        codes: As in `quantized_search`.
-        precision: As there.
-        ranges: As there.
-
-    Raises:
-        InputError, InputTypeError: As there.
+    The other arguments, and errors, are those of `quantized_search`.
     """
     check_choice(precision, CODES, "precision")
     tensor = as_numbers(codes, "codes").detach().cpu()
@@ -141,12 +134,12 @@ def rescore(scores: Scores, candidates: Best, chosen: Best, rows: slice, first_i
     """Put candidates among the best by their exact scores.
 
     Args:
-        scores: The better ones.
+        scores: The scores by the better numbers.
         candidates: Some for each of the queries `rows`. Only those from `first_id` on that the
             corpus of `scores` holds are considered.
-        chosen: The best of the same queries.
-        rows: Which of the queries of `scores`.
-        first_id: What the first vector of the corpus is called among the candidates.
+        chosen: The best so far of the same queries; it is changed.
+        rows: The place of these queries in `scores`.
+        first_id: The number that the first vector of the corpus has among the candidates.
 
     Raises:
         InputError: A candidate has a number that is not finite.
@@ -161,7 +154,7 @@ def rescore(scores: Scores, candidates: Best, chosen: Best, rows: slice, first_i
 
 
 class _Decoded(Scores):
-    """The cosine of queries with what codes stand for."""
+    """The cosines of queries with the numbers that codes stand for."""
 
     def __init__(
         self, queries: Tensor, codes: Tensor, precision: str, ranges: Embeddings | None
@@ -192,9 +185,9 @@ class _Decoded(Scores):
 
 
 class _Bits(Scores):
-    """How many bits of codes are those of the queries: whole numbers, so that no rounding decides.
+    """How many bits of a code equal those of a query: whole numbers, so that no rounding decides.
 
-    They come from counting bits, or for many queries from a matrix product of the same numbers.
+    Bits are counted, or for many queries a matrix product gives the same numbers.
     """
 
     def __init__(self, queries: Tensor, codes: Tensor, precision: str) -> None:
@@ -213,7 +206,7 @@ class _Bits(Scores):
         bits = self.bits[rows]
         if len(bits) > _FEW:
             unpacked = np.unpackbits(codes, axis=1, count=self.width).astype(np.float32)
-            # Those that are 1 in both, less those that are 1 only here, and what is 0 in both.
+            # Equal bits: 1 in both, less 1 in the code alone, plus 0 in the query.
             zeros = (self.width - self.ones[rows]).to(torch.float32)
             with full_precision(self.signs.device):
                 return (self.signs[rows] @ torch.from_numpy(unpacked).T).add_(zeros.unsqueeze(1))
@@ -221,7 +214,7 @@ class _Bits(Scores):
 
 
 def _matches(bits: _Array, codes: _Array, width: int) -> _Array:
-    """`[n, bytes] x [m, bytes] -> [n, m]`: how many of `width` bits are equal, float32."""
+    """How many of `width` bits are equal: `[n, bytes] x [m, bytes] -> [n, m]`, float32."""
     words = -(-codes.shape[1] // 8)
     # A column for each 8 bytes, so that the sum over them adds long rows.
     columns = np.zeros((len(codes), 8 * words), np.uint8)

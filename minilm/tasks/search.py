@@ -92,12 +92,12 @@ def semantic_search(
         corpus_embeddings: `[m, d]`. Searched on its device. A memory-mapped array, such as
             `np.load(path, mmap_mode="r")`, is not copied to memory.
         query_chunk_size: Queries compared at a time, at most. No result depends on it.
-        corpus_chunk_size: Vectors of the corpus compared at a time, at most; likewise.
+        corpus_chunk_size: Vectors of the corpus compared at a time, at most. Nor on this.
         top_k: Results for each query, fewer if the corpus has fewer.
         score_function: One of `minilm.similarity`, or any function of `[n, d]` and `[m, d]` that
             gives `[n, m]`, larger where more similar. Another function than those four is called
-            with chunks of just these sizes, and its scores are taken as they are, except that
-            -inf is no result.
+            with chunks of exactly these sizes, and its scores are taken as they are; one of -inf
+            means that the vector is not a result.
 
     Returns:
         For each query a list of `{"corpus_id": int, "score": float}`, the best first; of equal
@@ -106,7 +106,7 @@ def semantic_search(
     Raises:
         InputError: The widths differ, a vector has a number that is not finite, or a size is not
             positive.
-        InputTypeError: The embeddings are no numbers, or a size is no integer.
+        InputTypeError: The embeddings are not numbers, or a size is not an integer.
 
     Example:
         >>> semantic_search([1.0, 0.0], [[0.0, 1.0], [2.0, 0.0]], top_k=1)
@@ -131,8 +131,8 @@ class Scores:
     """The scores of queries against a corpus: all of a block quickly, or single ones exactly.
 
     Attributes:
-        exact_is_known: Whether the function is one of `minilm.similarity`. If not, there is no
-            exact score, and that of the block is taken.
+        exact_is_known: Whether the function is one of `minilm.similarity`. If not, the score of
+            the block is taken for the exact one.
     """
 
     def __init__(
@@ -151,8 +151,8 @@ class Scores:
                 dtype of the queries, or float32, one at a time.
             score_function: As in `semantic_search`.
             names: What to call the two in errors.
-            corpus_lengths: `[m]`, if they are known: float32, off by a rounding error at most. The
-                corpus is then known to be finite.
+            corpus_lengths: The length of each vector of the corpus, `[m]`, float32, if they are
+                known. The corpus is then known to be finite.
 
         Raises:
             InputError: A query, or any vector if the two are the same tensor, has a number that is
@@ -227,7 +227,7 @@ class Scores:
         return part
 
     def reserve(self, size: int) -> None:
-        """Have memory for so many scores: the next block is where the one before was."""
+        """Reserve memory for so many scores, for one block after the other."""
         if len(self._room) < size:
             self._room = self.queries.new_empty(size)
 
@@ -236,7 +236,7 @@ class Scores:
         to `error`.
 
         Raises:
-            InputError: A vector has a number that is not finite, or the function's result is none.
+            InputError: A vector or a score is not finite, or the scores have another shape.
         """
         queries, corpus = self.queries[rows], self._part(start, stop)
         with full_precision(queries.device) if self.exact_is_known else nullcontext():
@@ -253,7 +253,7 @@ class Scores:
             scale = self._corpus_scale[start:stop]
             return scores if ((scale - 1).abs() < _UNIT).all() else scores.mul_(scale)
         if not self.exact_is_known:
-            # A stranger might write to them, and the memory be read-only.
+            # A user's function might write to them, and the memory may be read-only.
             queries, corpus = queries.clone(), corpus.clone()
         scores = torch.as_tensor(
             self.score_function(queries, corpus), device=queries.device
@@ -288,11 +288,11 @@ class Scores:
     def exact(self, rows: Tensor, ids: Tensor) -> Tensor:
         """The scores of single pairs in float64, rounded to the embeddings' dtype.
 
-        They don't depend on what other pairs are asked for.
+        The score of a pair doesn't depend on the other pairs.
 
         Args:
-            rows: Which queries, int64 `[pairs]`.
-            ids: Which vectors of the corpus, int64 `[pairs]`.
+            rows: The numbers of the queries, int64 `[pairs]`.
+            ids: The numbers of the vectors of the corpus, int64 `[pairs]`.
         """
         if not len(rows):
             return self.queries.new_empty(0)
@@ -325,16 +325,15 @@ class Scores:
 
         Args:
             k: How many; fewer if the corpus has fewer.
-            query_chunk_size: As in `semantic_search`.
-            corpus_chunk_size: As in `semantic_search`.
-            others_only: The queries are the corpus, and a vector is none of its own neighbours.
+            query_chunk_size, corpus_chunk_size: As in `semantic_search`.
+            others_only: The queries are the corpus, and a vector isn't its own neighbour.
 
         Yields:
             Rows of queries, rows of the corpus and scores, each `[found]`: by query, then by
             descending score, then by row of the corpus.
 
         Raises:
-            InputError, InputTypeError: A size is no positive integer.
+            InputError, InputTypeError: A size is not a positive integer.
         """
         step = check_positive_int(corpus_chunk_size, "corpus_chunk_size")
         for rows in self.chunks(query_chunk_size):
@@ -358,13 +357,13 @@ class Scores:
         first_id: int = 0,
         others_only: bool = False,
     ) -> None:
-        """Put those of the corpus that belong there among the best of some queries.
+        """Compare some queries with the corpus, and keep the best of both.
 
         Args:
-            best: The best so far, of the queries `rows`.
+            best: The best so far, of the queries `rows`; it is changed.
             rows: One of `chunks`.
             corpus_chunk_size: As in `semantic_search`.
-            first_id: What the first vector of the corpus is called among the best.
+            first_id: The number that the first vector of the corpus has among the best.
             others_only: As in `nearest`.
         """
         count, step = rows.stop - rows.start, corpus_chunk_size
@@ -387,7 +386,7 @@ class Scores:
         self._room = self._room[:0].clone()
 
     def _merge(self, best: "Best", tile: Tensor, start: int, rows: slice, first_id: int) -> None:
-        """Add to the best those of corpus[start : start + width] that belong there."""
+        """Add to the best those of corpus[start : start + width] that are better."""
         count, width = tile.shape
         size = _GROUP if width % _GROUP == 0 and width >= best.k * _GROUP else 1
         groups = tile.view(count, width // size, size)
@@ -397,7 +396,7 @@ class Scores:
             lowest = torch.maximum(lowest, tops.topk(best.k, dim=1).values[:, -1])
         # `lowest` and the score may both be off, in opposite directions.
         lowest = lowest - 2 * self.error(rows, lowest)
-        # Its own score, masked, is -inf. So may be a real one of another function: not found.
+        # The score of a vector with itself, masked, is -inf, and so no result.
         i, group = ((tops >= lowest.unsqueeze(1)) & (tops > -torch.inf)).nonzero(as_tuple=True)
         members = groups[i, group]
         found = (members >= lowest[i].unsqueeze(1)) & (members > -torch.inf)
@@ -470,16 +469,16 @@ def _finite(vectors: Tensor, argument: str) -> Tensor:
 
 
 def _allowed_loss() -> float:
-    """What float32 products may lose, by the user's setting."""
+    """The precision that float32 products may lose, by the user's setting."""
     try:
         return _ALLOWED_LOSS[torch.get_float32_matmul_precision()]
-    except RuntimeError:  # it was made for each backend, by names that torch 2.9 brought
+    except RuntimeError:  # it was set for each backend, by names that came with torch 2.9
         return _ALLOWED_LOSS["medium"]
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """No autocast, of whose rounding `Scores.error` knows nothing."""
-    if device.type == "mps":  # older versions know none there
+    """Inside a `with`, no autocast: `Scores.error` doesn't know its rounding."""
+    if device.type == "mps":  # older versions of torch have none there
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
