@@ -113,12 +113,7 @@ class BertConfig:
 
 
 def unsupported(values: Mapping[str, Any], supported: Mapping[str, Sequence[Any]]) -> list[str]:
-    """List the fields of a JSON object whose values are not among those that are implemented.
-
-    Args:
-        values: The object; it may lack any of the fields.
-        supported: The implemented values of each field that matters.
-    """
+    """The problems of fields of a JSON object whose value is not among the `supported` ones."""
     return [
         f"{name} is {values[name]!r}; supported: {' or '.join(map(repr, allowed))}"
         for name, allowed in supported.items()

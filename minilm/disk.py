@@ -48,10 +48,8 @@ _HAS_NONE = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.
 def absolute(path: str | os.PathLike[str]) -> Path:
     """The path from the root, which means the same in every working directory.
 
-    "~" is the user's home; links and ".." stay as they are.
-
-    Raises:
-        FileNotFoundError: It is relative, and the working directory was deleted.
+    "~" is the user's home; links and ".." stay as they are. A relative path is a
+    `FileNotFoundError` where the working directory was deleted.
     """
     path = Path(path).expanduser()
     try:
@@ -244,14 +242,7 @@ def _sync(descriptor: int) -> None:
 
 
 def make_folder(folder: Path) -> list[Path]:
-    """Make a folder and its parents, so that they last.
-
-    Returns:
-        The folders that did not exist, from the top down.
-
-    Raises:
-        OSError: One can't be made.
-    """
+    """Make a folder and its parents, so that they last, and return those that did not exist."""
     made: list[Path] = []
     for each in (*reversed(folder.parents), folder):
         if not each.exists():

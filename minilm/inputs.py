@@ -182,11 +182,7 @@ def check_positive_int(value: Any, argument: str) -> int:
 
 
 def check_in_range(value: Any, smallest: int, largest: int, argument: str) -> int:
-    """Return `value` if it is a whole number from `smallest` to `largest`.
-
-    Raises:
-        InputTypeError, InputError: As in `check_positive_int`; or it is outside of that range.
-    """
+    """Return `value` if it is a whole number in a range; errors are as in `check_positive_int`."""
     if not smallest <= check_positive_int(value, argument) <= largest:
         raise InputError(
             f"{argument} is {value}; pass an integer from {smallest} to {largest}", argument
@@ -251,11 +247,7 @@ def _check_column(sentences: Any, argument: str) -> None:
 
 
 def check_text(text: Any, argument: str) -> str:
-    """Return `text` if it is a str.
-
-    Raises:
-        InputTypeError: It is something else.
-    """
+    """Return `text` if it is a str; anything else is an `InputTypeError`."""
     if not isinstance(text, str):
         seen = "None" if text is None else f"{_short(text)}, of type {type(text).__name__}"
         raise InputTypeError(f"{argument} is {seen}; pass a string", argument)
@@ -265,8 +257,7 @@ def check_text(text: Any, argument: str) -> str:
 def check_unicode(texts: Sequence[Row], argument: str = "sentences", start: int = 0) -> None:
     """Check that texts have no lone surrogates, which a str can hold and UTF-8 can't.
 
-    Raises:
-        InputError: A text has one; the message names its row, counted from `start`.
+    The `InputError` names the row of the text that has one, counted from `start`.
     """
     for row, text in enumerate(texts, start):
         try:
@@ -286,11 +277,7 @@ def _short(value: Any) -> str:
 
 
 def check_choice(value: str, choices: Collection[str], argument: str) -> str:
-    """Return `value` if it is one of `choices`.
-
-    Raises:
-        InputError: It is another; the message lists them.
-    """
+    """Return `value` if it is one of `choices`; else the `InputError` lists them."""
     if value not in choices:
         raise InputError(f"{argument} is {value!r}; pass one of {', '.join(choices)}", argument)
     return value
@@ -350,10 +337,9 @@ _DTYPES = {
 
 
 def as_dtype(dtype: str | torch.dtype | None) -> torch.dtype:
-    """A floating-point dtype that the model can compute in, float32 by default.
+    """Read a dtype that the model can compute in, float32 by default.
 
-    Raises:
-        InputError: It is not float64, float32, float16 or bfloat16.
+    Others than float64, float32, float16 and bfloat16 are an `InputError`.
     """
     if dtype is None:
         return torch.float32

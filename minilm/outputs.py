@@ -68,8 +68,7 @@ def check_output(path: Path, argument: str, beside: Sequence[Path] = ()) -> None
 def check_folder(folder: Path, argument: str) -> None:
     """Find out whether files can be written into a folder, which need not exist yet.
 
-    Raises:
-        InputError: They can't be; the message says why.
+    If they can't be, the message of the `InputError` says why.
     """
     place = folder
     while not os.path.lexists(place):

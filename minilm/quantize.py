@@ -313,8 +313,7 @@ def _range_rows(ranges: Embeddings | None) -> _Array:
 def as_stored(vectors: _Array, precision: str, place: str = "") -> _Array:
     """Vectors as a file holds them: floating-point ones as "float32" or "float16", codes as given.
 
-    Raises:
-        InputError: A number is beyond what float16 holds; `place` is what to call the vectors.
+    A number beyond what float16 holds is an `InputError`; `place` is what to call the vectors.
     """
     if precision not in ("float32", "float16"):
         return vectors
@@ -328,11 +327,7 @@ def as_stored(vectors: _Array, precision: str, place: str = "") -> _Array:
 
 
 def check_precision(precision: str) -> str:
-    """Return `precision` if it is one of `PRECISIONS`.
-
-    Raises:
-        InputError: It is another.
-    """
+    """Return `precision` if it is one of `PRECISIONS`; another is an `InputError`."""
     if precision not in PRECISIONS:
         raise InputError(
             f"Precision {precision!r} is not supported, must be one of "

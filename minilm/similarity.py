@@ -172,8 +172,7 @@ def as_matrices(
 ) -> tuple[Tensor, Tensor]:
     """Both as `[rows, d]` tensors of one floating dtype on the first one's device.
 
-    Raises:
-        InputError, InputTypeError: As in `cos_sim`; the arguments are called by `names`.
+    Errors are those of `cos_sim`, with the arguments called by `names`.
     """
     first, second = as_matrix(a, names[0]), as_matrix(b, names[1])
     if not first.numel():  # no rows have no width either

@@ -36,8 +36,7 @@ class ModelFiles:
     def find(self, name: str) -> Path | None:
         """The path of a file, or None if the model has no such file.
 
-        Raises:
-            ConfigError: It is a link that leads nowhere: the model had the file, and it is lost.
+        A link that leads nowhere is a `ConfigError`: the model had the file, and it is lost.
         """
         path = self.path(name)
         if path.is_symlink() and not path.exists():
@@ -49,11 +48,7 @@ class ModelFiles:
         return self.folder / name
 
     def read(self, name: str) -> bytes | None:
-        """The contents of a file, or None if the model has no such file.
-
-        Raises:
-            HashMismatchError: The file is pinned and differs from the published one.
-        """
+        """The contents of a file, verified, or None if the model has no such file."""
         data = self.read_unverified(name)
         self.verify(name, data)
         return data

@@ -29,11 +29,7 @@ def is_watched(stream: Any) -> bool:
 
 
 def standard_input() -> Iterable[bytes]:
-    """The lines of standard input.
-
-    Raises:
-        InputError: There is none.
-    """
+    """The lines of standard input; an `InputError` if there is none."""
     if not is_open(sys.stdin):
         raise InputError("standard input is closed; name a file", "-")
     binary = getattr(sys.stdin, "buffer", None)

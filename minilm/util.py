@@ -6,7 +6,7 @@ vectors smaller.
 """
 
 from collections.abc import Iterable
-from typing import Any, overload
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -41,6 +41,7 @@ __all__ = [
 ]  # fmt: skip
 
 _Array = np.ndarray[Any, Any]
+_Vectors = TypeVar("_Vectors", Tensor, _Array)
 
 pytorch_cos_sim = cos_sim  # an old name for it
 
@@ -100,15 +101,7 @@ def normalize_embeddings(embeddings: Tensor | _Array) -> Tensor:
     return unit
 
 
-@overload
-def truncate_embeddings(embeddings: Tensor, truncate_dim: int | None) -> Tensor: ...
-
-
-@overload
-def truncate_embeddings(embeddings: _Array, truncate_dim: int | None) -> _Array: ...
-
-
-def truncate_embeddings(embeddings: Tensor | _Array, truncate_dim: int | None) -> Tensor | _Array:
+def truncate_embeddings(embeddings: _Vectors, truncate_dim: int | None) -> _Vectors:
     """Keep the first `truncate_dim` numbers of each vector, `[..., d] -> [..., truncate_dim]`.
 
     The result is a view, and no longer of length 1.
@@ -135,8 +128,7 @@ def batch_to_device(
 ) -> dict[str, Any]:
     """Move the tensors among a dict's values to a device; in place, and the dict is returned.
 
-    Raises:
-        InputError, InputTypeError: The device is unknown or absent.
+    A device that is unknown or absent is an `InputError` or an `InputTypeError`.
     """
     device = as_device(target_device)
     for name, value in batch.items():

@@ -127,7 +127,7 @@ def test_truncate_to_nonsense(value: Any, error: type[InputError]) -> None:
 
 def test_truncate_what_is_none() -> None:
     with pytest.raises(InputTypeError, match="embeddings is list"):
-        util.truncate_embeddings([[1.0, 2.0]], 1)  # type: ignore[call-overload]
+        util.truncate_embeddings([[1.0, 2.0]], 1)  # type: ignore[type-var]
 
 
 # is_singular_input

@@ -153,6 +153,7 @@ def check_vectors(
     """
     texts, _ = inputs.as_texts(texts, "texts")
     inputs.check_positive_int(sample, "sample")
+    vectors = _as_array(vectors)
     count, width = _shape(vectors, recorded is not None and recorded.precision != "float32")
     if not texts:
         raise InputError("texts is empty; pass at least one", "texts")
@@ -210,20 +211,32 @@ def check_vectors(
     return _diagnosed(encoder, chosen, stored, result)
 
 
+def _as_array(vectors: Any) -> Any:
+    """Vectors as a tensor or an array, of which nothing is copied if it is one already."""
+    if isinstance(vectors, Tensor | np.ndarray):
+        return vectors
+    if not isinstance(vectors, Sequence) or isinstance(vectors, str | bytes):
+        kind = type(vectors).__name__
+        raise InputTypeError(f"vectors is of type {kind}; pass an array", "vectors")
+    parts = [part.detach().cpu() if isinstance(part, Tensor) else part for part in vectors]
+    if all(isinstance(part, Tensor) and part.ndim == 1 for part in parts) and (
+        len({(part.shape, part.dtype) for part in parts}) == 1
+    ):
+        return torch.stack(parts)
+    try:
+        array = np.array([np.asarray(part) for part in parts])
+    except (ValueError, TypeError) as error:
+        raise InputTypeError(f"vectors can't be read as rows: {error}", "vectors") from error
+    if parts and (array.ndim != 2 or array.dtype.kind not in "fiub"):
+        raise InputTypeError("vectors can't be read as rows of numbers", "vectors")
+    return array if parts else array.reshape(0, 0)
+
+
 def _shape(vectors: Any, is_coded: bool) -> tuple[int, int]:
     """The number of vectors and their width; vectors must be floating point, unless coded."""
-    if isinstance(vectors, Tensor | np.ndarray):
-        if vectors.ndim != 2:
-            raise InputError(f"vectors has shape {list(vectors.shape)}; pass [n, 384]", "vectors")
-        dtype, shape = vectors.dtype, vectors.shape
-    else:
-        if not isinstance(vectors, Sequence) or isinstance(vectors, str | bytes):
-            kind = type(vectors).__name__
-            raise InputTypeError(f"vectors is of type {kind}; pass an array", "vectors")
-        if not len(vectors):
-            return 0, 0
-        first = _rows(vectors, [0])
-        dtype, shape = first.dtype, (len(vectors), *first.shape[1:])
+    if vectors.ndim != 2:
+        raise InputError(f"vectors has shape {list(vectors.shape)}; pass [n, 384]", "vectors")
+    dtype, (count, width) = vectors.dtype, vectors.shape
     is_float = dtype.is_floating_point if isinstance(dtype, torch.dtype) else dtype.kind == "f"
     if not is_float and not is_coded:
         raise InputError(
@@ -231,7 +244,7 @@ def _shape(vectors: Any, is_coded: bool) -> tuple[int, int]:
             "fingerprint that tells their precision",
             "vectors",
         )
-    return int(shape[0]), int(shape[1])
+    return count, width
 
 
 def _rows(vectors: Any, rows: Sequence[int]) -> Tensor:
@@ -239,18 +252,6 @@ def _rows(vectors: Any, rows: Sequence[int]) -> Tensor:
     if isinstance(vectors, Tensor):
         index = torch.tensor(rows, dtype=torch.int64, device=vectors.device)
         return vectors.detach().index_select(0, index).cpu()
-    if not isinstance(vectors, np.ndarray):
-        parts = [vectors[row] for row in rows]
-        if all(isinstance(part, Tensor) and part.ndim == 1 for part in parts):
-            parts = [part.detach().cpu() for part in parts]
-            if len({(part.shape, part.dtype) for part in parts}) == 1:
-                return torch.stack(parts)
-        try:
-            vectors, rows = np.array([np.asarray(part) for part in parts]), range(len(parts))
-        except (ValueError, TypeError) as error:
-            raise InputTypeError(f"vectors can't be read as rows: {error}", "vectors") from error
-        if vectors.ndim != 2 or vectors.dtype.kind not in "fiub":
-            raise InputTypeError("vectors can't be read as rows of numbers", "vectors")
     picked = np.ascontiguousarray(vectors[list(rows)])
     if picked.dtype.kind == "f" and picked.dtype.itemsize > 8:
         picked = picked.astype(np.float64)

@@ -82,11 +82,7 @@ _OF_ALL = ("input_ids", "pooled", "embedding")  # kept for every text
 
 
 def stage_names(num_layers: int) -> list[str]:
-    """The names of the stages in the order of the computation, as in the files after `03.`.
-
-    Args:
-        num_layers: 6 in all-MiniLM-L6-v2.
-    """
+    """The names of the stages in the order of the computation, as in the files after `03.`."""
     vectors = (name for name in stages.stage_names(num_layers) if "attention" not in name)
     return ["input_ids", *vectors]
 

@@ -96,9 +96,7 @@ def community_detection(
 def check_threshold(threshold: Any) -> float:
     """Round a threshold for a cosine to float32, in which it is compared.
 
-    Raises:
-        InputTypeError: It is not a number.
-        InputError: It is not finite.
+    One that is not a number is an `InputTypeError`, one that is not finite an `InputError`.
     """
     if isinstance(threshold, bool) or not isinstance(threshold, int | float | np.number):
         raise InputTypeError(f"threshold is {threshold!r}; pass a number", "threshold")

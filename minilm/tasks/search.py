@@ -286,13 +286,10 @@ class Scores:
         return near.abs() * relative  # a sum of positive numbers: relative to itself
 
     def exact(self, rows: Tensor, ids: Tensor) -> Tensor:
-        """The scores of single pairs in float64, rounded to the embeddings' dtype.
+        """The scores of pairs `[pairs]` of a query and a vector of the corpus, by their numbers.
 
-        The score of a pair doesn't depend on the other pairs.
-
-        Args:
-            rows: The numbers of the queries, int64 `[pairs]`.
-            ids: The numbers of the vectors of the corpus, int64 `[pairs]`.
+        They are computed in float64 and rounded to the embeddings' dtype. The score of a pair
+        doesn't depend on the other pairs.
         """
         if not len(rows):
             return self.queries.new_empty(0)
