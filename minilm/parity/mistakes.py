@@ -379,27 +379,19 @@ def _in(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     return lambda tensor: tensor.to(dtype).to(tensor.dtype)
 
 
-def _weights_in(dtype: torch.dtype, kind: type[nn.Module] = nn.Module) -> Any:
-    def change(model: SentenceEncoder) -> None:
-        for part in model.modules():
-            if isinstance(part, kind):
-                for weight in part.parameters(recurse=False):
-                    weight.copy_(_in(dtype)(weight))
-
-    return change
-
-
-def _all_in(dtype: torch.dtype, *kinds: type[nn.Module]) -> Any:
-    """Round the weights and outputs of these kinds of modules, and the inputs of linear layers."""
+def _rounded(dtype: torch.dtype, *kinds: type[nn.Module], results: bool = True) -> Any:
+    """Round the weights of modules and, with `results`, what they give and linear layers take."""
+    kinds = kinds or (nn.Linear, nn.LayerNorm, nn.Embedding)
 
     def change(model: SentenceEncoder) -> None:
         for part in model.modules():
             if isinstance(part, kinds):
-                part.register_forward_hook(lambda _, __, output: _in(dtype)(output))
-            if isinstance(part, nn.Linear):
-                part.register_forward_pre_hook(lambda _, args: (_in(dtype)(args[0]),))
-        for kind in kinds:
-            _weights_in(dtype, kind)(model)
+                for weight in part.parameters(recurse=False):
+                    weight.copy_(_in(dtype)(weight))
+                if results:
+                    part.register_forward_hook(lambda _, __, output: _in(dtype)(output))
+                if results and isinstance(part, nn.Linear):
+                    part.register_forward_pre_hook(lambda _, args: (_in(dtype)(args[0]),))
 
     return change
 
@@ -429,13 +421,12 @@ def _in_uint8(tensor: Tensor) -> Tensor:
     return ((tensor / scale).round() + zero).clamp(0, 255).sub(zero).mul(scale)
 
 
-_EVERY = (nn.Linear, nn.LayerNorm, nn.Embedding)
 _BITS: dict[str, Callable[[SentenceEncoder], None]] = {
-    "float16 weights": _weights_in(torch.float16),
-    "float16": _all_in(torch.float16, *_EVERY),
-    "bfloat16 weights": _weights_in(torch.bfloat16),
-    "bfloat16 products": _all_in(torch.bfloat16, nn.Linear),
-    "bfloat16": _all_in(torch.bfloat16, *_EVERY),
+    "float16 weights": _rounded(torch.float16, results=False),
+    "float16": _rounded(torch.float16),
+    "bfloat16 weights": _rounded(torch.bfloat16, results=False),
+    "bfloat16 products": _rounded(torch.bfloat16, nn.Linear),
+    "bfloat16": _rounded(torch.bfloat16),
     "int8 tensor": _int8(per_channel=False, activations=False),
     "int8 channel": _int8(per_channel=True, activations=False),
     "int8 both": _int8(per_channel=False, activations=True),
