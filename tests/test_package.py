@@ -261,6 +261,8 @@ def test_wheel_works_in_a_fresh_environment(published: Path, tmp_path: Path) -> 
     assert {f"minilm/interpret/tour_page.{suffix}" for suffix in ("html", "css", "js")} <= set(
         names
     )
+    data = ("golden_texts.json", "golden_readme.txt", "mistakes.json")
+    assert {f"minilm/parity/{name}" for name in data} <= set(names)
     assert {name.split("/")[0] for name in names} == {
         "minilm",
         f"minilm-{minilm.__version__}.dist-info",
