@@ -286,7 +286,7 @@ _turns_lock = threading.Lock()
 
 
 def _forget_turns() -> None:
-    """In a forked child: the threads that had folders are not there."""
+    """Forget, in a forked child, the threads that had folders: it has no such threads."""
     global _turns, _waiting, _turns_lock
     _turns, _waiting, _turns_lock = WeakValueDictionary(), {}, threading.Lock()
 

@@ -70,7 +70,7 @@ def manhattan_sim(a: Embeddings, b: Embeddings) -> Tensor:
     return -_distances(*as_matrices(a, b), p=1.0)
 
 
-def _of_two_vectors_one_number(pairwise: _Pairwise) -> _Pairwise:
+def _scalar_for_two_vectors(pairwise: _Pairwise) -> _Pairwise:
     """Give a tensor without dimensions for two single vectors `[d]`, as the reference does."""
 
     @functools.wraps(pairwise)
@@ -82,27 +82,27 @@ def _of_two_vectors_one_number(pairwise: _Pairwise) -> _Pairwise:
     return cast("_Pairwise", wrapped)
 
 
-@_of_two_vectors_one_number
+@_scalar_for_two_vectors
 def pairwise_cos_sim(a: Embeddings, b: Embeddings) -> Tensor:
     """cos(a_i, b_i), `[n, d] x [n, d] -> [n]`. Errors as in `cos_sim`, or if n differs."""
     a, b = _rows(a, b)
     return pairwise_dot_score(_unit(a), _unit(b))
 
 
-@_of_two_vectors_one_number
+@_scalar_for_two_vectors
 def pairwise_dot_score(a: Embeddings, b: Embeddings) -> Tensor:
     """a_i·b_i, `[n, d] x [n, d] -> [n]`. Errors as in `cos_sim`, or if n differs."""
     a, b = _rows(a, b)
     return (a * b).sum(dim=-1)
 
 
-@_of_two_vectors_one_number
+@_scalar_for_two_vectors
 def pairwise_euclidean_sim(a: Embeddings, b: Embeddings) -> Tensor:
     """-‖a_i - b_i‖₂, `[n, d] x [n, d] -> [n]`. Errors as in `cos_sim`, or if n differs."""
     return _pairwise_distance(a, b, order=2)
 
 
-@_of_two_vectors_one_number
+@_scalar_for_two_vectors
 def pairwise_manhattan_sim(a: Embeddings, b: Embeddings) -> Tensor:
     """-‖a_i - b_i‖₁, `[n, d] x [n, d] -> [n]`. Errors as in `cos_sim`, or if n differs."""
     return _pairwise_distance(a, b, order=1)

@@ -568,8 +568,8 @@ def _score(difference: Tensor) -> float:
 
 
 def short_form(values: Tensor) -> torch.dtype | int | None:
-    """How float64 numbers were written down: in which dtype of 16 bits, or with how many decimals;
-    None if in no such short form.
+    """The dtype of 16 bits, or the number of decimals, in which float64 numbers were written down;
+    None if they were written in full.
     """
     for dtype in (torch.bfloat16, torch.float16):
         if torch.equal(values.to(dtype).double(), values):

@@ -90,7 +90,7 @@ def stage_names(num_layers: int) -> list[str]:
 def write_golden(
     encoder: SentenceEncoder, folder: Path, texts: Sequence[GoldenText] = TEXTS
 ) -> list[Path]:
-    """Write the folder. A file appears under its name when it is complete; the index comes last.
+    """Write a golden folder. A file has its name once it is complete; the index comes last.
 
     Args:
         encoder: The model, in float32 or float64; both are computed.
@@ -359,7 +359,7 @@ def compare_stages_file(folder: Path, file: Path) -> StageReport:
 
 
 def _read_golden(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The index and the float64 tensors."""
+    """Read the index and the float64 tensors of a golden folder."""
     name = _FILES["float64"]
     try:
         index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
@@ -384,7 +384,7 @@ def _read_golden(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 def _compare(
     stage: str, pairs: Sequence[tuple[int, Tensor, Tensor]], rounding: float
 ) -> StageDifference:
-    """All texts of one stage: (number, theirs, golden)."""
+    """Compare one stage of all texts, given as (number, theirs, golden)."""
     coarser = max(_COARSER.get(theirs.dtype, 0.0) for _, theirs, _ in pairs)
     bar = _SLACK * rounding * coarser  # of whole numbers: 0
     worst = StageDifference(stage, len(pairs), 0.0, bar, pairs[0][0], None)

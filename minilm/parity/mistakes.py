@@ -343,7 +343,7 @@ def _published_pooler(encoder: SentenceEncoder) -> tuple[Tensor, Tensor] | None:
 
 
 class _Gelu(TorchFunctionMode):
-    """Another GELU in place of the exact one, on this thread."""
+    """Replaces the exact GELU by another one, on this thread."""
 
     def __init__(self, gelu: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -397,7 +397,7 @@ def _rounded(dtype: torch.dtype, *kinds: type[nn.Module], results: bool = True) 
 
 
 def _int8(per_channel: bool, activations: bool) -> Any:
-    """Weights as whole numbers from -127 to 127 times a scale; activations from 0 to 255."""
+    """Round weights to a scale times -127 to 127, and activations to a scale times 0 to 255."""
 
     def change(model: SentenceEncoder) -> None:
         for part in model.modules():

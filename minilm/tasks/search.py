@@ -192,7 +192,7 @@ class Scores:
         return exact.to(self.queries.dtype).to(self.queries.device)  # in this order, for mps
 
     def _lengths(self, vectors: Tensor) -> Tensor:
-        """In float64, `[vectors]`."""
+        """The lengths of vectors in float64, `[vectors]`."""
         parts = [
             torch.linalg.vector_norm(part.to(self.exact_device, torch.float64), dim=-1)
             for part in torch.split(vectors, _PAIRS)
@@ -202,11 +202,11 @@ class Scores:
         return torch.cat(parts).clamp(min=_SHORTEST)
 
     def vectors(self, rows: Tensor | slice) -> Tensor:
-        """Those of the corpus, in the dtype of the queries."""
+        """Vectors of the corpus, in the dtype of the queries."""
         return self.corpus[rows].to(self.queries.dtype)
 
     def _part(self, start: int, stop: int) -> Tensor:
-        """corpus[start:stop] in the dtype of the queries, finite, its lengths known."""
+        """corpus[start:stop] in the dtype of the queries, checked, with its lengths known."""
         part = self.vectors(slice(start, stop))
         if self._lengths_are_known or not self._corpus_scale[start:stop].isnan().any():
             return part
@@ -269,7 +269,7 @@ class Scores:
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
     def error(self, rows: Tensor | slice, near: Tensor) -> Tensor:
-        """How far the scores near `near`, `[rows]`, of the blocks so far may be from the exact."""
+        """How far scores near `near`, `[rows]`, of the blocks so far may be from the exact ones."""
         if not self.exact_is_known:
             return torch.zeros_like(near)
         dtype, width = self.queries.dtype, self.queries.shape[1]
@@ -446,7 +446,7 @@ class Best:
 
 
 def _without_diagonal(scores: Tensor, offset: int) -> Tensor:
-    """-inf in column i + offset of row i, in place."""
+    """Put -inf into column i + offset of each row i, in place."""
     if not -len(scores) < offset < scores.shape[1]:
         return scores
     rows = torch.arange(len(scores), device=scores.device)
