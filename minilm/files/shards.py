@@ -186,7 +186,7 @@ class ShardFolder:
         else:
             lines = [header, *(asdict(self.done[number]) for number in sorted(self.done))]
             text = "".join(json.dumps(line) + "\n" for line in lines)
-            with self._errors_about(PROGRESS):
+            with self._told_of(PROGRESS):
                 write_atomically(
                     self.folder / PROGRESS, lambda file: file.write(text.encode("utf-8"))
                 )
@@ -209,10 +209,10 @@ class ShardFolder:
                 still is.
         """
         path = self.folder / name
-        with self._errors_about(name):
+        with self._told_of(name):
             write_atomically(path, lambda file: _write_parquet(file, table))
             part = Part(name, table.num_rows, file_sha256(path), **more)
-        with self._errors_about(PROGRESS), (self.folder / PROGRESS).open("ab") as progress:
+        with self._told_of(PROGRESS), (self.folder / PROGRESS).open("ab") as progress:
             line = json.dumps(asdict(part)) + "\n"
             progress.write(line.encode("utf-8"))
             sync(progress)
@@ -225,14 +225,14 @@ class ShardFolder:
             return
         parts = [asdict(self.done[number]) for number in sorted(self.done)]
         text = json.dumps({**(self.header or {}), "parts": parts}, indent=1)
-        with self._errors_about(MANIFEST):
+        with self._told_of(MANIFEST):
             write_atomically(self.folder / MANIFEST, lambda file: file.write(f"{text}\n".encode()))
             (self.folder / PROGRESS).unlink(missing_ok=True)
             sync_folder(self.folder)
         self.is_complete = True
 
     @contextmanager
-    def _errors_about(self, name: str) -> Iterator[None]:
+    def _told_of(self, name: str) -> Iterator[None]:
         """An error of writing names the file, and says what to do."""
         try:
             yield
