@@ -33,6 +33,7 @@ __all__ = [
     "sync_folder",
     "temporary_name",
     "told_of",
+    "with_home",
     "with_metadata",
     "write_atomically",
     "write_together",
@@ -48,17 +49,26 @@ _HAS_NONE = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.
 def absolute(path: str | os.PathLike[str]) -> Path:
     """A path that means the same wherever the process is later, to be kept.
 
-    "~" is the user's home; links and ".." stay as they are.
+    "~" is the user's home, see `with_home`; links and ".." stay as they are.
 
     Raises:
         FileNotFoundError: It is relative, and the working directory was deleted.
     """
-    path = Path(path).expanduser()
+    path = with_home(path)
     try:
         return path.absolute()
     except FileNotFoundError as error:
         reason = "the working directory is gone; pass the path from the root"
         raise FileNotFoundError(errno.ENOENT, reason, str(path)) from error
+
+
+def with_home(path: str | os.PathLike[str]) -> Path:
+    """A path as a user wrote it, with the home of the user in place of a "~" at its start.
+
+    So is every path that this package is given, of files and of folders: a shell expands only some
+    of them. A "~name" that is not a user's stays, since files may have such names.
+    """
+    return Path(os.path.expanduser(path))  # noqa: PTH111  # pathlib's raises for an unknown user
 
 
 def inside(name: Any) -> str:

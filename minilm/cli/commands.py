@@ -548,7 +548,7 @@ def download(options: argparse.Namespace, parser: argparse.ArgumentParser) -> No
     """Put the published files into a folder."""
     if options.output in ("", "-"):
         parser.error("argument -o: the files go into a folder; name one")
-    hub.download(options.output, source=options.source, report=tell)
+    hub.download(options.output, report=tell)
 
 
 def _file(

