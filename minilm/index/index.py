@@ -127,7 +127,7 @@ class Index:
 
         Args:
             folder: Where to; its parent must exist.
-            fingerprint: Which model makes its vectors, see `Fingerprint.of_call`. None is no
+            fingerprint: Which model makes its vectors, see `Fingerprint.for_call`. None is no
                 model that can be told, and goes together with None only.
             blocks: Embeddings `[n, d]` and n rows each, as for `add`. They are taken and written
                 one after the other, so that memory holds one at a time.

@@ -169,7 +169,7 @@ def check_vectors(
             normalize=recorded.normalize,
         )
     elif own.dimension < width <= encoder.bert.config.hidden_size:
-        own = own.of_call(truncate_dim=width)
+        own = own.for_call(truncate_dim=width)
     made = _Making(encoder, own)
     result = CheckResult(
         verdict="model",

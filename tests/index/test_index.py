@@ -299,10 +299,10 @@ def test_what_only_rounds_is_the_same_model(index: Index) -> None:
 
 
 def test_queries_may_have_a_prompt_of_their_own(tmp_path: Path) -> None:
-    passage = MODEL.of_call(prompt="passage: ", truncation="chunk")
+    passage = MODEL.for_call(prompt="passage: ", truncation="chunk")
     index = Index.create(tmp_path / "index", passage, [(random(0, 2, 16), texts(2))])
-    assert index.search(np.ones(16), fingerprint=MODEL.of_call(prompt="query: "))
-    for other in (MODEL.of_call(prompt="query: ", truncation="chunk"), MODEL):
+    assert index.search(np.ones(16), fingerprint=MODEL.for_call(prompt="query: "))
+    for other in (MODEL.for_call(prompt="query: ", truncation="chunk"), MODEL):
         with pytest.raises(InputError, match="prompt: 'passage: ', not"):
             index.add(np.ones((1, 16)), ["a"], fingerprint=other)
 
