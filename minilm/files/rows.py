@@ -169,7 +169,7 @@ class Reader:
         except _DoubledError as error:
             return Row(number, {}, None, str(error))
         except (ValueError, RecursionError) as error:
-            return Row(number, {}, None, f"is not JSON: {error}")
+            return Row(number, {}, None, f"is not valid JSON: {error}")
         if line.count("{") + line.count("[") > _DEEPEST and _depth(row) > _DEEPEST:
             return Row(number, {}, None, f"is nested more than {_DEEPEST} deep")
         if isinstance(row, str):

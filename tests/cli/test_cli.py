@@ -420,7 +420,7 @@ def test_options_of_encode(workplace: Path, model: list[str], loaded: SentenceEn
     ("name", "content", "message"),
     [
         ("a.jsonl", '{"text": "a"}\n{"text": 5}\n', "a.jsonl: line 2: text is 5, not a string"),
-        ("a.jsonl", '{"text": "a"\n', "a.jsonl: line 1: is not JSON"),
+        ("a.jsonl", '{"text": "a"\n', "a.jsonl: line 1: is not valid JSON"),
         ("a.jsonl", '{"a": "x", "b": "y"}\n', "has no 'text'; choose with --column, of 'a', 'b'"),
         ("a.jsonl", "5\n", "a.jsonl: line 1: is no object and no string"),
         ("a.csv", "a,b\n1,2\n", "a.csv: has no 'text'; choose with --column, of 'a', 'b'"),

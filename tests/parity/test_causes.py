@@ -511,7 +511,7 @@ def test_files_are_read(tmp_path: Path) -> None:
         ("a.npy", b"nonsense", "is no file of vectors"),
         ("a.npz", b"PK\x03\x04nonsense", "is no file of vectors"),
         ("a.jsonl", b'{"text": "a"}\n', "line 1 has no list of numbers under 'embedding'"),
-        ("a.jsonl", b'{"text": "a", "embedding": [1]}\nx', "line 2: is not JSON"),
+        ("a.jsonl", b'{"text": "a", "embedding": [1]}\nx', "line 2: is not valid JSON"),
         ("a.jsonl", b'{"text": "a", "embedding": ["x"]}', "not numbers"),
         ("a.jsonl", b"", "expected one row a text"),
         ("a.jsonl", b"\xff", "line 1 is not UTF-8"),
