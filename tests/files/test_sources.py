@@ -56,7 +56,7 @@ def test_files_that_are_not_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (["a.csv", "./a.csv"], "named twice"),
         (["a.csv", "*.csv"], "named twice"),
         (".", "are not of one form"),
-        ("-", "standard input: is no file that can be read twice"),
+        ("-", "standard input: is not a file that can be read twice"),
     ):
         with pytest.raises(InputError, match=message):
             find_files(inputs)
@@ -263,7 +263,7 @@ def test_a_pipe_is_refused(tmp_path: Path) -> None:
     if not hasattr(os, "mkfifo"):
         pytest.skip("this system has no named pipes")
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InputError, match="is no file that can be read twice"):
+    with pytest.raises(InputError, match="is not a file that can be read twice"):
         find_files(tmp_path / "pipe")
 
 
