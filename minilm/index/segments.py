@@ -201,7 +201,7 @@ class Segment:
             mapped = np.load(path, mmap_mode="r", allow_pickle=False)
             array: _Array = mapped.view(np.ndarray)  # slices of a memmap take longer
         except (ValueError, EOFError, FileNotFoundError) as error:
-            raise ConfigError(path, [f"is no .npy file, or broken: {error}"]) from error
+            raise ConfigError(path, [f"is not a .npy file, or broken: {error}"]) from error
         if array.dtype != dtype or array.shape != shape:
             found = f"{array.dtype} {list(array.shape)}"
             what = f"holds {found}, not {np.dtype(dtype)} {list(shape)}; build the index again"

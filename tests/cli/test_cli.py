@@ -422,7 +422,7 @@ def test_options_of_encode(workplace: Path, model: list[str], loaded: SentenceEn
         ("a.jsonl", '{"text": "a"}\n{"text": 5}\n', "a.jsonl: line 2: text is 5, not a string"),
         ("a.jsonl", '{"text": "a"\n', "a.jsonl: line 1: is not valid JSON"),
         ("a.jsonl", '{"a": "x", "b": "y"}\n', "has no 'text'; choose with --column, of 'a', 'b'"),
-        ("a.jsonl", "5\n", "a.jsonl: line 1: is no object and no string"),
+        ("a.jsonl", "5\n", "a.jsonl: line 1: is neither an object nor a string"),
         ("a.csv", "a,b\n1,2\n", "a.csv: has no 'text'; choose with --column, of 'a', 'b'"),
         ("a.csv", "text,b\n1\n", "a.csv: line 2: has 1 fields, the first line 2"),
         ("a.csv", "text,text\n1,2\n", "has more than one column 'text'"),

@@ -108,7 +108,7 @@ def test_whole_numbers_are_not_rounded(tmp_path: Path) -> None:
         ({"text": 5}, "line 2: text is 5, not a string"),
         ({"id": 1}, "line 2: has no 'text'"),
         ('{"text": "half', "line 2: is not valid JSON"),
-        ("[]", "line 2: is no object"),
+        ("[]", "line 2: is neither an object"),
         ('{"text": "\\ud800"}', "line 2: has a lone surrogate"),
         ('{"text": "x", "id": "\\ud800"}', "line 2: has a lone surrogate"),
     ],

@@ -466,12 +466,12 @@ def test_names_that_lead_outside_are_refused(
         (edited(lambda v: v["fingerprint"].pop("pooling")), "pooling is missing"),
         (edited(lambda v: v.update(dimension=15)), "vectors.npy: holds float32 [5, 16], not"),
         (edited(lambda v: v["segments"][0].update(rows=4)), "holds float32 [5, 16], not"),
-        (without_files, "vectors.npy: is no .npy file, or broken: [Errno 2]"),
+        (without_files, "vectors.npy: is not a .npy file, or broken: [Errno 2]"),
         (lambda folder: shutil.rmtree(folder / "segment-00000"), "rows.jsonl is missing"),
         (lambda folder: (folder / "segment-00000/rows.jsonl").unlink(), "rows.jsonl is missing"),
         (truncated("segment-00000/vectors.npy"), "vectors.npy has 447 bytes, not 448"),
         (truncated("segment-00000/rows.jsonl"), "rows.jsonl has 94 bytes, not 95"),
-        (overwritten("segment-00000/offsets.npy", b"x" * 176), "offsets.npy: is no .npy file"),
+        (overwritten("segment-00000/offsets.npy", b"x" * 176), "offsets.npy: is not a .npy file"),
     ],
 )
 def test_damage_is_named(index: Index, damage: Callable[[Path], None], message: str) -> None:

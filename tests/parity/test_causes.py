@@ -548,7 +548,7 @@ def test_texts_are_read(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
     assert read_texts(tmp_path / "a.txt") == ["one", "", "two"]
     assert read_texts(tmp_path / "a.jsonl") == ["one", "two"]
-    with pytest.raises(InputError, match="line 2: is no object and no string"):
+    with pytest.raises(InputError, match="line 2: is neither an object nor a string"):
         read_texts(tmp_path / "b.jsonl")
     with pytest.raises(InputError, match="is empty; give one text a line"):
         read_texts(tmp_path / "empty.txt")
