@@ -23,7 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import IO
 
-from minilm.disk import mount_of, temporary_name, write_together
+from minilm.disk import mount_of, temporary_name, with_home, write_together
 from minilm.errors import InputError
 
 __all__ = [
@@ -192,6 +192,7 @@ def write_output(
     Raises:
         OSError: It can't be written, the disk is full; it names `path`.
     """
+    path = with_home(path)
     if not is_stream(path):
         others = {
             _target(other): partial(_write_bytes, contents)
