@@ -32,7 +32,7 @@ from minilm.files.tables import (
     write_jsonl,
     write_rows,
     write_table,
-)
+)  # fmt: skip
 from minilm.outputs import (
     check_folder,
     check_output,
@@ -40,7 +40,7 @@ from minilm.outputs import (
     is_standard_output,
     is_stream,
     write_output,
-)
+)  # fmt: skip
 from minilm.parity.foreign import read_texts, read_vectors, run_onnx
 from minilm.pretrained import hub
 from minilm.streams import is_watched, standard_output, tell
@@ -216,10 +216,7 @@ def cluster(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
 
     texts, embeddings = _embedded(options)
     groups = community_detection(
-        embeddings,
-        options.threshold,
-        options.min_size,
-        show_progress_bar=is_watched(sys.stderr),
+        embeddings, options.threshold, options.min_size, show_progress_bar=is_watched(sys.stderr)
     )
     if options.json:
         _print_json([{"rows": rows, "texts": [texts[row] for row in rows]} for rows in groups])
@@ -288,12 +285,19 @@ def index_build(options: argparse.Namespace, parser: argparse.ArgumentParser) ->
         output,
         table,
         column=options.column,
-        prompt=options.prompt,
-        truncation=options.truncation,
         codes=options.codes,
-        show_progress_bar=is_watched(sys.stderr),
+        **_for_index(options),
     )
     tell(f"{output}: {len(index):,} rows")
+
+
+def _for_index(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that are the same for a new index and for more texts in one."""
+    return {
+        "prompt": options.prompt,
+        "truncation": options.truncation,
+        "show_progress_bar": is_watched(sys.stderr),
+    }
 
 
 def index_add(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -303,14 +307,7 @@ def index_add(options: argparse.Namespace, parser: argparse.ArgumentParser) -> N
 
     index = Index.open(options.index)
     table = _table(options)
-    add_to_index(
-        _load(options),
-        index,
-        table,
-        prompt=options.prompt,
-        truncation=options.truncation,
-        show_progress_bar=is_watched(sys.stderr),
-    )
+    add_to_index(_load(options), index, table, **_for_index(options))
     tell(f"{options.index}: {len(index):,} rows")
 
 
@@ -384,16 +381,12 @@ def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 def explain(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Print a similarity, word by word."""
-    png, page = (
-        _file(name, argument, options, parser)
-        for name, argument in ((options.png, "--png"), (options.html, "--html"))
-    )
+    png = _file(options.png, "--png", options, parser)
+    page = _file(options.html, "--html", options, parser)
     if png is not None and png == page:
         parser.error("argument --html: is the file of --png too; choose another name")
-    encoder = _load(options)
-    explanation = encoder.explain(
-        options.a, options.b, by=options.by, dtype=options.dtype or "float64"
-    )
+    dtype = options.dtype or "float64"
+    explanation = _load(options).explain(options.a, options.b, by=options.by, dtype=dtype)
     title = " / ".join(_one_line(text) or '""' for text in explanation.texts)
     if png is not None:
         write_output(png, explanation.to_png)
@@ -427,12 +420,9 @@ def tour(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 
 
 def _in_colour() -> bool:
-    """Whether the output is a terminal whose user has not asked for none (no-color.org)."""
-    return (
-        is_watched(sys.stdout)
-        and not os.environ.get("NO_COLOR")
-        and os.environ.get("TERM") != "dumb"
-    )
+    """Whether the output is a terminal, and nobody asked for no colours (no-color.org)."""
+    refused = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return is_watched(sys.stdout) and not refused
 
 
 def info(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -525,7 +515,7 @@ def download(options: argparse.Namespace, parser: argparse.ArgumentParser) -> No
 def _file(
     name: str | None, argument: str, options: argparse.Namespace, parser: argparse.ArgumentParser
 ) -> Path | None:
-    """The file of an argument, once it is known that it can be written; - is standard output."""
+    """The file of an argument, which must be writable; - is standard output."""
     if name is None:
         return None
     if not name or name.endswith(_ENDS_OF_FOLDERS):
@@ -538,7 +528,7 @@ def _file(
 
 
 def _folder(name: str, argument: str, parser: argparse.ArgumentParser) -> Path:
-    """The folder of an argument, once it is known that it can be written into."""
+    """The folder of an argument, which must be writable."""
     if name in ("", "-"):
         parser.error(f"argument {argument}: {name!r} is not the name of a folder")
     folder = with_home(name)
@@ -564,7 +554,7 @@ def _load(options: argparse.Namespace) -> "SentenceEncoder":
 
 
 def _matrix(texts: list[str], rows: list[list[float]]) -> str:
-    """A table with numbered rows; the columns bear the same numbers."""
+    """A table with numbered rows, and columns of the same numbers."""
     digits = len(str(len(texts)))
     header = " " * digits + "".join(f"{number:>9}" for number in range(1, len(texts) + 1))
     lines = [

@@ -18,16 +18,9 @@ from minilm.files.tables import METADATA_KEY, VECTOR_FIELDS
 from minilm.vectors import from_arrow
 
 __all__ = [
-    "embedding_array",
-    "embedding_type",
-    "embeddings_of",
-    "fingerprint_in",
-    "import_pyarrow",
-    "text_column",
-    "texts_of",
-    "vector_column",
-    "with_fingerprint",
-]
+    "embedding_array", "embedding_type", "embeddings_of", "fingerprint_in", "import_pyarrow",
+    "text_column", "texts_of", "vector_column", "with_fingerprint",
+]  # fmt: skip
 
 # The dtypes of vectors; codes of int8, uint8 and bits have the last two.
 _DTYPES = ("float64", "float32", "float16", "int8", "uint8")

@@ -24,15 +24,9 @@ from minilm.errors import InputError
 from minilm.streams import standard_input
 
 __all__ = [
-    "DEFAULT_COLUMN",
-    "FORMS",
-    "Reader",
-    "Row",
-    "as_json",
-    "column_of",
-    "input_form",
+    "DEFAULT_COLUMN", "FORMS", "Reader", "Row", "as_json", "column_of", "input_form",
     "lone_surrogate",
-]
+]  # fmt: skip
 
 DEFAULT_COLUMN = "text"
 

@@ -23,22 +23,10 @@ if TYPE_CHECKING:
     import numpy as np
 
 __all__ = [
-    "METADATA_KEY",
-    "NPZ_KEY",
-    "ROW_SUFFIXES",
-    "SUFFIXES",
-    "VECTOR_FIELDS",
-    "Table",
-    "check_rows",
-    "form_of",
-    "is_utf8",
-    "read_table",
-    "sidecar_path",
-    "sidecars_of",
-    "write_jsonl",
-    "write_rows",
+    "METADATA_KEY", "NPZ_KEY", "ROW_SUFFIXES", "SUFFIXES", "VECTOR_FIELDS", "Table", "check_rows",
+    "form_of", "is_utf8", "read_table", "sidecar_path", "sidecars_of", "write_jsonl", "write_rows",
     "write_table",
-]
+]  # fmt: skip
 
 # The forms of files with vectors, and of files with rows only.
 SUFFIXES = (".npy", ".npz", ".safetensors", ".jsonl", ".csv")

@@ -38,14 +38,9 @@ from minilm.tokenizer import WordPieceTokenizer
 from minilm.version import __version__
 
 __all__ = [
-    "FORMAT_VERSION",
-    "Comparison",
-    "Fingerprint",
-    "Verdict",
-    "compare",
-    "fingerprint",
+    "FORMAT_VERSION", "Comparison", "Fingerprint", "Verdict", "compare", "fingerprint",
     "fingerprint_of",
-]
+]  # fmt: skip
 
 Verdict = Literal["same", "rounding", "limit", "model"]
 

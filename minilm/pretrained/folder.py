@@ -33,7 +33,7 @@ from minilm.errors import (
     ModelFolderError,
     TokenizerError,
     WeightsError,
-)
+)  # fmt: skip
 from minilm.pooling import ClsPooling, MeanPooling, Normalize
 from minilm.pretrained.checkpoint import build_bert, read_checkpoint
 from minilm.pretrained.hub import looks_like

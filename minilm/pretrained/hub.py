@@ -30,20 +30,14 @@ from minilm.errors import (
     ModelNotFoundError,
     NotAFolderError,
     listed,
-)
+)  # fmt: skip
 from minilm.source import ModelFiles, verified
 from minilm.streams import is_open, present
 
 __all__ = [
-    "DEFAULT_MODEL",
-    "REVISION",
-    "SHA256",
-    "AccessToken",
-    "download",
-    "locate",
-    "looks_like",
-    "settled",
-]
+    "DEFAULT_MODEL", "REVISION", "SHA256", "AccessToken", "download", "from_hub", "locate",
+    "looks_like", "settled",
+]  # fmt: skip
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 REVISION = "1110a243fdf4706b3f48f1d95db1a4f5529b4d41"
@@ -333,31 +327,21 @@ def _weights_folders() -> list[Path]:
 
 # What is read of a model, or tells that it can't be read; nothing else is fetched.
 _READ = (
-    "modules.json",
-    "*config.json",
-    "*config_sentence_transformers.json",
-    "*tokenizer.json",
-    "*added_tokens.json",
-    "*special_tokens_map.json",
-    "*vocab.txt",
-    "*.safetensors.index.json",
-)
+    "modules.json", "*config.json", "*config_sentence_transformers.json", "*tokenizer.json",
+    "*added_tokens.json", "*special_tokens_map.json", "*vocab.txt", "*.safetensors.index.json",
+)  # fmt: skip
 # Fetched last, so that a cache that has them has the rest.
 _WEIGHTS = ("*model.safetensors", "*model-*.safetensors")
 _NOT_READ = ("onnx/*", "openvino/*", "*checkpoint-*")  # other forms of the model, and earlier ones
 
 # What every model has, under one of these names; and what it can do without.
 _NEEDED = (
-    ("modules.json",),
-    ("config.json",),
-    ("tokenizer.json", "vocab.txt"),
+    ("modules.json",), ("config.json",), ("tokenizer.json", "vocab.txt"),
     ("model.safetensors", *_WEIGHTS),
-)
+)  # fmt: skip
 _OPTIONAL = (
-    "sentence_bert_config.json",
-    "tokenizer_config.json",
-    "config_sentence_transformers.json",
-)
+    "sentence_bert_config.json", "tokenizer_config.json", "config_sentence_transformers.json",
+)  # fmt: skip
 
 
 def _snapshot(
@@ -422,7 +406,12 @@ def _snapshot(
                 first = "modules.json" if "modules.json" in needed else needed[0]
                 looked.append(f"{cache} (the Hub cache): no {first} of revision {folder.name}")
                 looked.append(f"{_hidden(constants.ENDPOINT)} (the Hub): {error}")
-                raise _not_found(name, looked) from error.__cause__
+                connect = _ADVICE if name == DEFAULT_MODEL else _ADVICE.partition(";")[0]
+                raise ModelNotFoundError(
+                    f"{name} was not found. Places looked at:{listed(looked)}\nWhat to do: pass "
+                    f"the folder of a model; or {connect}.",
+                    looked,
+                ) from error.__cause__
     if doubt or optional:
         warnings.warn(
             f"{name}: {doubt or ', '.join(optional) + ' is not in the cache beside the weights'}; "
@@ -452,7 +441,7 @@ def _fetch(
         HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
-    )
+    )  # fmt: skip
 
     if local_files_only or constants.HF_HUB_OFFLINE:
         why = "local_files_only=True" if local_files_only else "HF_HUB_OFFLINE is set"
@@ -528,15 +517,6 @@ def _lacking(folder: Path, names: Collection[str] | None) -> tuple[list[str], li
         and not any(fnmatch.fnmatch(name, one) for one in _NOT_READ)
     ]
     return needed, [name for name in _OPTIONAL if name not in there]
-
-
-def _not_found(name: str, looked: list[str]) -> ModelNotFoundError:
-    connect = _ADVICE if name == DEFAULT_MODEL else _ADVICE.partition(";")[0]
-    return ModelNotFoundError(
-        f"{name} was not found. Places looked at:{listed(looked)}\nWhat to do: pass the folder of "
-        f"a model; or {connect}.",
-        looked,
-    )
 
 
 def _hidden(text: str, token: AccessToken | bool | None = None) -> str:

@@ -35,7 +35,7 @@ from minilm.errors import (
     MinilmError,
     NotAFolderError,
     TokenizerError,
-)
+)  # fmt: skip
 from minilm.inference.kernels import has_own_forward
 from minilm.pipeline import Pipeline
 from minilm.pooling import ClsPooling, MeanPooling, Normalize
@@ -54,17 +54,9 @@ _POOLINGS = {MeanPooling: "mean", ClsPooling: "cls"}
 
 # What a network that we can save is made of.
 _OWN_MODULES: tuple[type[nn.Module], ...] = (
-    BertModel,
-    BertEmbeddings,
-    BertLayer,
-    BertSelfAttention,
-    BertFeedForward,
-    nn.Linear,
-    nn.Embedding,
-    nn.LayerNorm,
-    nn.Dropout,
-    nn.ModuleList,
-)
+    BertModel, BertEmbeddings, BertLayer, BertSelfAttention, BertFeedForward,
+    nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, nn.ModuleList,
+)  # fmt: skip
 
 
 def save_pretrained(
@@ -268,14 +260,10 @@ def _contents(encoder: Pipeline) -> dict[str, bytes]:
 
 
 _POOLING_FLAGS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
-_POOLING_MODES = (
-    "pooling_mode_cls_token",
-    "pooling_mode_mean_tokens",
-    "pooling_mode_max_tokens",
-    "pooling_mode_mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens",
-    "pooling_mode_lasttoken",
-)
+_POOLING_MODES = tuple(f"pooling_mode_{mode}" for mode in (
+    "cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens",
+    "lasttoken",
+))  # fmt: skip
 
 
 def _tensors(encoder: Pipeline) -> dict[str, Tensor]:
