@@ -1,8 +1,8 @@
-"""The command `minilm`: what can be written on its line. What it then does is in `commands.py`.
+"""The command line `minilm`: its commands, their options and help. `commands.py` runs them.
 
-Everything that it can do is one call in Python too. torch is loaded only once a command runs, so
-that `--help` answers at once. Exit codes: 0 done, 1 failed, or for `parity` different, 2 wrong
-usage, 130 interrupted.
+Each command is one call in Python too. torch is loaded only once a command runs, so that `--help`
+answers at once. Exit codes: 0 done, 1 failed, or for `parity` and `check` different, 2 wrong usage,
+130 interrupted.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning
                 code: int | None = options.run(options, parser)
-        except BrokenPipeError:  # whoever reads the file that was named has what he wanted
+        except BrokenPipeError:  # the reader of a named pipe has all that it wanted
             return 0
         except KeyboardInterrupt:
             tell("minilm: interrupted")
@@ -60,7 +60,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _make_output_safe() -> None:
-    """Text that the output's encoding lacks is escaped."""
+    """Escape characters that the output's encoding lacks."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -121,10 +121,12 @@ def _parser() -> argparse.ArgumentParser:
         "--precision",
         choices=("float32", "float16", "int8", "uint8", "binary", "ubinary"),
         default="float32",
-        help="of the numbers that are written (default: %(default)s; float16 only into a folder)",
+        help="what the numbers are rounded to (default: %(default)s; float16 only into a folder)",
     )
     _add_number(encode, "--truncate-dim", "keep N numbers of each")
-    encode.add_argument("--normalize", action="store_true", help="behind --truncate-dim: length 1")
+    encode.add_argument(
+        "--normalize", action="store_true", help="after --truncate-dim: scale to length 1"
+    )
     _add_number(encode, "--batch-size", "sentences at a time")
     folder = encode.add_argument_group("with -o FOLDER")
     _add_number(folder, "--shard-rows", "rows of each part (default: 4096)")
@@ -136,7 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_number(folder, "--workers", "processes, which share the threads")
     folder.add_argument(
-        "--overwrite", action="store_true", help="remove what another run has left there"
+        "--overwrite", action="store_true", help="remove the files of another run from the folder"
     )
 
     similarity = command("similarity", "how alike texts are, as a matrix")
@@ -147,7 +149,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_json(similarity, "print the matrix as JSON")
 
     mine = command("mine", "the most similar pairs of texts", "Find the most similar pairs.")
-    _add_number(mine, "--max-pairs", "print so many", 100)
+    _add_number(mine, "--max-pairs", "how many to print, at most", 100)
     _add_number(mine, "--top-k", "look at the N nearest of each text", 100)
 
     cluster = command(
@@ -221,7 +223,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     texts_help = "the texts of a FILE that has none, as encode reads them"
     _add_path(check, "--texts", "FILE", texts_help)
-    _add_number(check, "--sample", "texts", 256)
+    _add_number(check, "--sample", "how many texts to embed again", 256)
 
     parity = command(
         "parity",
@@ -297,7 +299,7 @@ def _add_actions(index: Any) -> None:
     )
     _add_number(search, "--rescore-multiplier", "candidates for each result", 4)
     _add_json(search, "print JSON, with the whole rows")
-    _add_number(check, "--sample", "texts", 256)
+    _add_number(check, "--sample", "how many texts to embed again", 256)
     _add_json(check, "print the finding as JSON")
 
 

@@ -99,8 +99,8 @@ class Index:
         problems = [
             f"{entry.name}/{name} {problem}; build the index again"
             for entry in manifest.segments
-            for name, (size, _) in entry.files.items()
-            if (problem := size_problem(self.folder / entry.name / name, size))
+            for name, file in entry.files.items()
+            if (problem := size_problem(self.folder / entry.name / name, file["bytes"]))
         ]
         if problems:
             raise ConfigError(self.folder / MANIFEST, problems)
@@ -336,7 +336,7 @@ class Index:
         """
         problems = []
         for entry in self._manifest.segments:
-            for name, (_, expected) in entry.files.items():
+            for name, file in entry.files.items():
                 try:
                     actual = file_sha256(self.folder / entry.name / name)
                 except FileNotFoundError:
@@ -345,10 +345,10 @@ class Index:
                         "index again"
                     )
                     continue
-                if actual != expected:
+                if actual != file["sha256"]:
                     problems.append(
-                        f"{entry.name}/{name} has SHA-256 {actual}, expected {expected}: it was "
-                        "changed or damaged; build the index again"
+                        f"{entry.name}/{name} has SHA-256 {actual}, expected {file['sha256']}: it "
+                        "was changed or damaged; build the index again"
                     )
         if problems:
             raise ConfigError(self.folder / MANIFEST, problems)

@@ -11,11 +11,11 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -65,11 +65,12 @@ class _Entry:
 
     name: str
     rows: int
-    files: dict[str, tuple[int, str]]
+    files: dict[str, "_File"]
 
-    def to_dict(self) -> dict[str, Any]:
-        files = {name: {"bytes": size, "sha256": sha} for name, (size, sha) in self.files.items()}
-        return {"name": self.name, "rows": self.rows, "files": files}
+
+class _File(TypedDict):
+    bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -84,16 +85,8 @@ class Manifest:
     segments: tuple[_Entry, ...]
 
     def to_json(self) -> str:
-        values = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "fingerprint": None if self.fingerprint is None else self.fingerprint.to_dict(),
-            "dimension": self.dimension,
-            "column": self.column,
-            "codes": list(self.codes),
-            "next_segment": self.next_segment,
-            "segments": [entry.to_dict() for entry in self.segments],
-        }
+        values = {"format": FORMAT, "format_version": FORMAT_VERSION} | asdict(self)
+        values["fingerprint"] = None if self.fingerprint is None else self.fingerprint.to_dict()
         return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -118,7 +111,9 @@ def read_manifest(folder: Path) -> Manifest:
                 inside(entry["name"]),
                 _typed(entry["rows"], int),
                 {
-                    inside(name): (_typed(file["bytes"], int), _typed(file["sha256"], str))
+                    inside(name): _File(
+                        bytes=_typed(file["bytes"], int), sha256=_typed(file["sha256"], str)
+                    )
                     for name, file in entry["files"].items()
                 },
             )
@@ -327,7 +322,7 @@ def _write_segment(
             temporary.mkdir()
             count = _write_files(temporary, blocks, manifest)
             files = {
-                path.name: (path.stat().st_size, file_sha256(path))
+                path.name: _File(bytes=path.stat().st_size, sha256=file_sha256(path))
                 for path in sorted(temporary.iterdir())
             }
             sync_folder(temporary)

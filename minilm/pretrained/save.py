@@ -249,7 +249,7 @@ def _contents(encoder: Pipeline) -> dict[str, bytes]:
             "include_prompt": True,
         },
     }
-    if normalizes:  # version 5 looks at none, version 6 at this
+    if normalizes:  # version 6 reads this, version 5 nothing
         values["2_Normalize/config.json"] = {
             "module_input_name": "sentence_embedding",
             "module_output_name": "sentence_embedding",
@@ -282,7 +282,7 @@ def _tensors(encoder: Pipeline) -> dict[str, Tensor]:
     if problems:
         raise InputError(f"encoder.bert can't be saved: {'; '.join(problems)}", "encoder")
     with torch.inference_mode(False), torch.no_grad():
-        # Copies share no memory, as tied weights would, which the format can't say.
+        # Copies, since tied weights share memory, which the format can't express.
         state = {published_name(name): _copy(tensor) for name, tensor in ours.items()}
         pooler = read_pooler(encoder)
         return state | {name: _copy(tensor.to(encoder.dtype)) for name, tensor in pooler.items()}
@@ -294,14 +294,14 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _file_dtype(state: Mapping[str, Tensor]) -> str:
-    """What `config.json` calls the dtype, which the reference's version 6 computes in."""
+    """The dtype in `config.json`, in which version 6 of the reference computes."""
     kinds = {tensor.dtype for tensor in state.values()}
     kind = kinds.pop() if len(kinds) == 1 else torch.float32  # of bfloat16 and float32: the wider
     return str(kind).removeprefix("torch.")
 
 
 def _tokenizer_files(tokenizer: WordPieceTokenizer, max_seq_length: int) -> dict[str, bytes]:
-    """`tokenizer.json` and what goes with it, proven to make the same tokenizer again."""
+    """`tokenizer.json` and the files beside it, checked to be loaded as the same tokenizer."""
     if tokenizer.backend.encode_special_tokens:
         raise InputError(
             "encoder.tokenizer.backend has encode_special_tokens, which can't be saved; set it to "
@@ -335,14 +335,14 @@ def _tokenizer_files(tokenizer: WordPieceTokenizer, max_seq_length: int) -> dict
     if tokenizer.second_type_id is not None:
         types = ["token_type_ids"] * tokenizer.second_type_id
         settings["model_input_names"] = ["input_ids", *types, "attention_mask"]
-    # With these nobody asks older files for more, which may lie in the folder from before.
+    # With these the reference doesn't read older files, which may be left in the folder.
     settings["added_tokens_decoder"] = {
         str(token["id"]): {key: value for key, value in token.items() if key != "id"}
         for token in values["added_tokens"]
     }
     encoded = _as_json(values)
-    # The first is made anew from the vocabulary, which every version of the reference does alike;
-    # what that can't say is kept as it is written by the second.
+    # The first class is built from the vocabulary, in the same way by every version of the
+    # reference; the second keeps as it is written what the first can't express.
     for kind in ("BertTokenizer", "PreTrainedTokenizerFast"):
         settings["tokenizer_class"] = kind
         try:
@@ -352,7 +352,7 @@ def _tokenizer_files(tokenizer: WordPieceTokenizer, max_seq_length: int) -> dict
             is_same = json.loads(again.backend.to_str()) == json.loads(current)
             is_same = is_same and again.pad_token_id == tokenizer.pad_token_id
             is_same = is_same and again.second_type_id == tokenizer.second_type_id
-            reason = "the loader would make another one of it"
+            reason = "it would be loaded as another one"
         except TokenizerError as error:
             is_same, reason = False, "; ".join(error.problems)
         if is_same:
@@ -370,7 +370,7 @@ def _tokenizer_files(tokenizer: WordPieceTokenizer, max_seq_length: int) -> dict
         ),
     }
     vocabulary = sorted(values["model"]["vocab"].items(), key=lambda entry: entry[1])
-    # One word a line can hold no vocabulary with gaps; nothing needs that file.
+    # A file of one word a line can't have gaps; nothing needs it.
     if [number for _, number in vocabulary] == list(range(len(vocabulary))):
         files["vocab.txt"] = "".join(f"{word}\n" for word, _ in vocabulary).encode("utf-8")
     return files
@@ -384,7 +384,7 @@ def _as_json(value: Any) -> bytes:
 
 
 def _write(target: Path, contents: Mapping[str, bytes]) -> None:
-    """Write the files of a folder, all or none, in this order."""
+    """Write the files of a folder in this order, all or none."""
     made = make_folder(target.parent)
     is_new = not target.is_dir()
     name = temporary_name(target.name)
@@ -421,7 +421,7 @@ def _write_file(path: Path, data: bytes) -> None:
 
 
 def _becomes(staging: Path, target: Path) -> bool:
-    """Rename a folder; False if one of that name has come into being meanwhile."""
+    """Rename a folder; False if there is one of that name by now."""
     try:
         staging.rename(target)
     except OSError:
@@ -432,7 +432,7 @@ def _becomes(staging: Path, target: Path) -> bool:
 
 
 def _replace_files(staging: Path, target: Path, files: Sequence[str]) -> None:
-    """Move files over those of the same names; after an error the ones of before are back."""
+    """Move files over those of the same names; after an error, move the old ones back."""
     before = staging / "before"
     undo: list[Callable[[], object]] = []
     try:
@@ -461,7 +461,7 @@ def _replace_files(staging: Path, target: Path, files: Sequence[str]) -> None:
 
 
 def _keep(old: Path, kept: Path) -> None:
-    """A second name for a file, else a copy; the first stays all the time, for readers."""
+    """Give a file a second name, or make a copy; its first name stays, for readers."""
     try:
         os.link(old, kept, follow_symlinks=False)
     except (OSError, NotImplementedError):
