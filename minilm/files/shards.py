@@ -175,7 +175,7 @@ class ShardFolder:
         else:
             lines = [header, *(asdict(self.done[number]) for number in sorted(self.done))]
             text = "".join(json.dumps(line) + "\n" for line in lines)
-            with self._named(PROGRESS):
+            with self._errors_about(PROGRESS):
                 write_atomically(self.folder / PROGRESS, lambda file: file.write(text.encode()))
 
     def _is_intact(self, part: Part) -> bool:
@@ -196,10 +196,10 @@ class ShardFolder:
                 still is.
         """
         path = self.folder / name
-        with self._named(name):
+        with self._errors_about(name):
             write_atomically(path, lambda file: _write_parquet(file, table))
             part = Part(name, table.num_rows, file_sha256(path), **more)
-        with self._named(PROGRESS), (self.folder / PROGRESS).open("ab") as progress:
+        with self._errors_about(PROGRESS), (self.folder / PROGRESS).open("ab") as progress:
             progress.write(f"{json.dumps(asdict(part))}\n".encode())
             sync(progress)
         self.done[number] = part
@@ -211,14 +211,14 @@ class ShardFolder:
             return
         parts = [asdict(self.done[number]) for number in sorted(self.done)]
         text = json.dumps({**(self.header or {}), "parts": parts}, indent=1)
-        with self._named(MANIFEST):
+        with self._errors_about(MANIFEST):
             write_atomically(self.folder / MANIFEST, lambda file: file.write(f"{text}\n".encode()))
             (self.folder / PROGRESS).unlink(missing_ok=True)
             sync_folder(self.folder)
         self.is_complete = True
 
     @contextmanager
-    def _named(self, name: str) -> Iterator[None]:
+    def _errors_about(self, name: str) -> Iterator[None]:
         """Name the file in an error of writing, and say what to do."""
         try:
             yield
