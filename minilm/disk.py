@@ -65,8 +65,8 @@ def absolute(path: str | os.PathLike[str]) -> Path:
 def with_home(path: str | os.PathLike[str]) -> Path:
     """A path as a user wrote it, with the home of the user in place of a "~" at its start.
 
-    So is every path that this package is given, of files and of folders: a shell expands only some
-    of them. A "~name" that is not a user's stays, since files may have such names.
+    This holds for files and folders, on the command line, where a shell expands only some of them,
+    and in Python. A "~name" that is not a user's stays, since files may have such names.
     """
     return Path(os.path.expanduser(path))  # noqa: PTH111  # pathlib's raises for an unknown user
 

@@ -258,6 +258,7 @@ def test_wheel_works_in_a_fresh_environment(published: Path, tmp_path: Path) -> 
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert "minilm/py.typed" in names
+    assert {"minilm/cli/examples.txt", "minilm/pretrained/model_card.md.jinja"} <= {*names}
     assert {f"minilm/interpret/tour_page.{suffix}" for suffix in ("html", "css", "js")} <= set(
         names
     )

@@ -9,8 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from minilm.errors import BadRowError, InputError
+from minilm.errors import BadRowError, ConfigError, InputError
+from minilm.files.records import read_fingerprint
 from minilm.files.sources import Layout, Shard, find_files, read_shards, survey
+from minilm.files.tables import read_table
 
 
 def lines(path: Path, *rows: Any) -> Path:
@@ -314,3 +316,16 @@ def test_what_changed_between_the_readings(tmp_path: Path) -> None:
     lines(path, {"text": "a", "n": "one"})
     with pytest.raises(InputError, match="'n' is not what it was at the first reading"):
         list(read_shards([path], layout, 10))
+
+
+def test_the_home_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "a.txt").write_text("the dog\n")
+    for given in ("~", "~/a.txt", "~/*.txt", Path("~/a.txt")):
+        assert find_files(given) == [tmp_path / "a.txt"]
+    assert read_table(["~/a.txt"]).texts == ["the dog"]
+    (tmp_path / "a.npy.fingerprint.json").write_text("{")
+    (tmp_path / "a.npy").write_bytes(b"")
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        read_fingerprint("~/a.npy")
