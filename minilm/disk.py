@@ -33,6 +33,7 @@ __all__ = [
     "sync",
     "sync_folder",
     "temporary_name",
+    "with_home",
     "with_metadata",
     "write_atomically",
     "write_together",
@@ -48,15 +49,24 @@ _HAS_NONE = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.
 def absolute(path: str | os.PathLike[str]) -> Path:
     """The path from the root, which means the same in every working directory.
 
-    "~" is the user's home; links and ".." stay as they are. A relative path is a
+    "~" is the user's home, see `with_home`; links and ".." stay as they are. A relative path is a
     `FileNotFoundError` where the working directory was deleted.
     """
-    path = Path(path).expanduser()
+    path = with_home(path)
     try:
         return path.absolute()
     except FileNotFoundError as error:
         reason = "the working directory is gone; pass the path from the root"
         raise FileNotFoundError(errno.ENOENT, reason, str(path)) from error
+
+
+def with_home(path: str | os.PathLike[str]) -> Path:
+    """A path as a user wrote it, with the home of the user in place of a "~" at its start.
+
+    This holds for files and folders, on the command line, where a shell expands only some of them,
+    and in Python. A "~name" that is not a user's stays, since files may have such names.
+    """
+    return Path(os.path.expanduser(path))  # noqa: PTH111  # pathlib's raises for an unknown user
 
 
 def inside(name: Any) -> str:

@@ -22,7 +22,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from minilm.disk import mount_of, temporary_name, write_together
+from minilm.disk import mount_of, temporary_name, with_home, write_together
 from minilm.errors import InputError
 
 __all__ = [
@@ -190,6 +190,7 @@ def write_output(
     Raises:
         OSError: It can't be written, or the disk is full; the error names `path`.
     """
+    path = with_home(path)
     if not is_stream(path):
         others = {
             _target(other): (lambda file, contents=contents: file.write(contents))

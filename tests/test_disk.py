@@ -18,16 +18,19 @@ import safetensors.numpy
 
 from conftest import ROOT, another_process
 from minilm.disk import (
+    absolute,
     file_sha256,
     inside,
     lock_folder,
     make_folder,
     sync_folder,
+    with_home,
     with_metadata,
     write_atomically,
     write_together,
 )
 from minilm.errors import InputError
+from minilm.outputs import write_output
 
 # What file systems without flock or fsync answer: Lustre, FUSE, NFS without its lock service.
 MISSING = [errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL, errno.ENOLCK]
@@ -399,3 +402,30 @@ def test_metadata_stay_in_their_order_and_are_read_by_the_library(tmp_path: Path
         assert file.metadata() == metadata
         for name, value in tensors.items():
             assert np.array_equal(file.get_tensor(name), value)
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("~", "{home}"),
+        ("~/a/b", "{home}/a/b"),
+        ("a/~/b", "a/~/b"),
+        ("~no-such-user-here/x", "~no-such-user-here/x"),
+        ("~$notes.txt", "~$notes.txt"),
+    ],
+)
+def test_with_home(
+    path: str, expected: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    for given in (path, Path(path)):
+        assert with_home(given) == Path(expected.format(home=tmp_path))
+        assert absolute(given) == Path(expected.format(home=tmp_path)).absolute()
+
+
+def test_a_file_is_written_to_the_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    write_output(Path("~/x"), lambda file: file.write(b"1"))
+    assert (tmp_path / "x").read_bytes() == b"1"

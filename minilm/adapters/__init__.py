@@ -11,7 +11,7 @@
 A framework that is not installed is a `MissingPackageError`, which says what to install:
 `pip install "minilm[chroma]"`. Importing this package imports none of them, and no torch.
 
-All are built on `lazy.py`: a model that is named now, read when first used, pickled as its name.
+All use `lazy.py`: a model that is named now, loaded when first used, and pickled as its name.
 """
 
 __all__: list[str] = []

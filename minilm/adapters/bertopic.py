@@ -1,8 +1,7 @@
 """The model in BERTopic: `BERTopic(embedding_model=MiniLMTopicEmbedder())`.
 
-In: documents and words. Out: their vectors. BERTopic knows other libraries by the names of their
-classes, and puts a model of its own, without a word, in the place of an object that it doesn't
-know; what is of its own class `BaseEmbedder` it takes as it is.
+In: documents and words. Out: their vectors. BERTopic silently replaces an object of a class that it
+doesn't know with a model of its own; it only keeps those of its own class `BaseEmbedder`.
 """
 
 from minilm.adapters.lazy import Embedder
@@ -19,8 +18,8 @@ __all__ = ["MiniLMTopicEmbedder"]
 class MiniLMTopicEmbedder(Embedder, BaseEmbedder):  # type: ignore[misc]
     """BERTopic's `BaseEmbedder`.
 
-    `topic_model.save(path, serialization="pickle")` keeps it, by the model's name. Other forms of
-    `save` keep no model; pass this again: `BERTopic.load(path, embedding_model=...)`.
+    `topic_model.save(path, serialization="pickle")` stores the model's name. Other forms of `save`
+    store no model; pass this again: `BERTopic.load(path, embedding_model=...)`.
 
     Attributes:
         embedding_model: The model, a `LazyEncoder`.

@@ -1,4 +1,4 @@
-"""Texts -> vectors, as Chroma's `EmbeddingFunction`: kept by name with a collection, and rebuilt.
+"""Texts -> vectors, as Chroma's `EmbeddingFunction`: stored by name with a collection, and rebuilt.
 
     client = chromadb.PersistentClient("database")
     function = MiniLMEmbeddingFunction()
@@ -36,12 +36,12 @@ __all__ = ["MiniLMEmbeddingFunction"]
 
 
 class MiniLMEmbeddingFunction(EmbeddingFunction[Documents]):  # type: ignore[misc]
-    """Embeds the documents of a collection, and what it is queried for.
+    """Embeds the documents and the queries of a collection.
 
-    What is kept with the collection are the model's name or folder, the options, and the model's
-    fingerprint. So a collection that is opened again refuses to be searched with another model,
-    also if it is one of the same name. Open it without passing a function: else Chroma takes that
-    one, whatever the collection was made with, as long as it is of this class.
+    The model's name or folder, the options, and the model's fingerprint are stored with the
+    collection. So a collection that is opened again can't be searched with another model, even one
+    of the same name. Open it without passing a function: Chroma would take any function of this
+    class, whatever the collection was made with.
 
     Attributes:
         lazy: The model.
@@ -56,17 +56,17 @@ class MiniLMEmbeddingFunction(EmbeddingFunction[Documents]):  # type: ignore[mis
     ) -> None:
         """Load a model.
 
-        It is loaded here and now, unless it has a fingerprint: Chroma asks for what is to be kept
-        while it makes a collection, and takes an error then for "nothing can be kept".
+        It is loaded now, unless it has a fingerprint: when Chroma asks what to store, while it
+        makes a collection, it takes an error for "nothing to store".
 
         Args:
-            model: A folder, or a name on the Hub; an encoder could not be kept with a collection.
-            fingerprint: What the model has to be, as `Fingerprint.to_dict` gives it; it is loaded,
-                and compared, when first used.
-            options: See `LazyEncoder`. An access token is not kept with the collection.
+            model: A folder, or a name on the Hub; an encoder can't be stored with a collection.
+            fingerprint: What the model has to be, as from `Fingerprint.to_dict`; the model is
+                loaded, and compared with it, when first used.
+            options: See `LazyEncoder`. An access token is not stored with the collection.
 
         Raises:
-            InputTypeError: `model` is no name; or as in `LazyEncoder`.
+            InputTypeError: `model` is not a name; or as in `LazyEncoder`.
             MinilmError: As in `SentenceEncoder.from_pretrained`.
         """
         if isinstance(model, SentenceEncoder):
@@ -93,68 +93,63 @@ class MiniLMEmbeddingFunction(EmbeddingFunction[Documents]):  # type: ignore[mis
             n arrays `[384]` of float32: the numbers of `SentenceEncoder.encode_document`.
 
         Raises:
-            InputError: The model has not the fingerprint that it should have.
-            InputTypeError: A single text was passed, or something is no text.
+            InputError: The model doesn't have the fingerprint that it should have.
+            InputTypeError: A single text was passed, or something that is not a text.
             MinilmError: As in `SentenceEncoder.from_pretrained` and `encode`.
         """
-        texts = as_many(input, "input")
-        return list(self._checked().encode_document(texts).astype(np.float32, copy=False))
+        vectors = self._checked().encode_document(as_many(input, "input"))
+        return list(vectors.astype(np.float32, copy=False))
 
     def embed_query(self, input: Documents) -> list[np.ndarray[Any, Any]]:  # noqa: A002
-        """The same with `SentenceEncoder.encode_query`, for what a collection is queried for."""
-        texts = as_many(input, "input")
-        return list(self._checked().encode_query(texts).astype(np.float32, copy=False))
+        """Embed queries: as `__call__`, with `SentenceEncoder.encode_query`."""
+        vectors = self._checked().encode_query(as_many(input, "input"))
+        return list(vectors.astype(np.float32, copy=False))
 
     def _checked(self) -> LazyEncoder:
         if not self._is_checked and self._fingerprint is not None:
-            now = self._fingerprint_now()
-            _check_same(self._fingerprint, now)
+            _check_same(self._fingerprint, self._fingerprint_now())
             self._is_checked = True
         return self.lazy
 
     def _fingerprint_now(self) -> Fingerprint:
-        """Of the vectors of documents: the model's, with the options of each call."""
+        """The record of the vectors of documents, with the options of each call."""
         options = self.lazy.options
         if options.get("prompt") is None and options.get("prompt_name") is None:
             name = prompt_for("document", self.lazy.encoder.prompts)
             return self.lazy.fingerprint(prompt_name=name)
         return self.lazy.fingerprint()
 
-    # --- what Chroma keeps, and makes of it
+    # --- what Chroma stores, and how it rebuilds the function
 
     @staticmethod
     def name() -> str:
-        """What Chroma finds this class by."""
+        """Return the name by which Chroma finds this class."""
         return "minilm"
 
     def default_space(self) -> str:
-        """The distance of a collection that names none."""
+        """Return the distance of a collection that names none."""
         return "cosine"
 
     def supported_spaces(self) -> list[str]:
-        """The distances that these vectors can be compared by."""
+        """Return the distances that these vectors can be compared by."""
         return ["cosine", "l2", "ip"]
 
     def get_config(self) -> dict[str, Any]:
-        """What is kept with a collection: the model, its fingerprint, the options."""
+        """Return what is stored with a collection: the model, its fingerprint, the options."""
         return dict(self._config)
 
     @staticmethod
     def build_from_config(config: dict[str, Any]) -> "MiniLMEmbeddingFunction":
-        """The function that `get_config` was asked of; the model is loaded when first used.
+        """Rebuild a function from its `get_config`; the model is loaded when first used.
 
         Raises:
-            InputError, InputTypeError: The config is not one that `get_config` gives.
+            InputError, InputTypeError: The config is not one from `get_config`.
         """
         return _build(json.dumps(config, sort_keys=True))
 
     @staticmethod
     def validate_config(config: dict[str, Any]) -> None:
-        """Check what `build_from_config` would be given.
-
-        Raises:
-            InputError, InputTypeError: As there.
-        """
+        """Check a config as `build_from_config` does, with the same errors."""
         MiniLMEmbeddingFunction.build_from_config(config)
 
     def validate_config_update(
@@ -163,18 +158,18 @@ class MiniLMEmbeddingFunction(EmbeddingFunction[Documents]):  # type: ignore[mis
         """Allow another folder, device or batch size, and refuse another model.
 
         Raises:
-            InputError: Vectors by the new one can't be compared with those that there are.
+            InputError: Vectors of the new model can't be compared with those in the collection.
         """
         old, new = (Fingerprint.from_dict(c["fingerprint"]) for c in (old_config, new_config))
         _check_same(old, new)
 
 
-register_embedding_function(MiniLMEmbeddingFunction)  # as a decorator early versions give None
+register_embedding_function(MiniLMEmbeddingFunction)  # early versions return None as decorators
 
 
 @lru_cache(maxsize=8)
 def _build(config: str) -> MiniLMEmbeddingFunction:
-    """Chroma builds the function of a collection anew for each query; the model is to stay."""
+    """Build a function once: Chroma asks for each query again, and the model should stay loaded."""
     values = json.loads(config)
     if not isinstance(values, dict) or not {"model", "fingerprint"} <= values.keys():
         raise InputError(
@@ -195,7 +190,7 @@ def _check_same(wanted: Fingerprint, found: Fingerprint) -> None:
 
 
 def _as_json(values: dict[str, Any]) -> dict[str, Any]:
-    """Paths, devices and dtypes by their names."""
+    """The options for JSON: paths, devices and dtypes by their names."""
 
     def by_name(value: Any) -> str:
         if isinstance(value, os.PathLike):

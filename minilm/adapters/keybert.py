@@ -1,8 +1,8 @@
 """The model in KeyBERT: `KeyBERT(MiniLMKeywordEmbedder())`.
 
-In: documents and words. Out: their vectors. As BERTopic, KeyBERT puts a model of its own, without a
-word, in the place of an object that it doesn't know, also of BERTopic's embedder; what is of its
-own class `BaseEmbedder` it takes as it is.
+In: documents and words. Out: their vectors. KeyBERT silently replaces an object of a class that it
+doesn't know, BERTopic's embedder too, with a model of its own; it only keeps those of its own class
+`BaseEmbedder`.
 """
 
 from minilm.adapters.lazy import Embedder

@@ -5,9 +5,9 @@
     store = InMemoryVectorStore.from_texts(texts, MiniLMEmbeddings())
     store.similarity_search("Where is my parcel?")
 
-In LlamaIndex it is wrapped, with the package llama-index-embeddings-langchain:
-`Settings.embed_model = LangchainEmbedding(MiniLMEmbeddings())`. LlamaIndex would also wrap what is
-LangChain's by itself, but not with every version of LangChain.
+LlamaIndex takes it with the package llama-index-embeddings-langchain:
+`Settings.embed_model = LangchainEmbedding(MiniLMEmbeddings())`. It also wraps
+LangChain's embeddings by itself, but not with every version of LangChain.
 """
 
 import os
@@ -55,14 +55,14 @@ class MiniLMEmbeddings(Embeddings):  # type: ignore[misc]
             n lists of 384 floats: the numbers of `SentenceEncoder.encode_document`, exactly.
 
         Raises:
-            InputTypeError: A single text was passed, or something is no text.
+            InputTypeError: A single text was passed, or something that is not a text.
             MinilmError: As in `SentenceEncoder.from_pretrained` and `encode`.
         """
         vectors: list[list[float]] = self.lazy.encode_document(as_many(texts, "texts")).tolist()
         return vectors
 
     def embed_query(self, text: str) -> list[float]:
-        """Embed what is searched for.
+        """Embed a query.
 
         Returns:
             384 floats: the numbers of `SentenceEncoder.encode_query`, exactly.

@@ -1,10 +1,10 @@
-"""A model that is named now and read when it is first used: what every adapter holds.
+"""A model that is named now and loaded when it is first used: the base of every adapter.
 
 In: a name, a folder or a `SentenceEncoder`, and options. Out: vectors, the same bits that
 `SentenceEncoder.encode` gives.
 
 Frameworks copy, pickle and send their parts to other processes, long before they embed anything.
-What is sent is the name; the weights are read again where they are used.
+Only the name is sent; the weights are read where they are used.
 """
 
 import os
@@ -38,7 +38,7 @@ class _EncodeOptions(TypedDict, total=False):
 
 
 class AdapterOptions(LoadOptions, _EncodeOptions, total=False):
-    """What an adapter takes by name: the options of `from_pretrained`, and these of `encode`.
+    """The options of an adapter: those of `from_pretrained`, and of `encode` the ones above.
 
     `truncate_dim` is in both and means the same.
     """
@@ -47,14 +47,13 @@ class AdapterOptions(LoadOptions, _EncodeOptions, total=False):
 class LazyEncoder:
     """A `SentenceEncoder` that is loaded when first used, with the arguments of its calls.
 
-    Threads may share it: it is loaded once. A pickle, or a copy, of one that was given by name or
-    folder has the name and the options, and loads for itself; a `SentenceEncoder` that was given
-    is pickled as it is. No pickle has the access token: whoever loads it uses `HF_TOKEN` or the
-    stored login of its own environment.
+    Threads may share it: it is loaded once. Its pickles and copies have the name or folder and the
+    options, and load for themselves; a `SentenceEncoder` that was passed is pickled as it is. No
+    pickle has the access token: where it is loaded, `HF_TOKEN` or the login stored there is used.
 
     Attributes:
-        model: What was given; a folder from the root, so that it stays the same one.
-        options: The options that were given; a `cache_dir` from the root, a token hidden.
+        model: What was passed; a folder as an absolute path.
+        options: The options that were passed; `cache_dir` as an absolute path, a token hidden.
     """
 
     def __init__(
@@ -66,22 +65,21 @@ class LazyEncoder:
 
         Args:
             model: A folder, a name on the Hub, or an encoder.
-            options: Those of `SentenceEncoder.from_pretrained`, and of `encode` those in
-                `AdapterOptions`.
+            options: See `AdapterOptions`.
 
         Raises:
-            InputTypeError: An option is unknown or of a wrong type; or it is one for loading, and
+            InputTypeError: An option is unknown or of a wrong type; or it is for loading, and
                 `model` is loaded already.
             InputError: An option has a value that can't be used.
         """
-        # Chosen for a call in any case, so that it also works with an encoder that is given.
+        # `truncate_dim` is passed to each call, so that it also works with a loaded encoder.
         encode_names = {*_EncodeOptions.__annotations__, "truncate_dim"}
         self.model = model
         self.options: dict[str, Any] = to_keep(options)
         given = self.options.items()
         self._encode = {name: value for name, value in given if name in encode_names}
         self._load = {name: value for name, value in given if name not in encode_names}
-        load_options(self._load)  # an unknown name, or a value of the wrong type
+        load_options(self._load)  # raises its errors now
         if "truncation" in options:
             check_choice(options["truncation"], TRUNCATION, "truncation")
         for name in ("truncate_dim", "batch_size", "token_budget"):
@@ -109,7 +107,7 @@ class LazyEncoder:
 
     @property
     def encoder(self) -> SentenceEncoder:
-        """The model, loaded if it wasn't yet.
+        """The model, which is loaded first if it wasn't yet.
 
         Raises:
             MinilmError: As in `SentenceEncoder.from_pretrained`.
@@ -121,26 +119,24 @@ class LazyEncoder:
             return self._encoder
 
     def encode(self, sentences: Any, **options: Any) -> np.ndarray[Any, Any]:
-        """`SentenceEncoder.encode`, with the options kept here unless they are given here."""
-        vectors: np.ndarray[Any, Any] = self.encoder.encode(sentences, **(self._encode | options))
-        return vectors
+        """Call `SentenceEncoder.encode`, with the options kept here unless they are passed here."""
+        return self._call("encode", sentences, options)
 
     def encode_query(self, sentences: Any, **options: Any) -> np.ndarray[Any, Any]:
-        """The same with `SentenceEncoder.encode_query`: with the prompt for queries, if any."""
-        vectors: np.ndarray[Any, Any] = self.encoder.encode_query(
-            sentences, **(self._encode | options)
-        )
-        return vectors
+        """Call `SentenceEncoder.encode_query`: with the prompt for queries, if there is one."""
+        return self._call("encode_query", sentences, options)
 
     def encode_document(self, sentences: Any, **options: Any) -> np.ndarray[Any, Any]:
-        """The same with `SentenceEncoder.encode_document`."""
-        vectors: np.ndarray[Any, Any] = self.encoder.encode_document(
-            sentences, **(self._encode | options)
-        )
+        """Call `SentenceEncoder.encode_document`: with the prompt for documents, if any."""
+        return self._call("encode_document", sentences, options)
+
+    def _call(self, name: str, sentences: Any, options: Any) -> np.ndarray[Any, Any]:
+        method = getattr(self.encoder, name)
+        vectors: np.ndarray[Any, Any] = method(sentences, **(self._encode | options))
         return vectors
 
     def fingerprint(self, **options: Any) -> Fingerprint:
-        """The record of the vectors that `encode` gives with these options."""
+        """Return the record of the vectors that `encode` makes with these options."""
         return self.encoder.fingerprint(**(self._encode | options))
 
     def __getstate__(self) -> dict[str, Any]:
@@ -156,7 +152,7 @@ class LazyEncoder:
 
 
 class Embedder:
-    """What the `BaseEmbedder` of BERTopic and that of KeyBERT have to do; stands before either.
+    """The common part of the adapters to BERTopic and KeyBERT, before their `BaseEmbedder`.
 
     Attributes:
         embedding_model: The model, a `LazyEncoder`.
@@ -183,7 +179,7 @@ class Embedder:
             `[n, 384]`, the bits that `SentenceEncoder.encode` gives.
 
         Raises:
-            InputTypeError: A single text was passed, or something is no text.
+            InputTypeError: A single text was passed, or something that is not a text.
             MinilmError: As in `SentenceEncoder.from_pretrained` and `encode`.
         """
         options = {"show_progress_bar": True} if verbose else {}

@@ -1,13 +1,13 @@
 """The model in MTEB, the benchmark of embeddings: `mteb.evaluate(MiniLMEncoder(), tasks)`.
 
-In: batches of texts, as MTEB's tasks make them. Out: vectors, and `mteb_model_meta`, which says to
-MTEB what model they are of.
+In: batches of texts from MTEB's tasks. Out: vectors, and `mteb_model_meta`, MTEB's record of the
+model.
 
-MTEB files every result by the model's name, its revision and its "experiment", and where it has a
-result already it computes none. What has no record is filed as an unknown model, so that the second
-one is given the scores of the first. Here the name and revision are those of the weights, which are
-what a score is about; the experiment has the fingerprint of what computes with them, so that no
-result of another implementation, or of this one with other settings, is taken for ours.
+MTEB stores every result by the model's name, its revision and its "experiment", and doesn't compute
+it again. Models without a record are stored under one name, so that the second gets the scores of
+the first. Here the name and revision are those of the weights, which are what a score is about; the
+experiment has the fingerprint of what computes with them, so that no result of another
+implementation, or of this one with other settings, is taken for ours.
 """
 
 import hashlib
@@ -38,7 +38,7 @@ except ModuleNotFoundError as error:
 
 __all__ = ["MiniLMEncoder"]
 
-# The options that change a vector or a score, of all that may be given: for loading, for a call.
+# The options that change a vector or a score: those for loading, and those of a call.
 _LOADING = ("dtype", "prompts", "default_prompt_name", "similarity_fn_name")
 _CALL = ("prompt", "truncation", "truncate_dim", "normalize_embeddings")
 
@@ -59,18 +59,17 @@ class MiniLMEncoder:
         fingerprint: str | None = None,
         **options: Any,
     ) -> None:
-        """Name a model. It is read when it is first used.
+        """Name a model. It is loaded when it is first used.
 
         Args:
             model_name: A folder, a name on the Hub, or an encoder.
-            revision: As in `SentenceEncoder.from_pretrained`.
-            device: Likewise.
-            fingerprint: What the model must be: the one in `experiment_kwargs` of
-                `mteb_model_meta`, with which MTEB loads the same model again.
+            revision, device: As in `SentenceEncoder.from_pretrained`.
+            fingerprint: What the model must be: from `experiment_kwargs` of `mteb_model_meta`, with
+                which MTEB loads the same model again.
             options: The others of `LazyEncoder`, such as `dtype` and `prompts`.
 
         Raises:
-            InputTypeError, InputError: As in `LazyEncoder`; or the fingerprint is another one.
+            InputTypeError, InputError: As in `LazyEncoder`; or the fingerprint differs.
         """
         self._model = LazyEncoder(model_name, revision=revision, device=device, **options)
         self._meta: Any = None
@@ -95,17 +94,17 @@ class MiniLMEncoder:
 
         Args:
             inputs: Batches, each a dict with a list of str under "text".
-            task_metadata: The task; of the model's `prompts` that one is used whose name MTEB
-                chooses for it: those of the task, of its kind, of queries or documents. A `prompt`
-                or `prompt_name` given to this adapter is used instead for every task.
+            task_metadata: The task, by which MTEB chooses one of the model's `prompts`: that of the
+                task, of its kind, of queries or documents. A `prompt` or `prompt_name` passed to
+                this adapter is used for every task instead.
             hf_split, hf_subset: Have no effect.
             prompt_type: Whether the texts are queries or documents, or None for neither.
-            options: Of `SentenceEncoder.encode`; MTEB gives `batch_size`, `show_progress_bar` and
+            options: Of `SentenceEncoder.encode`; MTEB passes `batch_size`, `show_progress_bar` and
                 `precision`.
 
         Returns:
-            `[n, 384]`, the numbers that `SentenceEncoder.encode` gives; in float32 where that gives
-            float16, as MTEB would compute its scores in that.
+            `[n, 384]`, the numbers of `SentenceEncoder.encode`; float16 is made float32, since MTEB
+            would compute its scores in it.
 
         Raises:
             MinilmError: As in `SentenceEncoder.encode`.
@@ -132,11 +131,11 @@ class MiniLMEncoder:
 
     @property
     def mteb_model_meta(self) -> Any:
-        """MTEB's record of this model, a `ModelMeta`, as it is now. Settable; MTEB does so.
+        """MTEB's record of this model as it is now, a `ModelMeta`. MTEB may set it.
 
-        The name and the revision are those of the Hub, if the weights are. Others are named
-        `local/...`, and their revision is the SHA-256 of the weights. What MTEB itself knows of a
-        name, such as its licence and what it was trained on, is taken from there.
+        The name and the revision are those of the Hub if the weights are from there; else the name
+        is `local/...`, and the revision the SHA-256 of the weights. What MTEB knows of a name, such
+        as its licence and training data, is taken from MTEB.
         """
         return self._make_meta() if self._meta is None else self._meta
 
@@ -171,11 +170,11 @@ class MiniLMEncoder:
         return (known or ModelMeta.create_empty()).model_copy(update=ours, deep=True)
 
     def _record(self) -> Fingerprint:
-        """The record of the vectors that the adapter gives, but for the prompts of tasks."""
+        """The record of the adapter's vectors, except for the prompts of tasks."""
         return self._model.fingerprint()
 
     def _identify(self, record: Fingerprint | None = None) -> str:
-        """All that decides a score, short enough for the name of a folder."""
+        """A hash of all that decides a score, short enough for the name of a folder."""
         encoder = self._model.encoder
         values = [
             (record or self._record()).to_dict(),
@@ -188,7 +187,7 @@ class MiniLMEncoder:
 
 
 def _plain(value: Any) -> Any:
-    """An option as JSON can hold it, which MTEB writes beside its results."""
+    """An option as JSON can hold it; MTEB writes it beside its results."""
     if isinstance(value, torch.dtype):
         return str(value).removeprefix("torch.")
     if isinstance(value, Enum):

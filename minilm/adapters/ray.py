@@ -6,11 +6,11 @@
     rows = ray.data.read_parquet("s3://bucket/texts")
     encode_dataset(rows, actors=16, cpus_per_actor=4).write_parquet("s3://bucket/vectors")
 
-In: the batches of a `ray.data.Dataset`. Out: the same with a column of vectors. Reading, sending,
-writing, and doing again what was lost with a process or a machine, is Ray's part.
-`scripts/encode_on_ray.py` is this as a command, with all that goes around it.
+In: the batches of a `ray.data.Dataset`. Out: the same with a column of vectors. Ray reads, sends
+and writes the rows, and repeats what is lost with a process or a machine.
+`scripts/encode_on_ray.py` is this as a command.
 
-Each actor reads the model for itself, once, and verifies it as `from_pretrained` does. So this
+Each actor reads and verifies the model for itself, once, as `from_pretrained` does. So this
 package, and the model, must be on every machine of the cluster: a name on the Hub is fetched there,
 a folder must be there under the same path.
 """
@@ -42,15 +42,15 @@ except ModuleNotFoundError as error:
 
 __all__ = ["MiniLMActor", "encode_dataset"]
 
-_BATCH_ROWS = 1024  # rows that an actor is given at a time
+_BATCH_ROWS = 1024  # rows that an actor gets at a time
 
 
 class MiniLMActor:
-    """What `map_batches` calls: each actor makes one of these, and gives it batch after batch.
+    """A class for `map_batches`: each actor makes one, and calls it with batch after batch.
 
     Attributes:
         encoder: The model.
-        fingerprint: Which it is, and how it is called: a `Fingerprint`.
+        fingerprint: The record of its vectors, a `Fingerprint`.
 
     Example:
         >>> rows.map_batches(
@@ -83,15 +83,13 @@ class MiniLMActor:
             text_column: The name of the texts.
             embedding_column: The name that the vectors get.
             precision: Of their numbers: "float32", "float16", or codes, see `encode`.
-            on_bad_row: What to do about a row whose text is null, or no text: "error"; "skip"
-                leaves the row out; "empty" keeps it, with the vector of the empty text "".
+            on_bad_row: What to do about a row whose text is null, or not a text: "error"; "skip"
+                leaves the row out; "empty" keeps it, with the vector of "".
             device: By default, in an actor, "cuda" if Ray gave it a GPU (`num_gpus=1`), else "cpu".
-            threads: What torch shall use on a processor; by default, in an actor, as many as the
-                CPUs that Ray gave it (`num_cpus`), so that all actors of a machine together don't
-                use more than it has.
-            options: Those of `SentenceEncoder.from_pretrained`, and of `encode` those in
-                `lazy.AdapterOptions`, such as `dtype`, `prompt` and `truncation`. With
-                `truncation="warn"` each actor warns once, of the first batch with a text that is
+            threads: How many torch uses on a processor; by default, in an actor, as many as the
+                CPUs that Ray gave it (`num_cpus`), so that all actors together fit the machine.
+            options: See `lazy.AdapterOptions`, such as `dtype`, `prompt` and `truncation`. With
+                `truncation="warn"` each actor warns once, of its first batch with a text that is
                 too long.
 
         Raises:
@@ -135,14 +133,14 @@ class MiniLMActor:
 
         Returns:
             The same form with the vectors as another column. In a table that is a list of fixed
-            size, and the table's metadata has the fingerprint, which `write_parquet` keeps; so this
-            is the format for files. In a dict it is an array `[n, 384]`, which Ray writes to files
-            as a tensor, of a type of its own.
+            size, and the table's metadata has the fingerprint, which `write_parquet` keeps: use
+            this for files. In a dict it is an array `[n, 384]`, which Ray writes to files as a
+            tensor, of a type of its own.
 
         Raises:
             InputError: There is no column of texts, or one of the vectors' name already.
-            InputTypeError: The batch is something else; or, with `on_bad_row="error"`, a row is no
-                text.
+            InputTypeError: The batch is something else; or, with `on_bad_row="error"`, a row is not
+                a text.
             MinilmError: As in `encode`.
         """
         pyarrow = import_pyarrow("a Ray batch")
@@ -184,7 +182,7 @@ class MiniLMActor:
         return with_fingerprint(batch.append_column(field, embeddings), self.fingerprint.to_json())
 
     def _is_text(self, text: Any, row: int) -> bool:
-        """Whether it can be embedded; if not, an error where that was asked for."""
+        """Whether a row can be embedded; if not, an error with `on_bad_row="error"`."""
         try:
             check_unicode([check_text(text, f"{self.text_column}[{row}]")], self.text_column, row)
         except InputError as error:
@@ -208,7 +206,7 @@ class MiniLMActor:
 
 
 def _given_by_ray() -> dict[str, Any]:
-    """The device and the threads that are this actor's share; nothing outside of one."""
+    """The device and the threads that Ray gave this actor; nothing outside of one."""
     if not ray.is_initialized():
         return {}
     context = ray.get_runtime_context()
@@ -232,23 +230,22 @@ def encode_dataset(
     ray_options: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> "ray.data.Dataset":
-    """A dataset with a column of vectors. As all of Ray Data, it is computed when it is used.
+    """Return the dataset with a column of vectors; as usual in Ray Data, computed when used.
 
-    Rows come in no fixed order, as everywhere in Ray Data; have a column that tells them apart. A
-    cluster needs more CPUs than the actors take: without any for those who read and write, it waits
-    forever.
+    Rows come in no fixed order, as usual in Ray Data: have a column that identifies them. A cluster
+    needs more CPUs than the actors take: without any for reading and writing, it waits forever.
 
     Args:
         dataset: Rows with a column of texts.
-        model: As in `MiniLMActor`. A relative path is one of this process: its actors have another
-            working directory.
+        model: As in `MiniLMActor`. A relative path starts from the working directory of this
+            process, and not from that of an actor.
         actors: How many processes embed.
         cpus_per_actor: CPUs, and so threads, of each.
-        gpus_per_actor: GPUs of each, as 1 or 0.5.
-        batch_size: Rows that one is given at a time.
-        ray_options: What else `map_batches` takes, such as `{"resources": {"big": 1}}`.
-        options: The arguments of `MiniLMActor`, but for an access token, which Ray would keep: the
-            machines use `HF_TOKEN` of their environment.
+        gpus_per_actor: GPUs of each, such as 1 or 0.5.
+        batch_size: Rows that an actor gets at a time.
+        ray_options: Other arguments of `map_batches`, such as `{"resources": {"big": 1}}`.
+        options: The arguments of `MiniLMActor`, except for an access token, which Ray would store:
+            the machines use `HF_TOKEN` of their environment.
 
     Raises:
         InputError: A token is given, or a number is not positive.

@@ -6,8 +6,8 @@
     classifier = make_pipeline(MiniLMVectorizer(), LogisticRegression())
     classifier.fit(texts, labels).predict(["Where is my parcel?"])
 
-It learns nothing from the texts that it is fitted with, so that vectors made once can serve every
-candidate of a search, with no leak from one fold into another.
+It learns nothing from the texts that it is fitted with, so vectors made once can serve every
+candidate of a search, without a leak from one fold into another.
 """
 
 import os
@@ -41,15 +41,15 @@ class MiniLMVectorizer(
 ):
     """Embeds texts: a column of n texts -> `[n, 384]`.
 
-    The model is read when it is first needed, once by an estimator and its clones in one process.
-    Pickles have the parameters only, so that they are small and other processes read the model for
-    themselves; a `SentenceEncoder` that was passed is pickled, and copied by `clone`, as it is.
+    The model is loaded when it is first needed, once for an estimator and its clones in a process.
+    Pickles have the parameters only: they are small, and other processes load the model themselves;
+    a `SentenceEncoder` that was passed is pickled, and copied by `clone`, as it is.
 
-    A grid search embeds the same texts again for every candidate. There are two ways around it: to
-    embed once, `MiniLMVectorizer().transform(texts)`, and search over the rest alone; or, for a
-    model given by name or folder, `Pipeline(..., memory=folder)`, which keeps the vectors of each
-    fold's training texts, while those that it is scored on are embedded each time. That cache knows
-    the model by its name: empty it if the files of a folder change.
+    A grid search embeds the same texts again for every candidate. To avoid that, embed once,
+    `MiniLMVectorizer().transform(texts)`, and search over the other steps alone; or, with a model
+    by name or folder, use `Pipeline(..., memory=folder)`, which stores the vectors of each fold's
+    training texts, and embeds only those that it is scored on each time. That cache knows the model
+    by its name: empty it if the files of a folder change.
     """
 
     def __init__(
@@ -65,14 +65,14 @@ class MiniLMVectorizer(
         batch_size: int | None = None,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        """Keep the parameters; they are checked by `fit` and `transform`.
+        """Store the parameters; `fit` and `transform` check them.
 
         Args:
             model: A folder, a name on the Hub, or an encoder.
             device, dtype: As in `SentenceEncoder.from_pretrained`.
             prompt, truncation, truncate_dim, normalize_embeddings, batch_size: As in
                 `SentenceEncoder.encode`.
-            options: Whatever else `from_pretrained` takes, such as `{"revision": "main"}`.
+            options: Other options of `from_pretrained`, such as `{"revision": "main"}`.
         """
         self.model = model
         self.device = device
@@ -109,7 +109,7 @@ class MiniLMVectorizer(
             `[n, 384]`, in the order given; the same bits as from `SentenceEncoder.encode`.
 
         Raises:
-            InputTypeError: A row is no text (missing values are none), or X has several columns.
+            InputTypeError: A row is not a text, such as a missing value, or X has several columns.
             InputError: A parameter can't be used.
             MinilmError: As in `SentenceEncoder.from_pretrained` and `encode`.
         """
@@ -129,16 +129,16 @@ class MiniLMVectorizer(
     _shared: LazyEncoder | None = None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Parameters are shown, logged and pickled: without a token, and with paths that stay."""
+        """Hide tokens and make paths absolute: parameters are shown, logged and pickled."""
         if name == "model" and isinstance(value, str | os.PathLike):
             value = hub.settled(value)
         elif name == "options" and isinstance(value, Mapping):
             kept = to_keep(value)
-            value = value if kept == value else kept  # what needs no change stays the same object
+            value = value if kept == value else kept  # unchanged, it stays the same object
         super().__setattr__(name, value)
 
     def _lazy(self) -> LazyEncoder:
-        """The model that the parameters name now; another only if they name another."""
+        """The model that the parameters name now; a new one only if they have changed."""
         others = dict(self.options or {})
         for name in others.keys() & self.get_params(deep=False).keys():
             raise InputError(f"options has {name}; it is a parameter of its own", "options")
@@ -149,7 +149,7 @@ class MiniLMVectorizer(
         return shared
 
     def __sklearn_clone__(self) -> "MiniLMVectorizer":
-        """A clone shares the model: a grid search, which clones for each fit, reads it once."""
+        """Clone, and share the model: a grid search, which clones for each fit, loads it once."""
         clone: MiniLMVectorizer = super().__sklearn_clone__()
         with suppress(InputError):  # a parameter that can't be used is the error of a later fit
             clone._shared = self._lazy()
@@ -160,7 +160,7 @@ class MiniLMVectorizer(
 
     @property
     def _n_features_out(self) -> int:
-        """The width, which `get_feature_names_out` makes `minilmvectorizer0` and so on of."""
+        """The width, for the names in `get_feature_names_out`: `minilmvectorizer0` and so on."""
         return int(self._encode([]).shape[1])
 
     def __sklearn_is_fitted__(self) -> bool:
@@ -178,7 +178,7 @@ class MiniLMVectorizer(
 
 def _texts(X: Any) -> list[str]:  # noqa: N803
     """The texts of a column, or of a frame or an array that is one column."""
-    if issparse(X):  # no sequence of texts in any shape; scikit-learn wants the word
+    if issparse(X):  # scikit-learn's own checks want the word "sparse"
         raise InputTypeError(f"X is a sparse {type(X).__name__} of numbers; pass texts", "X")
     shape = getattr(X, "shape", None)
     if isinstance(shape, tuple) and len(shape) == 2 and shape[1] == 1 and hasattr(X, "__array__"):

@@ -1,7 +1,8 @@
 """What each command does, once `parser.py` has read its line: it calls the library, and prints.
 
-Each function takes the options and its parser, for what only it can find wrong with them, and gives
-the exit code, or None for 0. Whatever more there is to do is in the library, for Python users too.
+A function that is named after a command takes the options, and the parser for errors that only it
+can find in them; it returns the exit code, or None for 0. All else is in the library, so that
+Python users have it too.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from minilm.disk import with_home
 from minilm.errors import InputError
 from minilm.files.rows import DEFAULT_COLUMN, as_json
 from minilm.files.tables import (
@@ -30,7 +32,7 @@ from minilm.files.tables import (
     write_jsonl,
     write_rows,
     write_table,
-)
+)  # fmt: skip
 from minilm.outputs import (
     check_folder,
     check_output,
@@ -38,39 +40,20 @@ from minilm.outputs import (
     is_standard_output,
     is_stream,
     write_output,
-)
+)  # fmt: skip
 from minilm.parity.foreign import read_texts, read_vectors, run_onnx
 from minilm.pretrained import hub
-from minilm.source import ModelFiles
 from minilm.streams import is_watched, standard_output, tell
 from minilm.version import __version__
 
 if TYPE_CHECKING:
     from minilm.encoder import SentenceEncoder
 
-__all__ = [
-    "check",
-    "cluster",
-    "dedup",
-    "download",
-    "encode",
-    "explain",
-    "index_add",
-    "index_build",
-    "index_check",
-    "index_search",
-    "info",
-    "mine",
-    "parity",
-    "similarity",
-    "tour",
-]
-
 
 def encode(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Texts to vectors."""
-    output = None if options.output in (None, "-") else Path(options.output)
-    if output is not None and _means_folder(options.output):
+    """Write the vectors of texts."""
+    output = None if options.output in (None, "-") else with_home(options.output)
+    if output is not None and _means_folder(options.output, output):
         _encode_files(options, parser)
         return
     for name in ("shard_rows", "on_bad_row", "workers", "overwrite"):
@@ -89,13 +72,6 @@ def encode(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None
         check_output(output, "-o", sidecars_of(output))
     table = _texts(options.text, options.files or ([] if options.text else ["-"]), options.column)
     encoder = _load(options)
-    chosen: dict[str, Any] = {
-        "prompt": options.prompt,
-        "precision": options.precision,
-        "truncation": options.truncation,
-        "truncate_dim": options.truncate_dim,
-        "normalize_embeddings": options.normalize,
-    }
     width = encoder.bert.config.hidden_size
     width = min(options.truncate_dim or encoder.truncate_dim or width, width)
     if options.precision in ("binary", "ubinary"):
@@ -109,11 +85,11 @@ def encode(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None
         table.texts,
         batch_size=options.batch_size,
         show_progress_bar=is_watched(sys.stderr) and len(table.texts) > 1,
-        **chosen,
+        **_call(options),
     )
 
     def write(path: Path) -> None:
-        record = encoder.fingerprint(**chosen)
+        record = encoder.fingerprint(**_call(options))
         write_table(path, table, embeddings, record.to_json(), options.embedding_column)
 
     try:
@@ -125,13 +101,23 @@ def encode(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None
     except BrokenPipeError:
         raise
     except OSError as error:
-        kept = _kept_elsewhere(write, suffix)
-        told = f"{error.strerror}; {kept}"
-        raise OSError(error.errno, told, error.filename or "standard output") from error
+        reason = f"{error.strerror}; {_write_elsewhere(write, suffix)}"
+        raise OSError(error.errno, reason, error.filename or "standard output") from error
 
 
-def _kept_elsewhere(write: Callable[[Path], object], suffix: str) -> str:
-    """Write what took long to compute to where there is room, and say where that is."""
+def _call(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of `encode` that say which vectors a text gets."""
+    return {
+        "prompt": options.prompt,
+        "precision": options.precision,
+        "truncation": options.truncation,
+        "truncate_dim": options.truncate_dim,
+        "normalize_embeddings": options.normalize,
+    }
+
+
+def _write_elsewhere(write: Callable[[Path], object], suffix: str) -> str:
+    """Write what took long to compute to a temporary folder, and say where that is."""
     try:
         folder = Path(tempfile.mkdtemp(prefix="minilm-"))
         try:
@@ -147,15 +133,11 @@ def _kept_elsewhere(write: Callable[[Path], object], suffix: str) -> str:
 _ENDS_OF_FOLDERS = ("/", "/.", os.sep, os.sep + ".")
 
 
-def _means_folder(output: str) -> bool:
-    path = Path(output)
+def _means_folder(name: str, path: Path) -> bool:
     if is_stream(path) or path.name in SUFFIXES:
         return False
-    return (
-        output.endswith(_ENDS_OF_FOLDERS)
-        or not path.suffix
-        or (path.suffix not in SUFFIXES and path.is_dir())
-    )
+    is_file = path.suffix in SUFFIXES or (path.suffix and not path.is_dir())
+    return name.endswith(_ENDS_OF_FOLDERS) or not is_file
 
 
 def _encode_files(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -164,39 +146,34 @@ def _encode_files(options: argparse.Namespace, parser: argparse.ArgumentParser) 
 
     if options.text or not options.files or "-" in options.files:
         parser.error("argument -o: a folder is written from files; name them")
-    _folder(options.output, "-o", parser)
+    folder = _folder(options.output, "-o", parser)
     keep_few_kernels()
-    chosen = {
-        name: getattr(options, name)
-        for name in ("shard_rows", "on_bad_row", "workers")
-        if getattr(options, name) is not None
-    }
+    names = ("shard_rows", "on_bad_row", "workers")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     report = encode_files(
         _load(options),
         options.files,
-        options.output,
+        folder,
         column=options.column,
         embedding_column=options.embedding_column,
-        precision=options.precision,
-        prompt=options.prompt,
-        truncation=options.truncation,
-        truncate_dim=options.truncate_dim,
-        normalize_embeddings=options.normalize,
         batch_size=options.batch_size,
         overwrite=options.overwrite,
         show_progress_bar=is_watched(sys.stderr),
-        **chosen,
+        **_call(options),
+        **given,
     )
     tell(str(report))
 
 
+def _table(options: argparse.Namespace) -> Table:
+    return read_table(options.files or ["-"], options.column)
+
+
 def _texts(texts: Sequence[str], files: Sequence[str], column: str | None) -> Table:
-    """Those of the command line, then those of the files."""
-    table = Table()
-    for text in texts:
-        table.add(text, {column or DEFAULT_COLUMN: text})
-    of_files = read_table(files, column)
-    return Table(table.texts + of_files.texts, table.rows + of_files.rows)
+    """The texts of the command line, then those of the files."""
+    table = read_table(files, column)
+    rows: list[dict[str, Any]] = [{column or DEFAULT_COLUMN: text} for text in texts]
+    return Table([*texts, *table.texts], rows + table.rows)
 
 
 def similarity(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -239,19 +216,15 @@ def cluster(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
 
     texts, embeddings = _embedded(options)
     groups = community_detection(
-        embeddings,
-        options.threshold,
-        options.min_size,
-        show_progress_bar=is_watched(sys.stderr),
+        embeddings, options.threshold, options.min_size, show_progress_bar=is_watched(sys.stderr)
     )
     if options.json:
         _print_json([{"rows": rows, "texts": [texts[row] for row in rows]} for rows in groups])
         return
-    lines = []
+    lines: list[str] = []
     for rows in groups:
         lines += [f"{len(rows)} texts", *(f"  {_one_line(texts[row], 90)}" for row in rows)]
-    if lines:
-        _show("\n".join(lines))
+    _show(*lines)
 
 
 def dedup(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -261,7 +234,7 @@ def dedup(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     output = _file(options.output, "-o", options, parser)
     if output is not None and form_of(output) not in ROW_SUFFIXES:
         parser.error(f"argument -o: {output} has no suffix of {', '.join(ROW_SUFFIXES)}")
-    table = read_table(options.files or ["-"], options.column)
+    table = _table(options)
     if output is not None:
         check_rows(table, form_of(output))
     texts, embeddings = _embedded(options, table)
@@ -284,17 +257,15 @@ def dedup(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 
 def _embedded(options: argparse.Namespace, table: Table | None = None) -> tuple[list[str], Any]:
     """The texts of the files and their vectors."""
-    texts = (table or read_table(options.files or ["-"], options.column)).texts
+    texts = (table or _table(options)).texts
     encoder = _load(options)
     return texts, encoder.encode(texts, show_progress_bar=is_watched(sys.stderr) and len(texts) > 1)
 
 
 def _print_pairs(pairs: Iterable[tuple[float, str, str]]) -> None:
-    lines = [
-        f"{score:7.4f}  {_one_line(a, 90)}\n{'':7}  {_one_line(b, 90)}" for score, a, b in pairs
-    ]
-    if lines:
-        _show("\n".join(lines))
+    _show(
+        *(f"{score:7.4f}  {_one_line(a, 90)}\n{'':7}  {_one_line(b, 90)}" for score, a, b in pairs)
+    )
 
 
 def _print_json(value: Any) -> None:
@@ -308,35 +279,35 @@ def index_build(options: argparse.Namespace, parser: argparse.ArgumentParser) ->
     output = _folder(options.output, "-o", parser)
     if not output.parent.exists():
         raise InputError(f"{output}: there is no {output.parent} that it can be made in", "-o")
-    table = read_table(options.files or ["-"], options.column)
+    table = _table(options)
     index = build_index(
         _load(options),
         output,
         table,
         column=options.column,
-        prompt=options.prompt,
-        truncation=options.truncation,
         codes=options.codes,
-        show_progress_bar=is_watched(sys.stderr),
+        **_for_index(options),
     )
     tell(f"{output}: {len(index):,} rows")
 
 
+def _for_index(options: argparse.Namespace) -> dict[str, Any]:
+    """The arguments that are the same for a new index and for more texts in one."""
+    return {
+        "prompt": options.prompt,
+        "truncation": options.truncation,
+        "show_progress_bar": is_watched(sys.stderr),
+    }
+
+
 def index_add(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Add texts to one."""
+    """Add texts to an index."""
     from minilm.index import Index
     from minilm.index.texts import add_to_index
 
     index = Index.open(options.index)
-    table = read_table(options.files or ["-"], options.column)
-    add_to_index(
-        _load(options),
-        index,
-        table,
-        prompt=options.prompt,
-        truncation=options.truncation,
-        show_progress_bar=is_watched(sys.stderr),
-    )
+    table = _table(options)
+    add_to_index(_load(options), index, table, **_for_index(options))
     tell(f"{options.index}: {len(index):,} rows")
 
 
@@ -369,8 +340,7 @@ def index_search(options: argparse.Namespace, parser: argparse.ArgumentParser) -
         for hit in hits:
             text = _one_line(text_of(hit["row"], index.column), 90)
             lines.append(f"{hit['score']:7.4f}  {hit['corpus_id']:>{digits}}  {text}")
-    if lines:
-        _show("\n".join(lines))
+    _show(*lines)
 
 
 def index_check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -383,8 +353,7 @@ def index_check(options: argparse.Namespace, parser: argparse.ArgumentParser) ->
     tell(f"{options.index}: {len(index):,} rows; every file is as it was written")
     if result is None:
         return 0
-    _show(json.dumps(result.to_dict(), indent=2) if options.json else result.table())
-    return 0 if result.is_compatible else 1
+    return _show_finding(result, result.is_compatible, options)
 
 
 def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -393,39 +362,31 @@ def check(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from minilm.parity.check import check_vectors
 
     if options.file.is_dir():
-        return _check_folder(options, parser)
+        from minilm.parity.check_folder import check_folder
+
+        if options.texts is not None:
+            parser.error("argument --texts: a folder has its texts in it")
+        found = check_folder(
+            _load(options), options.file, column=options.column, sample=options.sample
+        )
+        return _show_finding(found, found.is_compatible, options)
     texts = None if options.texts is None else read_texts(options.texts, options.column)
     foreign = read_vectors(options.file, texts, column=options.column, argument="FILE")
     recorded = read_fingerprint(options.file)
     result = check_vectors(
         _load(options), foreign.texts, foreign.vectors, recorded, sample=options.sample
     )
-    _show(json.dumps(result.to_dict(), indent=2) if options.json else result.table())
-    return 0 if result.is_compatible else 1
-
-
-def _check_folder(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    from minilm.parity.check_folder import check_folder
-
-    if options.texts is not None:
-        parser.error("argument --texts: a folder has its texts in it")
-    found = check_folder(_load(options), options.file, column=options.column, sample=options.sample)
-    _show(json.dumps(found.to_dict(), indent=2) if options.json else found.table())
-    return 0 if found.is_compatible else 1
+    return _show_finding(result, result.is_compatible, options)
 
 
 def explain(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Print a similarity, word by word."""
-    png, page = (
-        _file(name, argument, options, parser)
-        for name, argument in ((options.png, "--png"), (options.html, "--html"))
-    )
+    png = _file(options.png, "--png", options, parser)
+    page = _file(options.html, "--html", options, parser)
     if png is not None and png == page:
         parser.error("argument --html: is the file of --png too; choose another name")
-    encoder = _load(options)
-    explanation = encoder.explain(
-        options.a, options.b, by=options.by, dtype=options.dtype or "float64"
-    )
+    dtype = options.dtype or "float64"
+    explanation = _load(options).explain(options.a, options.b, by=options.by, dtype=dtype)
     title = " / ".join(_one_line(text) or '""' for text in explanation.texts)
     if png is not None:
         write_output(png, explanation.to_png)
@@ -444,12 +405,11 @@ def explain(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
         # Blue adds, yellow takes away, as in the picture.
         table = re.sub(r"\+\d\.\d{4}", "\033[34m\\g<0>\033[0m", table)
         table = re.sub(r"-\d\.\d{4}", "\033[33m\\g<0>\033[0m", table)
-    _show(title)
-    _show(table)
+    _show(title, table)
 
 
 def tour(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Write the page."""
+    """Write the page about two texts."""
     from minilm.interpret.tour import tour
 
     output = _file(options.output, "-o", options, parser)
@@ -460,22 +420,21 @@ def tour(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 
 
 def _in_colour() -> bool:
-    """Whether the output is a terminal whose user has not asked for none (no-color.org)."""
-    return (
-        is_watched(sys.stdout)
-        and not os.environ.get("NO_COLOR")
-        and os.environ.get("TERM") != "dumb"
-    )
+    """Whether the output is a terminal, and nobody asked for no colours (no-color.org)."""
+    refused = os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb"
+    return is_watched(sys.stdout) and not refused
 
 
 def info(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Print the sizes, and where the weights came from."""
+    """Print a model's sizes, and where its weights came from."""
     import torch
 
     encoder = _load(options)
     source = encoder.source
     assert source is not None
-    weights, verified = _weights_hash(source)
+    weights = next(v for name, v in source.sha256.items() if name.endswith("model.safetensors"))
+    published = weights == hub.SHA256["model.safetensors"]
+    verified = "the published all-MiniLM-L6-v2" if published else "not a model that we know"
     config = encoder.bert.config
     embeddings = sum(p.numel() for p in encoder.bert.embeddings.parameters())
     layers = sum(p.numel() for p in encoder.bert.layers.parameters())
@@ -494,8 +453,7 @@ def info(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if options.json:
         _show(json.dumps(rows | {"fingerprint": encoder.fingerprint().to_dict()}, indent=2))
         return
-    _show(str(encoder))
-    _show("\n".join(f"{name + ':':<13}{value}" for name, value in rows.items()))
+    _show(str(encoder), *(f"{name + ':':<13}{value}" for name, value in rows.items()))
 
 
 def parity(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -513,15 +471,14 @@ def parity(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
     if options.against_stages is not None:
         report = compare_stages_file(options.golden, options.against_stages)
-        _show(json.dumps(report.to_dict(), indent=2) if options.json else report.table())
-        return 0 if report.passed else 1
+        return _show_finding(report, report.passed, options)
     folder = _folder(str(options.golden), "--golden", parser)
     written = write_golden(_load(options), folder)
     sizes = {str(path): path.stat().st_size for path in written}
     if options.json:
         _show(json.dumps(sizes, indent=2))
     else:
-        _show("\n".join(f"{size / 1e6:6.1f} MB  {name}" for name, size in sizes.items()))
+        _show(*(f"{size / 1e6:6.1f} MB  {name}" for name, size in sizes.items()))
     return 0
 
 
@@ -540,26 +497,30 @@ def _parity_against(options: argparse.Namespace) -> int:
         foreign = read_vectors(file, texts, default=golden, column=options.column)
         encoder = _load(options)
     diagnosis = diagnose(encoder, foreign.texts, foreign.vectors)
-    _show(json.dumps(diagnosis.to_dict(), indent=2) if options.json else diagnosis.table())
-    return 0 if diagnosis.is_equal else 1
+    return _show_finding(diagnosis, diagnosis.is_equal, options)
+
+
+def _show_finding(finding: Any, is_good: bool, options: argparse.Namespace) -> int:
+    _show(json.dumps(finding.to_dict(), indent=2) if options.json else finding.table())
+    return 0 if is_good else 1
 
 
 def download(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Put the published files into a folder."""
     if options.output in ("", "-"):
         parser.error("argument -o: the files go into a folder; name one")
-    hub.download(options.output, source=options.source, report=tell)
+    hub.download(options.output, report=tell)
 
 
 def _file(
     name: str | None, argument: str, options: argparse.Namespace, parser: argparse.ArgumentParser
 ) -> Path | None:
-    """The file of an argument, once it is known that it can be written; - is standard output."""
+    """The file of an argument, which must be writable; - is standard output."""
     if name is None:
         return None
     if not name or name.endswith(_ENDS_OF_FOLDERS):
         parser.error(f"argument {argument}: {name!r} is not the name of a file")
-    path = Path("/dev/stdout" if name == "-" else name)
+    path = with_home("/dev/stdout" if name == "-" else name)
     if _is_printed(path) and getattr(options, "json", False):
         parser.error(f"argument {argument}: standard output has what --json prints; name a file")
     check_output(path, argument)
@@ -567,11 +528,12 @@ def _file(
 
 
 def _folder(name: str, argument: str, parser: argparse.ArgumentParser) -> Path:
-    """The folder of an argument, once it is known that it can be written into."""
+    """The folder of an argument, which must be writable."""
     if name in ("", "-"):
         parser.error(f"argument {argument}: {name!r} is not the name of a folder")
-    check_folder(Path(name), argument)
-    return Path(name)
+    folder = with_home(name)
+    check_folder(folder, argument)
+    return folder
 
 
 def _is_printed(output: Path | None) -> bool:
@@ -592,7 +554,7 @@ def _load(options: argparse.Namespace) -> "SentenceEncoder":
 
 
 def _matrix(texts: list[str], rows: list[list[float]]) -> str:
-    """A table with numbered rows; the columns bear the same numbers."""
+    """A table with numbered rows, and columns of the same numbers."""
     digits = len(str(len(texts)))
     header = " " * digits + "".join(f"{number:>9}" for number in range(1, len(texts) + 1))
     lines = [
@@ -607,13 +569,7 @@ def _one_line(text: str, width: int = 60) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
-def _weights_hash(source: ModelFiles) -> tuple[str, str]:
-    name = next(name for name in source.sha256 if name.endswith("model.safetensors"))
-    actual = source.sha256[name]
-    published = actual == hub.SHA256["model.safetensors"]
-    return actual, "the published all-MiniLM-L6-v2" if published else "not a model that we know"
-
-
-def _show(text: str) -> None:
+def _show(*lines: str) -> None:
+    """Print lines; without any, nothing."""
     with standard_output() as file:
-        print(text, file=file)
+        file.writelines(f"{line}\n" for line in lines)

@@ -1,8 +1,8 @@
-"""Vectors as an Arrow column, and the fingerprint of the model that made them beside it.
+"""Vectors as an Arrow column, with the fingerprint of the model that made them.
 
-In: NumPy embeddings. Out: a fixed-size list column, which Parquet files hold and every tool that
-reads them understands; and the same back. Next: `streaming.py`, and the adapters that hand on Arrow
-data.
+In: NumPy embeddings. Out: a fixed-size list column, as Parquet files hold it and every tool that
+reads them understands; and from such a column, the embeddings. Next: `streaming.py`, and the
+adapters that pass on Arrow data.
 
 pyarrow is imported only when it is used: it comes with `pip install "minilm[parquet]"`.
 """
@@ -18,25 +18,18 @@ from minilm.files.tables import METADATA_KEY, VECTOR_FIELDS
 from minilm.vectors import from_arrow
 
 __all__ = [
-    "embedding_array",
-    "embedding_type",
-    "embeddings_of",
-    "fingerprint_in",
-    "import_pyarrow",
-    "text_column",
-    "texts_of",
-    "vector_column",
-    "with_fingerprint",
-]
+    "embedding_array", "embedding_type", "embeddings_of", "fingerprint_in", "import_pyarrow",
+    "text_column", "texts_of", "vector_column", "with_fingerprint",
+]  # fmt: skip
 
-# What a number of a vector may be; codes of int8, uint8 and of bits are of the last two.
+# The dtypes of vectors; codes of int8, uint8 and bits have the last two.
 _DTYPES = ("float64", "float32", "float16", "int8", "uint8")
 
 _Holder = TypeVar("_Holder")
 
 
 def import_pyarrow(what: str) -> Any:
-    """The package pyarrow.
+    """Import the package pyarrow.
 
     Args:
         what: What needs it, for the error: "writing Parquet files".
@@ -52,7 +45,7 @@ def import_pyarrow(what: str) -> Any:
 
 
 def embedding_type(dtype: "str | np.dtype[Any] | type[Any]", width: int) -> Any:
-    """The Arrow type of a column of vectors: a list of always `width` numbers, none of them null.
+    """The Arrow type of a column of vectors: lists of `width` numbers each, none of them null.
 
     Raises:
         MissingPackageError: pyarrow is not installed.
@@ -69,11 +62,10 @@ def embedding_type(dtype: "str | np.dtype[Any] | type[Any]", width: int) -> Any:
 
 
 def embedding_array(embeddings: "np.ndarray[Any, Any]") -> Any:
-    """Vectors as an Arrow column.
+    """Make an Arrow column of vectors.
 
     Args:
-        embeddings: `[n, d]`, of float32, float16, int8 (codes of int8 or of bits), uint8 or
-            float64; what `encode` gives.
+        embeddings: `[n, d]` from `encode`: float64, float32, float16, int8 or uint8.
 
     Returns:
         A `pyarrow.FixedSizeListArray` of n lists of d numbers of the same dtype, bit by bit.
@@ -81,7 +73,7 @@ def embedding_array(embeddings: "np.ndarray[Any, Any]") -> Any:
     Raises:
         MissingPackageError: pyarrow is not installed.
         InputError: The array has another shape.
-        InputTypeError: It is no array, or of another dtype.
+        InputTypeError: It is not an array, or of another dtype.
     """
     if not isinstance(embeddings, np.ndarray):
         kind = type(embeddings).__name__
@@ -99,7 +91,7 @@ def embedding_array(embeddings: "np.ndarray[Any, Any]") -> Any:
 
 
 def embeddings_of(column: Any) -> "np.ndarray[Any, Any]":
-    """The reverse: the vectors `[n, d]` of an Arrow column, of `embedding_array` or alike.
+    """Return the vectors `[n, d]` of an Arrow column, from `embedding_array` or another program.
 
     Args:
         column: An `Array` or a `ChunkedArray` of lists of numbers, all of one length.
@@ -118,8 +110,8 @@ def vector_column(schema: Any, place: str) -> str:
     """The name of the column that holds vectors: "embedding" or alike, or the only list of numbers.
 
     Args:
-        schema: Of the file.
-        place: What to call it in the error.
+        schema: The file's schema.
+        place: What to call the file in the error.
 
     Raises:
         InputError: There is none, or more than one.
@@ -127,9 +119,9 @@ def vector_column(schema: Any, place: str) -> str:
     types = import_pyarrow("reading Parquet files").types
 
     def is_list(kind: Any) -> bool:
-        return bool(
-            types.is_fixed_size_list(kind) or types.is_list(kind) or types.is_large_list(kind)
-        ) and bool(types.is_floating(kind.value_type) or types.is_integer(kind.value_type))
+        kinds = (types.is_fixed_size_list, types.is_list, types.is_large_list)
+        numbers = (types.is_floating, types.is_integer)
+        return any(is_a(kind) for is_a in kinds) and any(is_a(kind.value_type) for is_a in numbers)
 
     lists = [each.name for each in schema if is_list(each.type)]
     named = [name for name in VECTOR_FIELDS if name in lists]
@@ -143,10 +135,10 @@ def text_column(schema: Any, wanted: str | None, place: str, vectors: str | None
     """The name of the column that holds texts: the one wanted, else "text", else the only one.
 
     Args:
-        schema: Of the file.
+        schema: The file's schema.
         wanted: The name that was asked for.
         place: What to call the file in the error.
-        vectors: The name of another column, of which it is none.
+        vectors: The name of the column of vectors, which is not that of texts.
 
     Raises:
         InputError: There is none, or more than one, or it holds something else than strings.
@@ -165,17 +157,16 @@ def text_column(schema: Any, wanted: str | None, place: str, vectors: str | None
 
 
 def texts_of(table: Any, column: str, place: str, rows: Sequence[int] | None = None) -> list[str]:
-    """The texts of a table, of which each has a vector.
+    """Return the texts of a table in which every row has a vector.
 
-    This package writes null and the vector of the empty text for a text that could not be embedded,
-    if it was asked to (`on_bad_row="empty"`): such a null is "". What a null of another program
-    means, nobody can tell.
+    With `on_bad_row="empty"` this package writes null, and the vector of "", for a text that can't
+    be embedded: such a null is read as "". What a null of another program means is unknown.
 
     Args:
         table: A `pyarrow.Table` with the column.
         column: A column of strings, see `text_column`.
         place: What to call the file in the error.
-        rows: The number of each row in the file, if it is not its own.
+        rows: The numbers that the rows have in the file, by default 0, 1, 2, ...
 
     Raises:
         InputError: A text is null, in a table of another program.
@@ -189,20 +180,18 @@ def texts_of(table: Any, column: str, place: str, rows: Sequence[int] | None = N
 
 
 def with_fingerprint(holder: _Holder, fingerprint: str) -> _Holder:
-    """A schema or a table that also holds the record of the model that made its vectors.
+    """Add the record of the model that made the vectors to a schema or a table.
 
     Args:
-        holder: A `pyarrow.Schema` or a `pyarrow.Table`; the rest of its metadata stays.
+        holder: A `pyarrow.Schema` or a `pyarrow.Table`; its other metadata stays.
         fingerprint: `Fingerprint.to_json()`. It goes under the key `minilm.fingerprint`, where
-            `minilm.pretrained.fingerprint.read_fingerprint` finds it in a Parquet file.
+            `minilm.files.records.read_fingerprint` finds it in a Parquet file.
     """
-    schema: Any = getattr(holder, "schema", holder)
-    metadata = dict(schema.metadata or {}) | {METADATA_KEY.encode(): fingerprint.encode()}
     either: Any = holder
-    if schema is holder:
-        changed: _Holder = either.with_metadata(metadata)
-    else:
-        changed = either.replace_schema_metadata(metadata)
+    schema = getattr(holder, "schema", None)
+    change = either.with_metadata if schema is None else either.replace_schema_metadata
+    known = (either if schema is None else schema).metadata or {}
+    changed: _Holder = change({**known, METADATA_KEY.encode(): fingerprint.encode()})
     return changed
 
 

@@ -1,4 +1,4 @@
-"""The fingerprint that was kept with a file of vectors, read back.
+"""Read back the fingerprint that was kept with a file of vectors.
 
 In: a path. Out: a `Fingerprint`, or None. `tables.py`, `arrow.py` and `shards.py` write them.
 """
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import safetensors
 
+from minilm.disk import with_home
 from minilm.errors import ConfigError, InputError
 from minilm.files.arrow import fingerprint_in, import_pyarrow
 from minilm.files.tables import METADATA_KEY, NPZ_KEY, sidecar_path
@@ -20,12 +21,11 @@ __all__ = ["read_fingerprint"]
 
 
 def read_fingerprint(path: str | Path) -> Fingerprint | None:
-    """The record that was kept with a file of vectors.
+    """Read the record that was kept with a file of vectors.
 
     Args:
-        path: A `.npz`, `.safetensors` or `.parquet` file, which can hold the record itself, or any
-            other.
-            Where there is none in it, the file beside it is looked at, see `sidecar_path`.
+        path: A `.npz`, `.safetensors` or `.parquet` file, which can hold the record, or any other.
+            If there is none in it, the file beside it is read, see `sidecar_path`.
 
     Returns:
         The record; None if there is none.
@@ -34,7 +34,7 @@ def read_fingerprint(path: str | Path) -> Fingerprint | None:
         FileNotFoundError: There is no such file.
         ConfigError: The record, or the file that should hold it, is broken.
     """
-    path = Path(path)
+    path = with_home(path)
     if not path.is_file():
         raise FileNotFoundError(errno.ENOENT, "no such file", str(path))
     read = _READERS.get(path.suffix.lower())
@@ -57,7 +57,7 @@ def _from_npz(path: Path) -> bytes | None:
                 return None
             array = arrays[NPZ_KEY]
     except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise ConfigError(path, [f"is no .npz file, or broken: {error}"]) from error
+        raise ConfigError(path, [f"is not a .npz file, or broken: {error}"]) from error
     if array.dtype != np.uint8:
         raise ConfigError(path, [f"{NPZ_KEY} has dtype {array.dtype}; expected uint8"])
     return bytes(array.tobytes())
@@ -68,7 +68,7 @@ def _from_safetensors(path: Path) -> bytes | None:
         with safetensors.safe_open(path, "np") as file:
             metadata: Mapping[str, str] = file.metadata() or {}
     except safetensors.SafetensorError as error:
-        raise ConfigError(path, [f"is no safetensors file, or broken: {error}"]) from error
+        raise ConfigError(path, [f"is not a safetensors file, or broken: {error}"]) from error
     text = metadata.get(METADATA_KEY)
     return None if text is None else text.encode("utf-8")
 
@@ -80,11 +80,11 @@ def _from_parquet(path: Path) -> bytes | None:
     try:
         schema = pyarrow.parquet.read_schema(path)
     except (ValueError, OSError) as error:
-        raise ConfigError(path, [f"is no Parquet file, or broken: {error}"]) from error
+        raise ConfigError(path, [f"is not a Parquet file, or broken: {error}"]) from error
     return fingerprint_in(schema)
 
 
-# The formats that can hold a record, each with what gives its bytes, or None without one.
+# The formats that can hold a record, with what reads its bytes, or None if there is none.
 _READERS: dict[str, Callable[[Path], bytes | None]] = {
     ".npz": _from_npz,
     ".safetensors": _from_safetensors,

@@ -1,51 +1,43 @@
 """Files of text as rows: the one reader of .txt, .jsonl and .csv files, for every command.
 
-In: the name of a file, or - for standard input. Out: its rows, each with the line, all that it
-holds by name, the text, and else what is wrong with it. Next: `tables.py` has all rows at once,
+In: the name of a file, or - for standard input. Out: its rows, each with its line number, its
+values by name, and its text or what is wrong with it. Next: `tables.py` has all rows at once,
 `sources.py` some at a time, `parity/foreign.py` takes vectors out of them.
 
-One rule for all. A suffix, in upper case too, says what a file is; one that is unknown is refused,
-since the lines of another form are not texts. Files are UTF-8, with or without a byte order mark,
-with either kind of line end. In a file of texts every line is one, a blank line too; in .jsonl and
-.csv blank lines are skipped. A text is a string: what is null, a number or missing is a bad row.
+The suffix, in upper case too, says what a file is; an unknown one is refused, since the lines of
+another form are not texts. Files are UTF-8, with or without a byte order mark, with either kind of
+line end. In a file of texts every line is one, a blank line too; in .jsonl and .csv blank lines are
+skipped. A text is a string: null, a number, or nothing makes a bad row.
 """
 
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from minilm.disk import with_home
 from minilm.errors import InputError
 from minilm.streams import standard_input
 
 __all__ = [
-    "DEFAULT_COLUMN",
-    "FORMS",
-    "Reader",
-    "Row",
-    "as_json",
-    "column_of",
-    "input_form",
+    "DEFAULT_COLUMN", "FORMS", "Reader", "Row", "as_json", "column_of", "input_form",
     "lone_surrogate",
-]
+]  # fmt: skip
 
 DEFAULT_COLUMN = "text"
 
-# What files are, by their suffix.
+# The forms of files, by suffix.
 FORMS = {
-    ".jsonl": "jsonl",
-    ".ndjson": "jsonl",
-    ".csv": "csv",
-    ".parquet": "parquet",
-    ".txt": "text",
-}
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".csv": "csv", ".parquet": "parquet", ".txt": "text",
+}  # fmt: skip
 _ALSO_TEXT = ("", ".text", ".md", ".log")
 
-_LONGEST_FIELD = 2**31 - 1  # characters; the most that the parser can be told everywhere
-_DEEPEST = 200  # lists and objects in one another; Python writes fewer than 1,000 back
+_LONGEST_FIELD = 2**31 - 1  # characters: the most that the parser accepts on every system
+_DEEPEST = 200  # nested lists and objects; Python can write fewer than 1,000
 _HALF = re.compile("[\ud800-\udfff]")
 
 
@@ -54,7 +46,7 @@ class Row(NamedTuple):
 
     Attributes:
         line: The line that it ends in, from 1.
-        values: All that it holds, by name; nothing if it can't be read.
+        values: Its values by name; empty if it can't be read.
         text: The text; None if there is none that can be embedded.
         problem: Why there is none.
     """
@@ -66,13 +58,13 @@ class Row(NamedTuple):
 
 
 def input_form(name: str) -> str:
-    """What a file is: "jsonl", "csv", "parquet" or "text".
+    """The form of a file: "jsonl", "csv", "parquet" or "text".
 
     Args:
         name: The file, or - for standard input, which is text.
 
     Raises:
-        InputError: Its suffix is another.
+        InputError: Its suffix is unknown.
     """
     suffix = "" if name == "-" else Path(name).suffix.lower()
     if suffix in _ALSO_TEXT:
@@ -90,9 +82,9 @@ class Reader:
     """Reads files that have their texts under one name.
 
     Attributes:
-        column: That name: the one asked for, else what the first row that has names settles: "text"
-            if it is there, else the only one. None until then.
-        heading: The columns of a .csv file, as soon as a row of it, or its end, was read.
+        column: That name: the one asked for; else "text", if the first row with names has it, or
+            its only name. None until then.
+        heading: The columns of a .csv file, once a row of it, or its end, was read.
     """
 
     def __init__(
@@ -102,27 +94,27 @@ class Reader:
         candidates: Callable[[Sequence[str]], Sequence[str]] = list,
         is_unicode: bool = False,
     ) -> None:
-        """Nothing is read yet.
+        """Say how to read; nothing is read yet.
 
         Args:
             column: The name of the texts.
-            candidates: Which names of a row the text may have, if none was asked for.
-            is_unicode: Take a row for a bad one if anything in it has half a character, which JSON
-                can escape and UTF-8 can't hold; otherwise only if its text has.
+            candidates: Chooses the names that the text may have from those of a row.
+            is_unicode: Whether half a character, which JSON can escape and UTF-8 can't hold, makes
+                a bad row wherever it is, and not only in its text.
         """
         self.column = column
         self.heading: list[str] | None = None
         self._wanted, self._candidates, self._is_unicode = column, candidates, is_unicode
 
     def rows(self, name: str) -> Iterator[Row]:
-        """The rows of a file, bad ones too.
+        """Yield the rows of a file, bad ones too.
 
         Args:
             name: A path, or - for standard input.
 
         Raises:
-            InputError: It can't be read on: it is not UTF-8, its quotes are broken, it lacks the
-                column, or is of another form. The message names the file, and the line.
+            InputError: The file is not UTF-8, its quotes are broken, it lacks the column, or is of
+                another form. The message names the file, and the line.
             OSError: It can't be read.
         """
         form = input_form(name)
@@ -136,7 +128,7 @@ class Reader:
         return read(name)
 
     def good_rows(self, name: str) -> Iterator[tuple[int, str, dict[str, Any]]]:
-        """The line, the text and all values of each row.
+        """Yield the line, the text and all values of each row.
 
         Raises:
             InputError, OSError: As in `rows`; or a row is bad.
@@ -169,7 +161,7 @@ class Reader:
         except _DoubledError as error:
             return Row(number, {}, None, str(error))
         except (ValueError, RecursionError) as error:
-            return Row(number, {}, None, f"is not JSON: {error}")
+            return Row(number, {}, None, f"is not valid JSON: {error}")
         if line.count("{") + line.count("[") > _DEEPEST and _depth(row) > _DEEPEST:
             return Row(number, {}, None, f"is nested more than {_DEEPEST} deep")
         if isinstance(row, str):
@@ -177,9 +169,9 @@ class Reader:
         elif isinstance(row, dict):
             self._settle(row, f"{name}: line {number}", name)
         else:
-            return Row(number, {}, None, "is no object and no string")
+            return Row(number, {}, None, "is neither an object nor a string")
         column = self.column or DEFAULT_COLUMN
-        if "\\u" in line:  # only so can half a character be written in UTF-8
+        if "\\u" in line:  # UTF-8 can hold half a character only as an escape
             for key, value in row.items() if self._is_unicode else [(column, row.get(column))]:
                 half = lone_surrogate([key, value])
                 if half:
@@ -227,7 +219,7 @@ class Reader:
             ) from error
 
     def _headed(self, heading: list[str], name: str) -> str:
-        """Take a heading; the name of the text in it."""
+        """Check a heading, and return the name of the text in it."""
         if not heading:
             raise InputError(f"{name}: is empty; the first line names the columns", name)
         doubled = sorted({each for each in heading if heading.count(each) > 1})
@@ -257,7 +249,7 @@ def column_of(columns: Sequence[str], wanted: str | None, place: str, name: str)
     """The column that holds the texts: the one wanted, else "text", else the only one.
 
     Raises:
-        InputError: There is none; `place` is what to call the columns' home, `name` the file.
+        InputError: There is none. `place` is what has the columns, `name` the argument or file.
     """
     if wanted is None and DEFAULT_COLUMN not in columns and len(columns) == 1:
         return columns[0]
@@ -274,22 +266,15 @@ def _lacks(column: str, columns: Sequence[str]) -> str:
 
 def _lines(name: str) -> Iterator[str]:
     """The lines of a file with their ends, blank ones too."""
-    if name == "-":
-        yield from _decoded(standard_input(), "standard input")
-    else:
-        with Path(name).open("rb") as file:
-            yield from _decoded(file, name)
-
-
-def _decoded(lines: Iterable[bytes], name: str) -> Iterator[str]:
-    for number, line in enumerate(lines, 1):
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"{name}: line {number} is not UTF-8 ({error.reason}); convert the file", name
-            ) from error
-        yield text
+    with nullcontext(standard_input()) if name == "-" else with_home(name).open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                place = "standard input" if name == "-" else name
+                why = f"line {number} is not UTF-8 ({error.reason}); convert the file"
+                raise InputError(f"{place}: {why}", place) from error
+            yield text
 
 
 class _DoubledError(ValueError):
@@ -320,9 +305,9 @@ _decode = json.JSONDecoder(object_pairs_hook=_object_of).decode
 def _csv() -> Any:
     """The parser of the module csv, with a limit of its own on the length of a field.
 
-    `csv.field_size_limit` holds for the whole process, and is 131,072 characters unless somebody
-    changes it. A text can be longer, and the limit is not ours to change. So this is a second
-    instance of the module in C, as tests of the standard library load them.
+    `csv.field_size_limit` is one limit for the whole process, 131,072 characters by default. A text
+    can be longer, and the limit is not ours to change. So this is a second instance of the module
+    in C, loaded as the standard library's own tests do it.
     """
     spec = importlib.util.find_spec("_csv")
     assert spec is not None
@@ -334,13 +319,13 @@ def _csv() -> Any:
 
 
 def lone_surrogate(value: Any) -> str | None:
-    """Half a character in a value that JSON can hold, which UTF-8 can't; None if there is none."""
+    """Find half a character in a value, which JSON can hold and UTF-8 can't; None without one."""
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     found = _HALF.search(text)
     return found and found[0]
 
 
 def as_json(value: Any, is_ascii: bool = False) -> str:
-    """A value as JSON that can be written as UTF-8: half a character is escaped."""
+    """Write a value as JSON that UTF-8 can hold: half a character is escaped."""
     text = json.dumps(value, ensure_ascii=is_ascii)
     return text if text.isascii() or not _HALF.search(text) else json.dumps(value)

@@ -1,13 +1,13 @@
 """A folder of Parquet files that is written part by part, and can be continued and verified.
 
-In: what a run is about (a header), and tables one after the other. Out: `part-00000.parquet` and so
-on, and `_manifest.json`, which says what they hold. Next: `streaming.py` writes them,
-`parity/check_folder.py` verifies them.
+In: a header, which says what a run is about, and tables one after the other. Out:
+`part-00000.parquet` and so on, and `_manifest.json`, which says what they hold. Next:
+`streaming.py` writes them, `parity/check_folder.py` verifies them.
 
 Until the last part is written there is `_progress.jsonl` in place of the manifest: the header, then
 a line for each finished part. Each part is written under a hidden name and renamed once it is on
-the disk; a line is added only then. So at any moment each part is either complete and told of, or
-it will be made again. Names that begin with . or _ are passed over by those who read such folders.
+the disk; only then its line is added. So at any moment each part is either complete and listed, or
+will be made again. Readers of such folders ignore names that begin with . or _.
 """
 
 import json
@@ -27,19 +27,12 @@ from minilm.disk import (
     sync,
     sync_folder,
     write_atomically,
-)
+)  # fmt: skip
 from minilm.errors import ConfigError, InputError
 from minilm.files.arrow import fingerprint_in, import_pyarrow
 from minilm.outputs import check_folder
 
-__all__ = [
-    "MANIFEST",
-    "PROGRESS",
-    "Part",
-    "ShardFolder",
-    "part_paths",
-    "verify_parts",
-]
+__all__ = ["MANIFEST", "PROGRESS", "Part", "ShardFolder", "part_paths", "verify_parts"]
 
 MANIFEST = "_manifest.json"
 PROGRESS = "_progress.jsonl"
@@ -56,15 +49,15 @@ class Part:
     """One file of a folder.
 
     Attributes:
-        name: Of the file.
-        rows: How many it has.
-        sha256: Of the file.
+        name: The file's name.
+        rows: How many rows it has.
+        sha256: The file's hash.
         unique: How many different texts it has.
-        tokens: How many were read of those.
-        cut_rows: How many texts were too long.
-        cut_tokens: How many tokens those have.
-        cut_read: How many of them were read.
-        cut_first: The first such row of the file; -1 if there is none.
+        tokens: How many tokens were read of those texts.
+        cut_rows: How many rows have a text that was cut.
+        cut_tokens: How many tokens those texts have.
+        cut_read: How many of these tokens were read.
+        cut_first: The first row whose text was cut; -1 if there is none.
     """
 
     name: str
@@ -88,7 +81,7 @@ class Part:
         if not isinstance(values, Mapping) or any(
             type(values.get(name)) is not kind for name, kind in kinds.items()
         ):
-            raise ValueError("is no record of a part")
+            raise ValueError("is not the record of a part")
         if not _PART.fullmatch(inside(values["name"])):
             raise ValueError(f"{values['name']!r} is not the name of a part")
         return cls(**{name: values[name] for name in kinds})
@@ -100,23 +93,19 @@ def part_paths(folder: Path) -> list[Path]:
 
 
 class ShardFolder:
-    """The folder, held by one writer while it is open as a context manager.
+    """A folder of parts, a context manager that lets one writer in at a time.
 
-    Another thread of the process waits, another process is refused.
+    Another thread of the process waits, another process gets an error.
 
     Attributes:
         folder: Where it is.
-        header: What the run that is in there is about; None if there is none.
-        done: The parts that it finished, as it says, by number.
-        is_complete: Whether it came to its end.
+        header: What the run in it is about; None if there is no run.
+        done: The parts that this run finished, by number.
+        is_complete: Whether it finished all.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Nothing is read or made before it is entered.
-
-        Args:
-            folder: It, or where it shall be made.
-        """
+        """Name a folder that is there, or should be made; nothing is done before it is entered."""
         self.folder = absolute(folder)
         self.header: dict[str, Any] | None = None
         self.done: dict[int, Part] = {}
@@ -124,11 +113,11 @@ class ShardFolder:
         self._hold: Any = None
 
     def __enter__(self) -> "ShardFolder":
-        """Take hold of it, and read what was done before.
+        """Lock the folder, and read what was done before.
 
         Raises:
-            InputError: Another process has it; it can't be written to; or there are files that are
-                none of ours.
+            InputError: Another process writes there; it can't be written to; or it has files that
+                this package didn't write.
             OSError: It can't be made, or read.
         """
         check_folder(self.folder, "output")
@@ -161,7 +150,7 @@ class ShardFolder:
         self._hold.__exit__(None, None, None)
 
     def clear(self) -> None:
-        """Remove what the run that is in there has made."""
+        """Remove the files of the run that is in the folder."""
         for path in part_paths(self.folder):
             if _PART.fullmatch(path.name):
                 path.unlink()
@@ -171,10 +160,10 @@ class ShardFolder:
         self.header, self.done, self.is_complete = None, {}, False
 
     def begin(self, header: dict[str, Any]) -> None:
-        """Start a run, or go on with the one of this header: parts that are broken are forgotten.
+        """Start a run, or continue that of this header without its broken parts.
 
         Raises:
-            OSError: It can't be written.
+            OSError: The folder can't be written to.
         """
         self.header = header
         broken = [number for number, part in self.done.items() if not self._is_intact(part)]
@@ -186,10 +175,8 @@ class ShardFolder:
         else:
             lines = [header, *(asdict(self.done[number]) for number in sorted(self.done))]
             text = "".join(json.dumps(line) + "\n" for line in lines)
-            with self._told_of(PROGRESS):
-                write_atomically(
-                    self.folder / PROGRESS, lambda file: file.write(text.encode("utf-8"))
-                )
+            with self._errors_about(PROGRESS):
+                write_atomically(self.folder / PROGRESS, lambda file: file.write(text.encode()))
 
     def _is_intact(self, part: Part) -> bool:
         path = self.folder / part.name
@@ -199,9 +186,9 @@ class ShardFolder:
         """Write a part, and then a line that says so.
 
         Args:
-            number: Which.
-            name: Of the file.
-            table: A `pyarrow.Table`; its last column, the vectors, is stored as it is.
+            number: The part's number.
+            name: The file's name.
+            table: A `pyarrow.Table`, whose last column is the vectors.
             more: The other fields of `Part`.
 
         Raises:
@@ -209,31 +196,30 @@ class ShardFolder:
                 still is.
         """
         path = self.folder / name
-        with self._told_of(name):
+        with self._errors_about(name):
             write_atomically(path, lambda file: _write_parquet(file, table))
             part = Part(name, table.num_rows, file_sha256(path), **more)
-        with self._told_of(PROGRESS), (self.folder / PROGRESS).open("ab") as progress:
-            line = json.dumps(asdict(part)) + "\n"
-            progress.write(line.encode("utf-8"))
+        with self._errors_about(PROGRESS), (self.folder / PROGRESS).open("ab") as progress:
+            progress.write(f"{json.dumps(asdict(part))}\n".encode())
             sync(progress)
         self.done[number] = part
         return part
 
     def finish(self) -> None:
-        """Write the manifest: all parts are there."""
+        """Write the manifest, once all parts are there."""
         if self.is_complete:
             return
         parts = [asdict(self.done[number]) for number in sorted(self.done)]
         text = json.dumps({**(self.header or {}), "parts": parts}, indent=1)
-        with self._told_of(MANIFEST):
+        with self._errors_about(MANIFEST):
             write_atomically(self.folder / MANIFEST, lambda file: file.write(f"{text}\n".encode()))
             (self.folder / PROGRESS).unlink(missing_ok=True)
             sync_folder(self.folder)
         self.is_complete = True
 
     @contextmanager
-    def _told_of(self, name: str) -> Iterator[None]:
-        """An error of writing names the file, and says what to do."""
+    def _errors_about(self, name: str) -> Iterator[None]:
+        """Name the file in an error of writing, and say what to do."""
         try:
             yield
         except OSError as error:
@@ -252,7 +238,7 @@ def _number(name: str) -> int:
 
 
 def _read(folder: Path) -> tuple[dict[str, Any], list[Part], bool] | None:
-    """The header, the parts, and whether these are all; None if no run has begun.
+    """Read the header, the parts, and whether these are all; None if no run has begun.
 
     Raises:
         ConfigError: The manifest is broken.
@@ -265,7 +251,7 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[Part], bool] | None:
             int(header["rows"]["written"])
             return header, parts, True
         except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-            what = f"is no manifest, or broken: {error}; remove it, or choose another folder"
+            what = f"is not a manifest, or broken: {error}; remove it, or choose another folder"
             raise ConfigError(path, [what]) from error
     path = folder / PROGRESS
     if not path.exists():
@@ -279,27 +265,27 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[Part], bool] | None:
         return None
     parts = []
     for line in lines[1:]:
-        with suppress(ValueError):  # the last line may be half a line
+        with suppress(ValueError):  # the last line may be cut short
             parts.append(Part.from_dict(json.loads(line)))
     return header, parts, False
 
 
 def _write_parquet(file: IO[bytes], table: Any) -> None:
-    """With fixed settings, so that the same rows are the same bytes."""
+    """Write a table with fixed settings, so that the same rows give the same bytes."""
     import pyarrow.parquet
 
-    plain = table.column_names[:-1]  # vectors don't repeat, and have no order
+    plain = table.column_names[:-1]  # vectors neither repeat nor have an order
     pyarrow.parquet.write_table(
         table, file, compression="snappy", use_dictionary=plain, write_statistics=plain
     )
 
 
 def verify_parts(folder: Path) -> tuple[dict[str, Any] | None, list[str], set[str]]:
-    """Whether a folder holds what its manifest says: all parts, with their hashes and rows.
+    """Check that a folder holds what its manifest says: all parts, with their hashes and rows.
 
     Returns:
-        The manifest without its parts, None if there is none; every problem, in words; and the
-        names of parts that are not what was written.
+        The manifest without its parts, None if there is none; all problems; and the names of parts
+        that are not what was written.
 
     Raises:
         MissingPackageError: pyarrow is not installed.
@@ -327,8 +313,7 @@ def verify_parts(folder: Path) -> tuple[dict[str, Any] | None, list[str], set[st
             damaged.add(part.name)
             problems.append(f"{part.name} is not the file that was written: its SHA-256 differs")
         try:
-            opened = pyarrow.parquet.ParquetFile(path)
-            with opened:
+            with pyarrow.parquet.ParquetFile(path) as opened:
                 rows, record = opened.metadata.num_rows, fingerprint_in(opened.schema_arrow)
             made_by = None if record is None else json.loads(record)
         except (ValueError, OSError) as error:

@@ -2,10 +2,10 @@
 
 In: .jsonl, .csv, .parquet files or plain text, folders, glob patterns. Out: a `Layout`, which says
 what columns there are and what was wrong with which rows; then `Shard`s of a fixed number of rows,
-each with its texts and all that stood beside them as an Arrow table. Next: `streaming.py`.
+each with its texts, and all columns as an Arrow table. Next: `streaming.py`.
 
-The files are read twice. Once before anything is computed: so a broken line, or a key that is a
-number in one line and a word in another, is known in seconds and not after a night. And once for
+The files are read twice: once before anything is computed, so that a broken line, or a key that is
+a number in one line and a word in another, is known in seconds and not after a night; and once for
 the vectors. Memory holds some rows at a time, never a file.
 """
 
@@ -15,9 +15,11 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from minilm.disk import with_home
 from minilm.errors import BadRowError, InputError
 from minilm.files.arrow import import_pyarrow, text_column
 from minilm.files.rows import DEFAULT_COLUMN, FORMS, Reader, Row, input_form
@@ -26,13 +28,13 @@ __all__ = [
     "ON_BAD_ROW", "Layout", "Shard", "find_files", "read_shards", "readable", "survey",
 ]  # fmt: skip
 
-# What can be done about a row whose text can't be embedded.
+# What to do about a row whose text can't be embedded.
 ON_BAD_ROW = ("error", "skip", "empty")
 
 _AT_ONCE = 1024  # rows made into columns at a time
 _MOST_COLUMNS = 1000
-_REPORTED = 5  # bad rows that are told of one by one
-_NOT_TWICE = "is no file that can be read twice; write it to one, or leave -o FOLDER out"
+_REPORTED = 5  # bad rows that are listed
+_NOT_TWICE = "is not a file that can be read twice; write it to one, or leave -o FOLDER out"
 _EXACT = 2**53  # whole numbers up to here are exact as float64
 
 
@@ -41,14 +43,14 @@ class Layout:
     """What a first reading found.
 
     Attributes:
-        form: "jsonl", "csv", "parquet" or "text": the same of all files.
-        column: Where the texts are.
+        form: "jsonl", "csv", "parquet" or "text": the form of all files.
+        column: The column that has the texts.
         columns: The type of each column, by name, as Arrow writes it; "json" is a string that holds
             JSON.
         rows: How many rows each file has.
-        characters: Of all texts together.
+        characters: How many characters all texts have.
         bad: How many rows have no text that can be embedded.
-        examples: The first few of those, in words.
+        examples: What is wrong with the first few of those.
     """
 
     form: str
@@ -65,10 +67,10 @@ class Shard:
     """The rows of one output file.
 
     Attributes:
-        number: Which, from 0.
-        texts: n texts; "" for what can't be embedded.
+        number: The number of the file, from 0.
+        texts: n texts; "" where there is none that can be embedded.
         table: All columns, as a `pyarrow.Table` of n rows.
-        places: Of each row, the number of the file and the line or row in it.
+        places: The number of each row's input file, and of its line or row in it.
     """
 
     number: int
@@ -80,13 +82,13 @@ class Shard:
 def find_files(
     inputs: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], output: Path | None = None
 ) -> list[Path]:
-    """The files that are meant, in a fixed order.
+    """Find the files that are meant, in a fixed order.
 
     Args:
         inputs: Files, folders and glob patterns (`**` reaches into folders). A folder is searched
             for .jsonl, .csv, .parquet and .txt files, in the folders within too; names that begin
-            with . or _ are passed over. What a folder or a pattern gives is sorted by name.
-        output: A folder of which patterns match nothing.
+            with . or _ are ignored. What a folder or a pattern gives is sorted by name.
+        output: A folder in which patterns match nothing.
 
     Raises:
         InputError: Nothing is there, the files are not of one form, or one is named twice.
@@ -100,14 +102,14 @@ def find_files(
         name = os.fspath(each)
         if name == "-":
             raise InputError(f"standard input: {_NOT_TWICE}", "inputs")
-        path = Path(name)
+        path = with_home(name)
         if path.is_dir():
             files = _in_folder(path)
             if not files:
                 raise InputError(f"{name}: has no file of {', '.join(FORMS)} in it", "inputs")
         elif not path.exists() and glob.has_magic(name):
             # Path.glob takes no absolute patterns.
-            files = sorted(map(Path, glob.glob(name, recursive=True)))  # noqa: PTH207
+            files = sorted(map(Path, glob.glob(str(path), recursive=True)))  # noqa: PTH207
             files = [match for match in files if match.is_file()]
             if output is not None:
                 there = output.resolve()
@@ -115,7 +117,7 @@ def find_files(
             if not files:
                 raise InputError(f"{name}: no file matches", "inputs")
         else:
-            path.stat()  # an error says that it isn't there
+            path.stat()  # raises an error if it isn't there
             if not path.is_file():
                 raise InputError(f"{name}: {_NOT_TWICE}", "inputs")
             files = [path]
@@ -156,10 +158,10 @@ def survey(
     """Read all files once, and say what is in them.
 
     Args:
-        files: What `find_files` gave.
+        files: From `find_files`.
         column: The name of the texts; by default "text", or the only one.
         on_bad_row: "error" stops at the first bad row.
-        progress: Is given 1 for each row.
+        progress: Called with 1 for each row.
 
     Raises:
         BadRowError: A row is bad, with `on_bad_row="error"`.
@@ -170,13 +172,13 @@ def survey(
     if form == "parquet":
         return _survey_parquet(files, column, on_bad_row, progress)
     layout = Layout(form, "", {})
-    reader = Reader(column, is_unicode=True)  # as Parquet wants all strings to be
+    reader = Reader(column, is_unicode=True)  # Parquet holds no other strings
     kinds: dict[str, set[str]] = {}
     found = form != "jsonl"
     for file in files:
-        rows = 0
+        layout.rows.append(0)
         for line, row, text, problem in reader.rows(str(file)):
-            rows += 1
+            layout.rows[-1] += 1
             progress(1)
             found |= (reader.column or DEFAULT_COLUMN) in row
             _note(layout, file, f"line {line}", text, problem, on_bad_row)
@@ -191,7 +193,6 @@ def survey(
                         )
                 if form == "jsonl":
                     kinds[name].add(_kind(value))
-        layout.rows.append(rows)
     layout.column = reader.column or DEFAULT_COLUMN
     if not column and layout.column != DEFAULT_COLUMN and DEFAULT_COLUMN in kinds:
         raise InputError(
@@ -217,7 +218,7 @@ def survey(
 def _note(
     layout: Layout, file: Path, place: str, text: str | None, problem: str | None, on_bad_row: str
 ) -> None:
-    """Count a row, good or bad."""
+    """Count a row, good or bad, or raise an error for a bad one."""
     layout.characters += len(text or "")
     if problem is None:
         return
@@ -269,23 +270,19 @@ def _survey_parquet(
             raise InputError(f"{file}: has more than one column {doubled[0]!r}", "inputs")
         columns = {each.name: str(each.type) for each in schema}
         if columns != layout.columns:
-            differing = sorted(
-                {each for each, _ in columns.items() ^ layout.columns.items()}
-            ) or list(columns)
+            differing = min(each for each, _ in columns.items() ^ layout.columns.items())
             raise InputError(
-                f"{file}: its columns differ from those of {files[0]}, first in {differing[0]!r}: "
-                f"{columns.get(differing[0], 'none')}, "
-                f"{layout.columns.get(differing[0], 'none')}",
+                f"{file}: its columns differ from those of {files[0]}, first in {differing!r}: "
+                f"{columns.get(differing, 'none')}, {layout.columns.get(differing, 'none')}",
                 "inputs",
             )
-        row = 0
+        layout.rows.append(0)
         for batch in _batches(file, [name]):
             for text in _strings(file, batch.column(0)):
                 problem = f"{name} is null" if text is None else None
-                _note(layout, file, f"row {row}", text, problem, on_bad_row)
-                row += 1
+                _note(layout, file, f"row {layout.rows[-1]}", text, problem, on_bad_row)
+                layout.rows[-1] += 1
                 progress(1)
-        layout.rows.append(row)
     return layout
 
 
@@ -298,11 +295,11 @@ def read_shards(
     shard_rows: int,
     on_bad_row: str = "error",
 ) -> Iterator[Shard]:
-    """Read all files, in shards of `shard_rows` rows; the last has what is left, at least none.
+    """Read all files, in shards of `shard_rows` rows; the last has the rest, or no row at all.
 
     Args:
-        files: What `find_files` gave.
-        layout: What `survey` gave.
+        files: From `find_files`.
+        layout: From `survey`.
         shard_rows: Rows of a shard.
         on_bad_row: "skip" leaves bad rows out, "empty" keeps them with the text "".
 
@@ -343,7 +340,7 @@ def read_shards(
 def _pieces(
     file: Path, layout: Layout, schema: Any
 ) -> Iterator[tuple[Any, list[str | None], list[int]]]:
-    """Some rows at a time: their columns, their texts, and their lines."""
+    """Yield the columns, the texts and the line numbers of some rows at a time."""
     pyarrow = import_pyarrow("reading Parquet files")
     if layout.form == "parquet":
         row = 0
@@ -355,13 +352,8 @@ def _pieces(
             yield table, found, list(range(row, row + len(found)))
             row += len(found)
         return
-    records: list[Row] = []
-    for record in Reader(layout.column, is_unicode=True).rows(str(file)):
-        records.append(record)
-        if len(records) == _AT_ONCE:
-            yield _piece(records, layout, schema)
-            records = []
-    if records:
+    rows = Reader(layout.column, is_unicode=True).rows(str(file))
+    while records := list(islice(rows, _AT_ONCE)):
         yield _piece(records, layout, schema)
 
 
@@ -374,11 +366,9 @@ def _piece(
     for name, kind in layout.columns.items():
         values = [row.get(name) for _, row, _, _ in records]
         if name == layout.column:
-            values = texts  # what is no text is null
+            values = texts  # null where there is no text
         elif kind == "json":
-            values = [
-                None if value is None else json.dumps(value, ensure_ascii=False) for value in values
-            ]
+            values = [None if v is None else json.dumps(v, ensure_ascii=False) for v in values]
         try:
             arrays.append(pyarrow.array(values, type=schema.field(name).type))
         except (ValueError, TypeError, OverflowError) as error:
@@ -394,7 +384,7 @@ def _piece(
 def _kept_schema(files: Sequence[Path], layout: Layout) -> Any:
     pyarrow = import_pyarrow("writing Parquet files")
     if layout.form == "parquet":
-        # Without the rest of the file's metadata, which describes that file: its index, its rows.
+        # Without the file's other metadata, which describe its own index and rows.
         return pyarrow.schema([each.with_nullable(True) for each in _schema(files[0])])
     types = {
         "string": pyarrow.string(),
@@ -431,7 +421,7 @@ def _strings(file: Path, column: Any) -> list[str | None]:
 
 
 def readable(file: Path, read: Callable[[], Any]) -> Any:
-    """What reading gives; errors of Arrow, which don't name the file, do."""
+    """Call `read`, and name the file in errors of Arrow, which don't."""
     try:
         return read()
     except (FileNotFoundError, PermissionError):

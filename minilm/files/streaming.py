@@ -2,12 +2,12 @@
 
 In: an encoder, and .jsonl, .csv, .parquet or .txt files. Out: `OUTPUT/part-00000.parquet` and so
 on, each of a fixed number of rows, with all columns and the vectors; and a manifest. Next: `minilm
-check OUTPUT`, or whatever reads Parquet.
+check OUTPUT`, or any program that reads Parquet.
 
-It can be killed at any moment. The same call goes on where it was, and what it leaves is, byte for
-byte, what an uninterrupted run leaves (with the same versions of torch and pyarrow, on a processor
-of the same kind). For that each part is computed from its own rows only, and a text's vector does
-not depend on what is computed beside it, nor on the number of threads or processes.
+It can be killed at any moment. The same call goes on where it was, and the result is, byte for
+byte, that of an uninterrupted run (with the same versions of torch and pyarrow, on a processor of
+the same kind). For that, each part is computed from its own rows only, and a text's vector depends
+neither on what is computed beside it, nor on the number of threads or processes.
 """
 
 import copy
@@ -18,19 +18,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from minilm.disk import file_sha256
+from minilm.disk import file_sha256, with_home
 from minilm.encoder import SentenceEncoder
-from minilm.errors import (
-    BadRowWarning,
-    InputError,
-    NotFiniteError,
-    TruncationError,
-)
+from minilm.errors import BadRowWarning, InputError, NotFiniteError, TruncationError
 from minilm.files.arrow import embedding_array, embedding_type, import_pyarrow, with_fingerprint
 from minilm.files.rows import DEFAULT_COLUMN
 from minilm.files.shards import Part, ShardFolder
@@ -53,7 +48,7 @@ __all__ = ["FilesReport", "encode_files"]
 
 FORMAT_VERSION = 1  # of the manifest
 
-_ATTEMPTS = 3  # processes that may die of one part: a run takes a night, and memory gets short
+_ATTEMPTS = 3  # processes that may die of one part: a run takes a night, and memory may run out
 
 
 @dataclass(frozen=True)
@@ -85,14 +80,8 @@ class FilesReport:
         )
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What came of a list of texts.
-
-    Attributes:
-        vectors: `[n, d]`.
-        token_counts, kept: How many tokens each text has, and how many were read.
-    """
+class Answer(NamedTuple):
+    """The vectors `[n, d]` of n texts, how many tokens each has, and how many were read."""
 
     vectors: "np.ndarray[Any, Any]"
     token_counts: tuple[int, ...]
@@ -100,7 +89,7 @@ class Answer:
 
 
 def embed(encoder: SentenceEncoder, texts: list[str], options: dict[str, Any]) -> Answer:
-    """The vectors of some texts, and how much was read of them."""
+    """Embed the texts of a part, in this process or another."""
     vectors, report = encoder.encode(texts, return_report=True, **options)
     give_back_freed_memory()
     return Answer(vectors, report.token_counts, report.kept_token_counts)
@@ -128,14 +117,14 @@ def encode_files(
     """Embed all texts of files, into a folder of Parquet files.
 
     The columns of .parquet stay as they are. Those of .csv are strings. Those of .jsonl get the
-    type that holds all values of a key: bool, int64, double or string, and a key that a line lacks
-    is null there; lists, objects, and keys whose values are of different kinds become strings that
-    hold their JSON, which the manifest tells (`columns`: "json"). Numbers with a point are doubles,
-    and no whole number is rounded.
+    type that holds all values of a key: bool, int64, double or string; a key that a line lacks is
+    null there. Lists, objects, and keys whose values are of different kinds become strings that
+    hold their JSON, as the manifest says (`columns`: "json"). Numbers with a point are doubles, and
+    no whole number is rounded.
 
-    Each file is read once before anything is computed, and once to compute. Called again after it
-    was interrupted, with the same arguments, it goes on. `output` holds the fingerprint of the
-    model in every part, and `_manifest.json`, which says what was made, from what, with SHA-256.
+    Each file is read once before anything is computed, and once to compute. Called again with the
+    same arguments after it was interrupted, it goes on. In `output`, every part has the fingerprint
+    of the model, and `_manifest.json` says what was made from which files, with SHA-256.
 
     Args:
         encoder: The model.
@@ -145,18 +134,17 @@ def encode_files(
         shard_rows: Rows of each part. Memory grows with it.
         embedding_column: The name of the vectors: a list of fixed size.
         precision: Of their numbers: "float32", "float16", or codes, see `encode`.
-        prompt, truncation, truncate_dim, normalize_embeddings, batch_size: As in `encode`.
-            Truncation is told once, of all parts together.
-        on_bad_row: What to do about a row whose text is missing, null or no string, or about a line
-            that is broken or has a key twice. "error" stops at the first, before anything is
-            computed; "skip" leaves the row out; "empty" keeps it, its text null, with the vector of
-            the empty text "", so that the rows are as many as before; of one that can't be read all
-            is null. The last two warn once, with the first few. A file that is not UTF-8, and a
-            .csv file whose quotes are broken, can't be read on from there, and stop the run in any
-            case.
-        workers: Processes, which share the threads. One that dies is replaced. A script that asks
-            for several needs `if __name__ == "__main__":`, as always with processes.
-        overwrite: Remove what another run has left in `output`. Only its own files are removed.
+        prompt, truncation, truncate_dim, normalize_embeddings, batch_size: As in `encode`. A
+            warning of truncation comes once, for all parts together.
+        on_bad_row: What to do about a row whose text is missing, null or not a string, or about a
+            line that is broken or has a key twice. "error" stops at the first, before anything is
+            computed. "skip" leaves the row out. "empty" keeps it, so that there are as many rows as
+            before: its text is null, its vector that of "", and if the line can't be read, its
+            other columns are null too. The last two warn once, with the first few. A file that is
+            not UTF-8, or a .csv file whose quotes are broken, stops the run in any case.
+        workers: Processes, which share the threads. One that dies is replaced. With several, a
+            script needs `if __name__ == "__main__":`, as always with processes.
+        overwrite: Remove the files of another run from `output`, and only those.
         show_progress_bar: By default only if this package's logger is at INFO or below.
 
     Returns:
@@ -169,7 +157,7 @@ def encode_files(
         BadRowError: With `on_bad_row="error"`.
         TruncationError: With `truncation="error"`, a text is too long.
         WorkerError: Several processes died of one part.
-        OSError: A file can't be read or written, the disk is full. Finished parts stay.
+        OSError: A file can't be read or written, or the disk is full. Finished parts stay.
     """
     pyarrow = import_pyarrow("writing Parquet files")
     check_positive_int(shard_rows, "shard_rows")
@@ -185,19 +173,19 @@ def encode_files(
         f"precision is {precision!r}: this model has no fixed ranges, and those of one part would "
         "not be those of the next; write float32 and use quantize_embeddings",
     )  # fmt: skip
-    folder = Path(output)
+    folder = with_home(output)
     files = find_files(inputs, folder)
     _check_apart(files, inputs, folder)
-    of_call: dict[str, Any] = {
+    call: dict[str, Any] = {
         "prompt": prompt,
         "truncation": truncation,
         "truncate_dim": truncate_dim,
         "normalize_embeddings": normalize_embeddings,
         "precision": coded,
     }
-    record = encoder.fingerprint(**of_call)
-    # What was not given is as the model has it now, for all parts, whatever others set meanwhile.
-    of_call |= {"prompt": record.prompt, "truncate_dim": record.dimension}
+    record = encoder.fingerprint(**call)
+    # All parts use the model's settings of now, whatever other threads set meanwhile.
+    call |= {"prompt": record.prompt, "truncate_dim": record.dimension}
     encoder = copy.copy(encoder)  # shares all but the settings
     wanted = {
         "format_version": FORMAT_VERSION,
@@ -216,7 +204,7 @@ def encode_files(
             "on_bad_row": on_bad_row,
         },
     }
-    options = of_call | {
+    options = call | {
         "truncation": without_warning(truncation),
         "batch_size": batch_size,
         "show_progress_bar": False,
@@ -253,12 +241,12 @@ def encode_files(
         shards.begin(header)
         there = len(shards.done)
         if not shards.is_complete:
-            run = _Run(encoder, shards, files, layout, header, options)
+            run = _Parts(encoder, shards, files, layout, header, options)
             run.compute(workers, show_progress_bar)
             _check_unchanged(shards, files, stats, described)
             shards.finish()
         parts = [shards.done[number] for number in sorted(shards.done)]
-    _tell(layout, parts, truncation, on_bad_row, encoder.max_seq_length)
+    _warn(layout, parts, truncation, on_bad_row, encoder.max_seq_length)
     return FilesReport(
         output=folder,
         parts=len(parts),
@@ -269,8 +257,8 @@ def encode_files(
     )
 
 
-class _Run:
-    """One run: from rows to parts."""
+class _Parts:
+    """The parts of one run, computed from the rows of files and written."""
 
     def __init__(
         self,
@@ -287,11 +275,11 @@ class _Run:
         self.fingerprint = json.dumps(header["fingerprint"], ensure_ascii=False)
         count = max(1, -(-header["rows"]["written"] // self.settings["shard_rows"]))
         self.digits = max(5, len(str(count - 1)))
-        self.characters = 0  # of the parts that are written
-        self.flight: dict[int, tuple[Shard, list[int]]] = {}  # those that are computed now
+        self.characters = 0  # in the parts that are written
+        self.flight: dict[int, tuple[Shard, list[int]]] = {}  # the parts that are being computed
 
     def compute(self, workers: int, show: bool | None) -> None:
-        """All parts that are not there."""
+        """Compute and write all parts that are not there."""
         done = sum(part.tokens for part in self.shards.done.values())
         with ExitStack() as stack:
             bar = stack.enter_context(
@@ -311,7 +299,7 @@ class _Run:
                 part = self._write(shard, rows, answer)
                 done += part.tokens
                 if self.characters:
-                    # How many tokens are to come is not known: as many a character as before.
+                    # The rest is assumed to have as many tokens a character as what was read.
                     bar.total = round(done / self.characters * self.layout.characters)
                 bar.update(part.tokens)
 
@@ -324,7 +312,7 @@ class _Run:
             if shard.number in self.shards.done:
                 self.characters += sum(map(len, shard.texts))
                 continue
-            # Each text once; `rows` says which of them a row has.
+            # Each text is embedded once; `rows` has its number for every row.
             places = {text: place for place, text in enumerate(dict.fromkeys(shard.texts))}
             rows = [places[text] for text in shard.texts]
             self.flight[shard.number] = shard, rows
@@ -344,7 +332,7 @@ class _Run:
         return f"{self.files[place[0]]}: {kind} {place[1]}"
 
     def _answers(self, jobs: Iterator[Job]) -> Iterator[tuple[Job, Answer | Exception]]:
-        """As `ProcessPool.answers`, in this process."""
+        """Answer as `ProcessPool.answers` does, in this process."""
         for job in jobs:
             try:
                 answer: Answer | Exception = embed(self.encoder, *job.arguments)
@@ -353,7 +341,7 @@ class _Run:
             yield job, answer
 
     def _explained(self, error: Exception, shard: Shard, rows: list[int]) -> Exception:
-        """The error, naming the place of the first text that it is about."""
+        """Return the error with the place of the first text that it is about."""
         if not isinstance(error, TruncationError | NotFiniteError):
             return error
         of_texts = set(error.rows)
@@ -396,7 +384,7 @@ def _check_unchanged(
     stats: list[os.stat_result],
     described: list[dict[str, Any]],
 ) -> None:
-    """The parts shall be of the files that the manifest names; if they are not, none stays."""
+    """Remove all parts, and raise an error, if a file was changed while it was read."""
     problem = None
     for path, before, told in zip(files, stats, described, strict=True):
         now = path.stat()
@@ -418,11 +406,12 @@ def _check_unchanged(
 def _check_apart(
     files: list[Path], inputs: str | os.PathLike[str] | Sequence[Any], folder: Path
 ) -> None:
-    """Nobody shall read what he writes: not now, and not when he goes on."""
+    """Refuse an output that would be read as an input, now or when the run goes on."""
     whole = folder.resolve()
     given = [inputs] if isinstance(inputs, str | os.PathLike) else inputs
     for name in map(os.fspath, given):
-        if Path(name).is_dir() and whole.is_relative_to(Path(name).resolve()):
+        path = with_home(name)
+        if path.is_dir() and whole.is_relative_to(path.resolve()):
             raise InputError(
                 f"{folder}: is within {name}, which is read; write elsewhere", "output"
             )
@@ -434,7 +423,7 @@ def _check_apart(
 def _header(
     wanted: dict[str, Any], described: list[dict[str, Any]], layout: Layout, on_bad_row: str
 ) -> dict[str, Any]:
-    """All that the manifest says but for the parts."""
+    """The manifest without its parts."""
     read = sum(layout.rows)
     return wanted | {
         "inputs": [
@@ -454,7 +443,7 @@ def _header(
 
 
 def _layout(header: dict[str, Any]) -> Layout:
-    """The reverse."""
+    """Rebuild a `Layout` from a manifest."""
     return Layout(
         form=header["form"],
         column=header["column"],
@@ -469,9 +458,9 @@ def _layout(header: dict[str, Any]) -> Layout:
 def _differing(
     header: dict[str, Any], wanted: dict[str, Any], described: list[dict[str, Any]]
 ) -> str:
-    """In what a run that was begun differs from the one that is wanted, in words; "" if in nothing.
+    """Say how a run that was begun differs from the one that is wanted; "" if it doesn't.
 
-    Files may have moved: what counts is what is in them.
+    Files may have been moved or renamed: only their contents count.
     """
     differing = []
     for name in ("settings", "fingerprint", "made_with"):
@@ -495,20 +484,20 @@ def _differing(
 
 
 def _is_the_same(name: str, key: str, header: dict[str, Any], value: Any) -> bool:
-    """Whether another value means the same: a model's name, or a column that was the default."""
+    """Whether a different value means the same: a model's name, or a column by default."""
     if (name, key) == ("fingerprint", "model"):
         return True
     return (name, key) == ("settings", "column") and (value or DEFAULT_COLUMN) == header["column"]
 
 
-def _tell(layout: Layout, parts: list[Part], truncation: str, on_bad_row: str, limit: int) -> None:
-    """One warning for all bad rows, and one, or an error, for all texts that were cut."""
+def _warn(layout: Layout, parts: list[Part], truncation: str, on_bad_row: str, limit: int) -> None:
+    """Warn once about all bad rows, and once, or raise an error, about all texts that were cut."""
     if layout.bad:
         how = "left out" if on_bad_row == "skip" else "read as empty texts"
         more = layout.bad - len(layout.examples)
-        told = "; ".join(layout.examples) + (f"; and {more:,} more" if more else "")
+        which = "; ".join(layout.examples) + (f"; and {more:,} more" if more else "")
         warnings.warn(
-            f"{layout.bad:,} of {sum(layout.rows):,} rows are bad and were {how}: {told}",
+            f"{layout.bad:,} of {sum(layout.rows):,} rows are bad and were {how}: {which}",
             BadRowWarning,
             stacklevel=caller_level(),
         )

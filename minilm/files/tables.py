@@ -1,7 +1,7 @@
 """Files of texts, and of texts with their vectors: what the command line reads and writes.
 
-In: the rows of files, see `rows.py`. Out: `Table`, all texts and what stood beside them, and files
-that hold those and the vectors. Next: `cli/parser.py`.
+In: the rows of files, see `rows.py`. Out: `Table`, all texts and the rows that they are in, and
+files that hold those and the vectors. Next: `cli/parser.py`.
 
 torch is not imported, and NumPy only when vectors are written, so that `--help` answers at once.
 """
@@ -9,7 +9,7 @@ torch is not imported, and NumPy only when vectors are written, so that `--help`
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -23,37 +23,23 @@ if TYPE_CHECKING:
     import numpy as np
 
 __all__ = [
-    "METADATA_KEY",
-    "NPZ_KEY",
-    "ROW_SUFFIXES",
-    "SUFFIXES",
-    "VECTOR_FIELDS",
-    "Table",
-    "check_rows",
-    "form_of",
-    "is_utf8",
-    "read_table",
-    "sidecar_path",
-    "sidecars_of",
-    "write_jsonl",
-    "write_rows",
+    "METADATA_KEY", "NPZ_KEY", "ROW_SUFFIXES", "SUFFIXES", "VECTOR_FIELDS", "Table", "check_rows",
+    "form_of", "is_utf8", "read_table", "sidecar_path", "sidecars_of", "write_jsonl", "write_rows",
     "write_table",
-]
+]  # fmt: skip
 
-# The forms that vectors are written in.
+# The forms of files with vectors, and of files with rows only.
 SUFFIXES = (".npy", ".npz", ".safetensors", ".jsonl", ".csv")
-
-# The forms that rows without vectors are written in.
 ROW_SUFFIXES = (".jsonl", ".csv", ".txt")
 
-# Where the fingerprint of the model stands in a file that has a place for it.
+# Where the fingerprint of the model is in a file that has a place for it.
 NPZ_KEY = "fingerprint_json"  # an array of uint8: the bytes of the JSON
 METADATA_KEY = "minilm.fingerprint"  # in the header of safetensors files
 
-# Of a safetensors file, without which nobody reads it; some of it is for what is no metadata.
+# The most that readers of safetensors take, less some room for what isn't metadata.
 _LARGEST_HEADER = 100_000_000 - 1_000
 
-# What a column of vectors may be called.
+# Names that a column of vectors may have.
 VECTOR_FIELDS = ("embedding", "embeddings", "vector", "vectors")
 
 
@@ -63,7 +49,7 @@ class Table:
 
     Attributes:
         texts: n texts.
-        rows: All that each row holds, the text too, by name.
+        rows: n rows: all their values by name, the text among them.
     """
 
     texts: list[str] = field(default_factory=list)
@@ -75,12 +61,12 @@ class Table:
 
     @property
     def has_more(self) -> bool:
-        """Whether the rows hold more than a text under its usual name."""
+        """Whether the rows hold more than texts under their usual name."""
         return any(row.keys() != {DEFAULT_COLUMN} for row in self.rows)
 
 
 def read_table(names: Sequence[str], column: str | None = None) -> Table:
-    """Read texts from files, with all that stands beside them.
+    """Read texts from files, with all that their rows hold.
 
     Args:
         names: Paths, or - for standard input. The suffix says what a file is, see `rows.py`:
@@ -103,11 +89,11 @@ def read_table(names: Sequence[str], column: str | None = None) -> Table:
 
 
 def check_rows(table: Table, suffix: str, column: str | None = None, width: int = 0) -> None:
-    """Whether a form can hold rows, and what is added to them; ask before anything is computed.
+    """Check that a form can hold rows, and what is added to them, before anything is computed.
 
     Args:
         table: n rows.
-        suffix: That of the form.
+        suffix: Of the form.
         column: The name under which .jsonl adds a vector.
         width: How many columns .csv adds, which are called 0, 1, 2, ...
 
@@ -115,48 +101,49 @@ def check_rows(table: Table, suffix: str, column: str | None = None, width: int 
         InputError: The rows have something of such a name already; or there is a text or a value
             that the form can't hold. The message names the row, from 0.
     """
-    if suffix == ".safetensors":
-        size = len(json.dumps(_metadata(table)))
-        if size > _LARGEST_HEADER:
-            raise InputError(
-                f".safetensors has room for {_LARGEST_HEADER:,} bytes of texts, and these take "
-                f"{size:,}; write .npz",
-                "table",
-            )
-    elif suffix == ".jsonl" and any(column in row for row in table.rows):
-        raise InputError(
+    check = {".safetensors": _header_problem, ".csv": _csv_problem, ".txt": _txt_problem}.get(
+        suffix
+    )
+    problem = check(table, width) if check else None
+    if suffix == ".jsonl" and any(column in row for row in table.rows):
+        problem = (
             f"the rows have {column!r} already; choose another name with --embedding-column, or "
-            "write .npz",
-            "table",
+            "write .npz"
         )
-    elif suffix == ".csv":
-        names = [*map(str, range(width))]
-        for number, row in enumerate(table.rows):
-            taken = next((name for name in names if name in row), None)
-            if taken is not None:
-                raise InputError(
-                    f"the rows have {taken!r} already, which is what .csv calls a number of the "
-                    "vector; write .jsonl or .npz",
-                    "table",
-                )
-            for name, value in row.items():
-                half = lone_surrogate([name, value])
-                if half:
-                    raise InputError(
-                        f"row {number} has a lone surrogate, {half!r}, in {name!r}, which .csv "
-                        "can't hold; write .jsonl",
-                        "table",
-                    )
-    elif suffix == ".txt":
-        for number, text in enumerate(table.texts):
-            bad = "NUL" if "\0" in text else None
-            if "\n" in text or text.endswith("\r"):
-                bad = "line break"
-            if bad:
-                raise InputError(
-                    f"the text of row {number} has a {bad}, which .txt can't hold; write .jsonl",
-                    "table",
-                )
+    if problem is not None:
+        raise InputError(problem, "table")
+
+
+def _header_problem(table: Table, width: int) -> str | None:
+    size = len(json.dumps(_metadata(table)))
+    if size <= _LARGEST_HEADER:
+        return None
+    room = f"{_LARGEST_HEADER:,} bytes of texts"
+    return f".safetensors has room for {room}, and these take {size:,}; write .npz"
+
+
+def _csv_problem(table: Table, width: int) -> str | None:
+    for number, row in enumerate(table.rows):
+        taken = next((name for name in map(str, range(width)) if name in row), None)
+        if taken is not None:
+            return (
+                f"the rows have {taken!r} already, which is what .csv calls a number of the "
+                "vector; write .jsonl or .npz"
+            )
+        for name, value in row.items():
+            half = lone_surrogate([name, value])
+            if half:
+                found = f"row {number} has a lone surrogate, {half!r}, in {name!r}"
+                return f"{found}, which .csv can't hold; write .jsonl"
+    return None
+
+
+def _txt_problem(table: Table, width: int) -> str | None:
+    for number, text in enumerate(table.texts):
+        bad = "line break" if "\n" in text or text.endswith("\r") else "NUL"
+        if bad == "line break" or "\0" in text:
+            return f"the text of row {number} has a {bad}, which .txt can't hold; write .jsonl"
+    return None
 
 
 def write_table(
@@ -166,16 +153,15 @@ def write_table(
     fingerprint: str | None = None,
     column: str = "embedding",
 ) -> None:
-    """Write rows and their vectors, in the form that the suffix says, all or nothing.
+    """Write rows and their vectors, in the form of the suffix, all or nothing.
 
     `.npy`: the vectors alone. `.npz`: `embeddings`, `texts_json`, and `rows_json` if the rows hold
-    more than texts. `.safetensors`: the tensor `embeddings`, and the same as metadata. `.jsonl`:
-    the rows as they were, with the vector under `column`. `.csv`: the rows' columns, then the
-    numbers.
+    more than texts. `.safetensors`: the tensor `embeddings`, and the texts and rows as metadata.
+    `.jsonl`: the rows as they were, with the vector under `column`. `.csv`: the rows' columns, then
+    the numbers.
 
     Args:
-        output: The file; or a stream, see `minilm.outputs.is_stream`, beside which nothing is
-            written.
+        output: The file; or a stream (see `minilm.outputs.is_stream`), without a second file.
         table: n rows.
         embeddings: `[n, d]`.
         fingerprint: Which model made them, as JSON: in `.npz` under `fingerprint_json`, in
@@ -212,35 +198,37 @@ def write_table(
             data = safetensors.numpy.save({"embeddings": embeddings})
             file.write(with_metadata(data, metadata))
         else:
-            text_file = io.TextIOWrapper(file, encoding="utf-8", newline="")
             write_text = write_jsonl if suffix == ".jsonl" else _write_csv
-            write_text(text_file, table, embeddings, column)
-            text_file.detach()  # flushed, and left open
+            _write_text(file, lambda text: write_text(text, table, embeddings, column))
 
-    beside = {}
-    if fingerprint is not None:
-        beside = dict.fromkeys(sidecars_of(output), fingerprint.encode() + b"\n")
-    write_output(output, write, beside)
+    record = (fingerprint or "").encode() + b"\n"
+    write_output(output, write, dict.fromkeys(sidecars_of(output) if fingerprint else (), record))
+
+
+def _write_text(file: IO[bytes], write: Callable[[IO[str]], object]) -> None:
+    text_file = io.TextIOWrapper(file, encoding="utf-8", newline="")
+    write(text_file)
+    text_file.detach()  # flushed, and left open
 
 
 def form_of(output: Path) -> str:
-    """The form that a file is written in: its suffix. A stream without one gets .jsonl."""
+    """The form that a file is written in: its suffix; .jsonl for a stream without one."""
     return ".jsonl" if not output.suffix and is_stream(output) else output.suffix
 
 
 def sidecars_of(output: Path) -> list[Path]:
-    """What `write_table` writes beside a file that has no place for a fingerprint."""
+    """The files that `write_table` writes beside one that has no place for a fingerprint."""
     return [] if output.suffix in (".npz", ".safetensors") else [sidecar_path(output)]
 
 
 def sidecar_path(path: str | Path) -> Path:
-    """The file that holds the record of one that has no place for it: `x.npy.fingerprint.json`."""
+    """The file beside another that holds its fingerprint: `x.npy.fingerprint.json`."""
     path = Path(path)
     return path.with_name(f"{path.name}.fingerprint.json")
 
 
 def _metadata(table: Table) -> dict[str, str]:
-    """What .safetensors holds beside the vectors."""
+    """Texts and rows as metadata of a .safetensors file."""
     metadata = {"texts_json": json.dumps(table.texts)}
     if table.has_more:
         metadata["rows_json"] = json.dumps(table.rows)
@@ -256,14 +244,14 @@ def _json_bytes(value: Any) -> Any:
 def write_jsonl(
     file: IO[str], table: Table, embeddings: "np.ndarray[Any, Any]", column: str = "embedding"
 ) -> None:
-    """The rows as they were, each with its vector, an object a line."""
+    """Write the rows as they were, each with its vector, an object a line."""
     for row, embedding in zip(table.rows, embeddings, strict=True):
         line = row | {column: _numbers(embedding)}
         file.write(as_json(line, is_ascii=not is_utf8(file)) + "\n")
 
 
 def write_rows(output: Path, table: Table) -> None:
-    """Write rows as they were, without vectors, in the form that the suffix says, all or nothing.
+    """Write rows without vectors, in the form of the suffix, all or nothing.
 
     `.jsonl`: an object a line. `.csv`: the rows' columns. `.txt`: the texts, one a line.
 
@@ -280,38 +268,32 @@ def write_rows(output: Path, table: Table) -> None:
         raise InputError(f"{output}: has no suffix of {', '.join(ROW_SUFFIXES)}", str(output))
     check_rows(table, suffix)
 
-    def write(file: IO[bytes]) -> None:
-        text_file = io.TextIOWrapper(file, encoding="utf-8", newline="")
-        if suffix == ".jsonl":
-            text_file.writelines(as_json(row) + "\n" for row in table.rows)
-        elif suffix == ".csv":
-            names = _columns(table)
-            writer = csv.writer(text_file)
-            writer.writerow(names)
-            writer.writerows([_field(row.get(name, "")) for name in names] for row in table.rows)
+    def write(file: IO[str]) -> None:
+        if suffix == ".csv":
+            _write_csv(file, table)
+        elif suffix == ".jsonl":
+            file.writelines(as_json(row) + "\n" for row in table.rows)
         else:
-            text_file.writelines(text + "\n" for text in table.texts)
-        text_file.detach()  # flushed, and left open
+            file.writelines(text + "\n" for text in table.texts)
 
-    write_output(output, write)
-
-
-def _columns(table: Table) -> list[str]:
-    return list(dict.fromkeys(name for row in table.rows for name in row)) or [DEFAULT_COLUMN]
+    write_output(output, lambda file: _write_text(file, write))
 
 
 def _write_csv(
-    file: IO[str], table: Table, embeddings: "np.ndarray[Any, Any]", column: str
+    file: IO[str],
+    table: Table,
+    embeddings: "np.ndarray[Any, Any] | None" = None,
+    column: str = "",
 ) -> None:
-    names = _columns(table)
+    """Write the rows' columns, and the numbers of the vectors, if there are any."""
+    names = list(dict.fromkeys(name for row in table.rows for name in row)) or [DEFAULT_COLUMN]
     writer = csv.writer(file)
-    writer.writerow([*names, *range(embeddings.shape[1])])
-    for row, embedding in zip(table.rows, embeddings, strict=True):
-        writer.writerow([*(_field(row.get(name, "")) for name in names), *_numbers(embedding)])
-
-
-def _field(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    writer.writerow([*names, *range(0 if embeddings is None else embeddings.shape[1])])
+    vectors = [()] * len(table.rows) if embeddings is None else map(_numbers, embeddings)
+    for row, numbers in zip(table.rows, vectors, strict=True):
+        values = [row.get(name, "") for name in names]
+        fields = [each if isinstance(each, str) else as_json(each) for each in values]
+        writer.writerow([*fields, *numbers])
 
 
 def is_utf8(file: IO[str]) -> bool:
@@ -320,7 +302,7 @@ def is_utf8(file: IO[str]) -> bool:
 
 
 def _numbers(embedding: "np.ndarray[Any, Any]") -> list[float] | list[int]:
-    """The shortest decimals that read back as the same numbers of the array's dtype."""
+    """A vector in the shortest decimals that read back as the same numbers of its dtype."""
     if embedding.dtype.kind in "iu":
         whole: list[int] = embedding.tolist()
         return whole

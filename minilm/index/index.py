@@ -11,13 +11,13 @@ exactly as `search.py` finds them. The folder::
     segment-00000/binary.npy       and int8.npy: codes, if wanted
     segment-00001/...
 
-A segment is written completely, under another name, before index.json is replaced and tells of it.
-So whatever happens, there is the index of before or that of after; what an interrupted call left is
-ignored, and removed by the next that writes. Who reads goes on with what it has opened. Small
-segments become one when more is added, so there are never many.
+A segment is written completely, under another name, before index.json is replaced by one that
+lists it. So whatever happens, the index is the old one or the new one; what an interrupted call
+left is ignored, and removed by the next call that writes. Readers keep what they have opened. Small
+segments are merged when more is added, so that there are never many.
 
-Exact search takes time in proportion to the rows. For an approximate index of many millions, hand
-the vectors over, here to faiss (`pip install faiss-cpu`); hnswlib and usearch want the same::
+Exact search takes time in proportion to the rows. For an approximate index of many millions, pass
+the vectors to another library, here to faiss (`pip install faiss-cpu`)::
 
     graph = faiss.IndexHNSWFlat(index.dimension, 32, faiss.METRIC_INNER_PRODUCT)
     for vectors in index.vectors:
@@ -51,7 +51,7 @@ from minilm.index.segments import (
     read_manifest,
     remove_leftovers,
     size_problem,
-)
+)  # fmt: skip
 from minilm.inputs import check_choice, check_positive_int
 from minilm.outputs import check_folder
 from minilm.pretrained.fingerprint import Fingerprint, compare
@@ -79,7 +79,7 @@ class Index:
 
     Attributes:
         folder: Where it is.
-        fingerprint: Of the model that made the vectors; None if it was not told.
+        fingerprint: The record of the model that made the vectors; None if it was not given.
         dimension: Numbers in a vector; None before there is one.
         column: The name of the text in the rows.
         codes: Which codes are kept beside the vectors: "int8", "binary", both or none.
@@ -99,8 +99,8 @@ class Index:
         problems = [
             f"{entry.name}/{name} {problem}; build the index again"
             for entry in manifest.segments
-            for name, (size, _) in entry.files.items()
-            if (problem := size_problem(self.folder / entry.name / name, size))
+            for name, file in entry.files.items()
+            if (problem := size_problem(self.folder / entry.name / name, file["bytes"]))
         ]
         if problems:
             raise ConfigError(self.folder / MANIFEST, problems)
@@ -108,7 +108,7 @@ class Index:
         for entry in manifest.segments:
             segments.append(Segment(self.folder, entry, first, manifest.dimension or 0))
             first += segments[-1].count
-        # Only now, so that an error leaves what was open.
+        # Only now, so that after an error the index is as it was.
         self._manifest, self._segments, self._count = manifest, segments, first
         self.fingerprint, self.dimension = manifest.fingerprint, manifest.dimension
         self.column, self.codes = manifest.column, manifest.codes
@@ -127,17 +127,16 @@ class Index:
 
         Args:
             folder: Where to; its parent must exist.
-            fingerprint: Which model makes its vectors, see `Fingerprint.of_call`. None is no
-                model that can be told, and goes together with None only.
-            blocks: Embeddings `[n, d]` and n rows each, as for `add`. They are taken and written
-                one after the other, so that memory holds one at a time.
+            fingerprint: Which model makes its vectors, see `Fingerprint.for_call`. None stands for
+                an unknown model, and fits None only.
+            blocks: Embeddings `[n, d]` and n rows each, as for `add`, written one after the other,
+                so that memory holds one at a time.
             column: The name of the text in the rows.
             codes: "int8" and "binary": keep these codes too, for `search` with `precision`.
 
         Raises:
-            InputError: Something is in the folder or it can't be written to, another process is
-                writing there, int8 codes are wanted of a model without `model_ranges`; or as in
-                `add`.
+            InputError: Something is in the folder, it can't be written to, another process is
+                writing there, or the model has no `model_ranges` for int8 codes; or as in `add`.
             OSError: The folder can't be written to, or the disk is full.
         """
         path = absolute(folder)
@@ -146,7 +145,7 @@ class Index:
         _check_int8(fingerprint, codes)
         dimension = None if fingerprint is None else fingerprint.dimension
         manifest = Manifest(fingerprint, dimension, column, tuple(dict.fromkeys(codes)), 0, ())
-        if path.parent.exists():  # else what comes next says that it is missing
+        if path.parent.exists():  # else mkdir says that it is missing
             check_folder(path, "folder")
         path.mkdir(exist_ok=True)
         sync_folder(path.parent)
@@ -164,7 +163,7 @@ class Index:
 
     @classmethod
     def open(cls, folder: str | os.PathLike[str]) -> "Index":
-        """Open an index. It stays as it is now, whoever adds to it meanwhile.
+        """Open an index as it is now, whatever others add to it meanwhile.
 
         Raises:
             InputError: There is none.
@@ -178,7 +177,7 @@ class Index:
             try:
                 return cls(path, manifest)
             except ConfigError:
-                # Another process may just have put a segment into a larger one.
+                # Another process may just have merged a segment into a larger one.
                 if read_manifest(path) == manifest:
                     raise
 
@@ -195,7 +194,7 @@ class Index:
         return [segment.vectors for segment in self._segments]
 
     def row(self, i: int) -> dict[str, Any]:
-        """The row that was added as number i, counted from 0.
+        """Return the row that was added as number i, counted from 0.
 
         Raises:
             InputError: There is none.
@@ -204,7 +203,7 @@ class Index:
         return segment.row(i - segment.first)
 
     def vector(self, i: int) -> _Array:
-        """The vector of that row, float32 `[d]`. Errors as in `row`."""
+        """Return the vector of row i, float32 `[d]`. Errors as in `row`."""
         segment = self._segment_of(i)
         vector: _Array = segment.vectors[i - segment.first].copy()
         return vector
@@ -217,21 +216,21 @@ class Index:
     def add(
         self, embeddings: Embeddings, rows: Sequence[Row], *, fingerprint: Fingerprint | None
     ) -> None:
-        """Add vectors with their rows behind those that are there, all or nothing.
+        """Append vectors with their rows, all or nothing.
 
-        Threads that add to one folder wait for each other, also with an `Index` each.
+        Threads that add to one folder wait for each other, even if each has an `Index`.
 
         Args:
             embeddings: `[n, d]`, floating point; kept as float32.
             rows: n texts, or mappings that JSON can hold. Nothing in them need be unique.
-            fingerprint: Which model made the vectors. It must be that of the index, but for what
-                only rounds differently.
+            fingerprint: Which model made the vectors. It must be that of the index, except for
+                fields that only change the rounding.
 
         Raises:
             InputError: The fingerprint is that of another model, the width is another, the
                 numbers of vectors and of rows differ, a vector has a number that is not finite, or
                 another process is writing.
-            InputTypeError: The embeddings are codes or no numbers, or a row is neither a string
+            InputTypeError: The embeddings are codes or not numbers, or a row is neither a string
                 nor a mapping that JSON can hold.
             OSError: It can't be written, for example because the disk is full.
         """
@@ -275,9 +274,9 @@ class Index:
         Args:
             query_embeddings: `[n, d]`, or one vector `[d]`, floating point.
             top_k: Results for each query, fewer if the index has fewer.
-            fingerprint: Which model made the queries. It must be that of the index, but for what
-                only rounds differently, and for the prompt and what is done about long texts:
-                queries may have a prompt of their own.
+            fingerprint: Which model made the queries. It must be that of the index, except for
+                fields that only change the rounding, the prompt and the truncation: queries may
+                have a prompt of their own.
             precision: "float32" reads all vectors and is exact. "int8" or "binary" reads those
                 codes, and the vectors of `top_k * rescore_multiplier` candidates only, see
                 `quantized_search`; the index must have been created with them.
@@ -290,7 +289,7 @@ class Index:
         Raises:
             InputError: The fingerprint is that of another model, the width is another, a query has
                 a number that is not finite, the index has no such codes, or a size is not positive.
-            InputTypeError: The queries are no numbers, or a size is no integer.
+            InputTypeError: The queries are not numbers, or a size is not an integer.
         """
         top_k = check_positive_int(top_k, "top_k")
         multiplier = check_positive_int(rescore_multiplier, "rescore_multiplier")
@@ -330,14 +329,14 @@ class Index:
         return results
 
     def verify(self) -> None:
-        """Read every file and compare it with what index.json says.
+        """Read every file and compare its SHA-256 with that in index.json.
 
         Raises:
-            ConfigError: A file has other contents; all are listed.
+            ConfigError: Files have other contents, or are missing; all are listed.
         """
         problems = []
         for entry in self._manifest.segments:
-            for name, (_, expected) in entry.files.items():
+            for name, file in entry.files.items():
                 try:
                     actual = file_sha256(self.folder / entry.name / name)
                 except FileNotFoundError:
@@ -346,10 +345,10 @@ class Index:
                         "index again"
                     )
                     continue
-                if actual != expected:
+                if actual != file["sha256"]:
                     problems.append(
-                        f"{entry.name}/{name} has SHA-256 {actual}, expected {expected}: it was "
-                        "changed or damaged; build the index again"
+                        f"{entry.name}/{name} has SHA-256 {actual}, expected {file['sha256']}: it "
+                        "was changed or damaged; build the index again"
                     )
         if problems:
             raise ConfigError(self.folder / MANIFEST, problems)
@@ -361,7 +360,7 @@ class Index:
 def _check_is_index(folder: Path) -> None:
     if not (folder / MANIFEST).is_file():
         raise InputError(
-            f"{folder} is no index, it has no {MANIFEST}; make one with Index.create or "
+            f"{folder} is not an index, it has no {MANIFEST}; make one with Index.create or "
             "`minilm index build`",
             "folder",
         )
@@ -394,7 +393,7 @@ def _check_same(ours: Fingerprint | None, theirs: Fingerprint | None, what: str)
 
 
 def _as_query(query: Fingerprint | None, index: Fingerprint | None) -> Fingerprint | None:
-    """A query's record with the index's prompt and truncation, which may differ on purpose."""
+    """A query's record with the prompt and truncation of the index, which may differ."""
     if not isinstance(query, Fingerprint) or index is None:
         return query
     return replace(query, prompt=index.prompt, truncation=index.truncation)

@@ -1,7 +1,7 @@
-"""The files of an index: index.json, and the segments that it tells of.
+"""The files of an index: index.json, and the segments that it lists.
 
-In: blocks of vectors and rows. Out: segments written so that they are complete or not there, and
-opened again. What is in the folder stands in `index.py`, which comes next.
+In: blocks of vectors and rows. Out: segments, written so that they are complete or not there, and
+opened again. `index.py`, which comes next, says what is in the folder.
 """
 
 import io
@@ -11,11 +11,11 @@ import re
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ from minilm.disk import (
     sync_folder,
     temporary_name,
     write_atomically,
-)
+)  # fmt: skip
 from minilm.errors import ConfigError, InputError, InputTypeError
 from minilm.pretrained.fingerprint import Fingerprint
 from minilm.quantize import model_ranges, quantize_embeddings
@@ -38,20 +38,9 @@ from minilm.tasks.search import not_finite
 from minilm.vectors import as_matrix
 
 __all__ = [
-    "LOCK",
-    "MANIFEST",
-    "Block",
-    "Manifest",
-    "Row",
-    "Segment",
-    "commit",
-    "extended",
-    "float_vectors",
-    "is_ours",
-    "read_manifest",
-    "remove_leftovers",
-    "size_problem",
-]
+    "LOCK", "MANIFEST", "Block", "Manifest", "Row", "Segment", "commit", "extended",
+    "float_vectors", "is_ours", "read_manifest", "remove_leftovers", "size_problem",
+]  # fmt: skip
 
 _Array = np.ndarray[Any, Any]
 Row = str | Mapping[str, Any]
@@ -62,8 +51,8 @@ FORMAT_VERSION = 1
 MANIFEST = "index.json"
 LOCK = "index.lock"
 _LEFTOVER = re.compile(r"segment-\d{5,}|\.(segment-\d{5,}|index\.json|trial)\.[0-9a-f]{32}\.part")
-_SMALL = 2**16  # rows up to which a segment becomes part of the next: 100 MB of vectors
-_COPIED = 4096  # rows of it copied at a time
+_SMALL = 2**16  # rows up to which a segment is merged into the next: 100 MB of vectors
+_COPIED = 4096  # rows that are copied at a time
 _HEADER = 128  # bytes of an .npy file before its numbers
 
 
@@ -72,20 +61,21 @@ _HEADER = 128  # bytes of an .npy file before its numbers
 
 @dataclass(frozen=True)
 class _Entry:
-    """A segment as index.json tells of it: for each file its size and its SHA-256."""
+    """A segment in index.json: for each file its size and its SHA-256."""
 
     name: str
     rows: int
-    files: dict[str, tuple[int, str]]
+    files: dict[str, "_File"]
 
-    def to_dict(self) -> dict[str, Any]:
-        files = {name: {"bytes": size, "sha256": sha} for name, (size, sha) in self.files.items()}
-        return {"name": self.name, "rows": self.rows, "files": files}
+
+class _File(TypedDict):
+    bytes: int
+    sha256: str
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What index.json says."""
+    """The contents of index.json."""
 
     fingerprint: Fingerprint | None
     dimension: int | None
@@ -95,16 +85,8 @@ class Manifest:
     segments: tuple[_Entry, ...]
 
     def to_json(self) -> str:
-        values = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "fingerprint": None if self.fingerprint is None else self.fingerprint.to_dict(),
-            "dimension": self.dimension,
-            "column": self.column,
-            "codes": list(self.codes),
-            "next_segment": self.next_segment,
-            "segments": [entry.to_dict() for entry in self.segments],
-        }
+        values = {"format": FORMAT, "format_version": FORMAT_VERSION} | asdict(self)
+        values["fingerprint"] = None if self.fingerprint is None else self.fingerprint.to_dict()
         return json.dumps(values, indent=2, ensure_ascii=False) + "\n"
 
 
@@ -118,9 +100,7 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         values = json.loads(path.read_bytes())
         if not isinstance(values, dict) or values.get("format") != FORMAT:
-            raise ConfigError(
-                path, [f'is not the record of an index: its "format" is no "{FORMAT}"']
-            )
+            raise ConfigError(path, [f'is not of an index: its "format" is not "{FORMAT}"'])
         if values.get("format_version") != FORMAT_VERSION:
             found = values.get("format_version")
             what = f"is of format {found!r}, this package reads {FORMAT_VERSION}; update minilm"
@@ -131,7 +111,9 @@ def read_manifest(folder: Path) -> Manifest:
                 inside(entry["name"]),
                 _typed(entry["rows"], int),
                 {
-                    inside(name): (_typed(file["bytes"], int), _typed(file["sha256"], str))
+                    inside(name): _File(
+                        bytes=_typed(file["bytes"], int), sha256=_typed(file["sha256"], str)
+                    )
                     for name, file in entry["files"].items()
                 },
             )
@@ -155,14 +137,13 @@ def read_manifest(folder: Path) -> Manifest:
 
 def _typed(value: Any, kind: type) -> Any:
     if type(value) is not kind:
-        raise TypeError(f"{value!r} is no {kind.__name__}")
+        raise TypeError(f"{value!r} is not of type {kind.__name__}")
     return value
 
 
 def commit(folder: Path, manifest: Manifest) -> None:
-    """Replace index.json: from here on the index is the new one."""
-    contents = manifest.to_json().encode()
-    write_atomically(folder / MANIFEST, lambda file: file.write(contents))
+    """Replace index.json: from now on the index is the new one."""
+    write_atomically(folder / MANIFEST, lambda file: file.write(manifest.to_json().encode()))
 
 
 # --- one segment
@@ -201,7 +182,7 @@ class Segment:
             mapped = np.load(path, mmap_mode="r", allow_pickle=False)
             array: _Array = mapped.view(np.ndarray)  # slices of a memmap take longer
         except (ValueError, EOFError, FileNotFoundError) as error:
-            raise ConfigError(path, [f"is no .npy file, or broken: {error}"]) from error
+            raise ConfigError(path, [f"is not a .npy file, or broken: {error}"]) from error
         if array.dtype != dtype or array.shape != shape:
             found = f"{array.dtype} {list(array.shape)}"
             what = f"holds {found}, not {np.dtype(dtype)} {list(shape)}; build the index again"
@@ -217,7 +198,7 @@ class Segment:
         return torch.from_numpy(np.array(self._lengths))
 
     def lines(self, start: int, stop: int) -> list[bytes]:
-        """The rows as they stand in the file."""
+        """The rows as they are in the file."""
         ends = self._offsets[start : stop + 1].tolist()
         return [self._rows[a:b] for a, b in pairwise(ends)]
 
@@ -234,13 +215,13 @@ class Segment:
 def extended(
     folder: Path, manifest: Manifest, segments: Sequence[Segment], blocks: Iterable[Block]
 ) -> Manifest:
-    """Write blocks as a new segment, and say how the index is with it; the same without any row."""
+    """Write blocks as a new segment, and return the manifest with it; unchanged without rows."""
     checked = _checked(blocks, manifest.dimension, manifest.column)
     head = next(checked, None)
     if head is None:
         return manifest
-    # The last segments go into the new one while they are no longer than it. So few are left, also
-    # after many small calls, and a row is copied no more often than doubling leads to `_SMALL`.
+    # The last segments are merged into the new one while they are no longer than it. So there are
+    # few, even after many small calls, and a row is copied log2(_SMALL) times at most.
     absorbed: list[Segment] = []
     count = len(head[0])
     for segment in reversed(segments):
@@ -268,7 +249,7 @@ def _blocks_of(segment: Segment) -> Iterator[tuple[_Array, list[bytes]]]:
 def _checked(
     blocks: Iterable[Block], width: int | None, column: str
 ) -> Iterator[tuple[_Array, list[bytes]]]:
-    """Blocks as float32 `[n, d]` and n lines, n at least 1.
+    """Yield blocks as float32 `[n, d]` and n lines, n at least 1.
 
     Raises:
         InputError, InputTypeError: As in `add`.
@@ -320,7 +301,7 @@ def _line(row: Row, i: int, column: str) -> bytes:
         raise InputTypeError(f"rows[{i}] has the key {wrong[0]!r}; pass strings", f"rows[{i}]")
     try:
         text = json.dumps(dict(row), ensure_ascii=False)
-        with suppress(UnicodeEncodeError):  # half a character, which only an escape can hold
+        with suppress(UnicodeEncodeError):  # half a character must be escaped
             return text.encode() + b"\n"
         return json.dumps(dict(row)).encode() + b"\n"
     except (TypeError, ValueError, RecursionError) as error:
@@ -330,7 +311,7 @@ def _line(row: Row, i: int, column: str) -> bytes:
 def _write_segment(
     folder: Path, name: str, blocks: Iterable[tuple[_Array, list[bytes]]], manifest: Manifest
 ) -> _Entry:
-    """Write all files of a segment under another name, then rename their folder.
+    """Write all files of a segment into a hidden folder, then give it its name.
 
     Raises:
         OSError: It can't be written; nothing of it is left.
@@ -341,7 +322,7 @@ def _write_segment(
             temporary.mkdir()
             count = _write_files(temporary, blocks, manifest)
             files = {
-                path.name: (path.stat().st_size, file_sha256(path))
+                path.name: _File(bytes=path.stat().st_size, sha256=file_sha256(path))
                 for path in sorted(temporary.iterdir())
             }
             sync_folder(temporary)
@@ -356,7 +337,7 @@ def _write_segment(
 def _write_files(
     folder: Path, blocks: Iterable[tuple[_Array, list[bytes]]], manifest: Manifest
 ) -> int:
-    """The files of a segment, and how many rows they have."""
+    """Write the files of a segment, and return how many rows they have."""
     count, size = 0, 0
     with ExitStack() as stack:
         arrays: dict[str, _Rows] = {}
@@ -406,14 +387,10 @@ class _Rows:
         try:
             if kind is None:
                 header = io.BytesIO()
-                np.lib.format.write_array_header_1_0(
-                    header,
-                    {
-                        "descr": np.lib.format.dtype_to_descr(self.dtype),
-                        "fortran_order": False,
-                        "shape": (self.count, *self.shape),
-                    },
-                )
+                shape = (self.count, *self.shape)
+                descr = np.lib.format.dtype_to_descr(self.dtype)
+                fields = {"descr": descr, "fortran_order": False, "shape": shape}
+                np.lib.format.write_array_header_1_0(header, fields)
                 assert len(header.getvalue()) == _HEADER  # room for any number of rows
                 self.file.seek(0)
                 self.file.write(header.getvalue())
@@ -430,7 +407,7 @@ def is_ours(name: str) -> bool:
 
 
 def remove_leftovers(folder: Path, manifest: Manifest) -> None:
-    """What an interrupted call left, and segments that are in a larger one now."""
+    """Remove what an interrupted call left, and segments that were merged into others."""
     kept = {entry.name for entry in manifest.segments}
     for path in folder.iterdir():
         if _LEFTOVER.fullmatch(path.name) and path.name not in kept:

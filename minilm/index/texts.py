@@ -1,8 +1,8 @@
 """Texts in an index, and found again: what `minilm index` does, as four functions.
 
-In: an encoder, and rows of files or queries. Out: a `minilm.index.Index`, and what it has nearest.
-An index knows vectors only; here are the texts, with the prompts that a model has for the two sides
-of a search, in blocks, so that memory holds the vectors of some thousand texts at a time.
+In: an encoder, and rows of files or queries. Out: a `minilm.index.Index`, and the rows nearest to a
+query. `Index` knows vectors only; here are the texts, with the prompts that a model has for
+documents and queries, embedded some thousand at a time.
 """
 
 import os
@@ -26,7 +26,7 @@ from minilm.pretrained.fingerprint import fingerprint_of
 
 __all__ = ["add_to_index", "build_index", "check_index", "search_index", "text_of"]
 
-_BLOCK = 4096  # texts of which the index is given the vectors at a time
+_BLOCK = 4096  # texts that are embedded and added at a time
 
 
 def build_index(
@@ -48,12 +48,12 @@ def build_index(
         table: The rows, see `minilm.files.tables.read_table`.
         column: The name of the text in them.
         prompt: What to put in front of every text; by default the model's prompt for documents.
-        truncation: As in `encode`; what was cut is told once.
+        truncation: As in `encode`, with one warning for all texts.
         codes: "int8" and "binary", see `Index.create`.
         show_progress_bar: By default only if this package's logger is at INFO or below.
 
     Raises:
-        InputError, OSError: As in `Index.create` and `encode`; an empty folder is left at most.
+        InputError, OSError: As in `Index.create` and `encode`; at most an empty folder is left.
     """
     name = column or "text"
     if table.rows:
@@ -79,11 +79,11 @@ def add_to_index(
     truncation: str = "warn",
     show_progress_bar: bool | None = None,
 ) -> None:
-    """Embed the texts of a table into an index, behind what it has; all or nothing.
+    """Embed the texts of a table, and append them to an index, all or nothing.
 
     Args:
         encoder: The model that made the index.
-        index: The index. A row whose text has another name gets it under that of the index too.
+        index: The index. A row whose text has another name also gets it under `index.column`.
         table, prompt, truncation, show_progress_bar: As in `build_index`.
 
     Raises:
@@ -132,7 +132,7 @@ def search_index(
 
 
 def check_index(encoder: SentenceEncoder, index: Index, sample: int = 256) -> CheckResult | None:
-    """Whether an index is as it was written, and can be searched with this model.
+    """Check that an index is as it was written, and can be searched with this model.
 
     Args:
         encoder: The model.
@@ -140,7 +140,7 @@ def check_index(encoder: SentenceEncoder, index: Index, sample: int = 256) -> Ch
         sample: How many rows are embedded again, evenly spread.
 
     Returns:
-        What `check_vectors` says of those rows; None of an empty index.
+        The result of `check_vectors` for those rows; None for an empty index.
 
     Raises:
         ConfigError: A file has other contents than were written.
@@ -156,7 +156,7 @@ def check_index(encoder: SentenceEncoder, index: Index, sample: int = 256) -> Ch
 
 
 def text_of(row: dict[str, Any], column: str) -> str:
-    """The text of a row; of one that was added without, all of it as JSON."""
+    """The text of a row, or the whole row as JSON if it has none."""
     text = row.get(column)
     return text if isinstance(text, str) else as_json(row)
 
@@ -164,9 +164,7 @@ def text_of(row: dict[str, Any], column: str) -> str:
 def _plan(
     encoder: SentenceEncoder, task: str, prompt: str | None, truncation: str = "warn"
 ) -> Plan:
-    """What is done with each text, with the prompt that `encode_query` or `encode_document` takes;
-    by this all blocks are made, and the record.
-    """
+    """The plan for all blocks, with the prompt of `encode_query` or `encode_document`."""
     name = None if prompt is not None else prompt_for(task, encoder.prompts)
     return plan_of(encoder, "sentences", prompt=prompt, prompt_name=name, truncation=truncation)
 
@@ -185,15 +183,12 @@ def _blocks(
     plan: Plan,
     show_progress_bar: bool | None,
 ) -> Iterator[tuple[Any, list[dict[str, Any]]]]:
-    """Vectors and rows, some thousand at a time; what was cut is told at the end, of all."""
+    """Yield vectors and rows, some thousand at a time; warn of what was cut at the end."""
     for text, row in zip(table.texts, table.rows, strict=True):
-        _with_text(text, row, column)  # an error, if there is one, before anything is computed
+        _with_text(text, row, column)  # raises its error before anything is computed
     cut = Cut()
-    quiet = replace(
-        plan,
-        truncation=without_warning(plan.truncation),
-        show_progress_bar=False,
-    )
+    truncation = without_warning(plan.truncation)
+    quiet = replace(plan, truncation=truncation, show_progress_bar=False)
     starts = range(0, len(table.texts), _BLOCK)
     for start in with_progress(starts, show_progress_bar):
         texts = table.texts[start : start + _BLOCK]
@@ -206,7 +201,7 @@ def _blocks(
 
 
 def _with_text(text: str, row: dict[str, Any], column: str) -> dict[str, Any]:
-    """The row with its text where all rows of the index have it."""
+    """A copy of the row with its text under the name that the index has for it."""
     row = {**row}
     if row.setdefault(column, text) != text:
         raise InputError(

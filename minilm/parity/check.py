@@ -170,7 +170,7 @@ def check_vectors(
             normalize=recorded.normalize,
         )
     elif own.dimension < width <= encoder.bert.config.hidden_size:
-        own = own.of_call(truncate_dim=width)
+        own = own.for_call(truncate_dim=width)
     made = _Recorded(encoder, own)
     result = CheckResult(
         verdict="model",

@@ -1,10 +1,10 @@
 """`model.safetensors` -> the tensors of `BertModel`, under our names, checked.
 
-In: the bytes of the file, or of the files that it was split into. Out: a state dict, then a filled
+In: the bytes of the file, or of the files that it is split into. Out: a state dict, then a filled
 `BertModel`. Next: `encoder.py`.
 
 The published file names its tensors as Google's first BERT release did; `NAMES` says where each
-one goes. Nothing is skipped in silence: what is not in the table is an error.
+one goes. Nothing is skipped silently: a tensor that is not in the table is an error.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,7 +23,7 @@ from minilm.errors import WeightsError
 
 __all__ = ["NAMES", "UNUSED", "UNUSED_HEADS", "build_bert", "read_checkpoint"]
 
-# Ours: the published name. `{}` is the layer's number; each row stands for `.weight` and, for
+# Our name: the published name. `{}` is the layer's number; each row stands for `.weight` and, for
 # linear layers and norms, `.bias`: 101 tensors in all.
 NAMES = {
     "embeddings.word_embeddings": "embeddings.word_embeddings",
@@ -47,8 +47,8 @@ UNUSED = {
     "pooler.dense.bias": "the same",
 }
 
-# What stands on top of the network in a checkpoint that was trained for something else, or further:
-# the token vectors pass it by.
+# What is on top of the network in a checkpoint that was trained for something else, or further: the
+# token vectors don't depend on it.
 UNUSED_HEADS = {
     "cls.predictions.": "the words behind [MASK], of BertForMaskedLM and BertForPreTraining",
     "cls.seq_relationship.": "whether two sentences follow each other, of BertForPreTraining",
@@ -58,7 +58,7 @@ UNUSED_HEADS = {
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
-_PREFIXES = ("0.auto_model.", "bert.")  # a file of the whole pipeline, or of a model with a head
+_PREFIXES = ("0.auto_model.", "bert.")  # of a file of the whole pipeline, or of one with a head
 _OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
 
 
@@ -73,14 +73,14 @@ def read_checkpoint(
     """Read and check every tensor of a checkpoint.
 
     Args:
-        data: The contents of a safetensors file; or, of a checkpoint in several, of each by name.
+        data: The contents of the safetensors file; or, by name, of each of several files.
         config: The sizes that the tensors must have.
         dtype: What to convert them to; bfloat16 is for the linear layers, with float32 for the
             embeddings and norms.
         path: What to call the file in an error.
-        weight_map: Which of several files has which tensor, as the index says. Tensors of a file
-            that is not in `data` are not counted as missing.
-        known_problems: What was wrong before, to be told in the same error.
+        weight_map: The index of several files: which has which tensor. Tensors of a file that is
+            not in `data` are not counted as missing.
+        known_problems: Problems found before, to be listed in the same error.
 
     Returns:
         The state dict of `BertModel(config)`. The tensors own their memory: neither the file nor
@@ -95,10 +95,9 @@ def read_checkpoint(
     products = [name for name, part in skeleton.named_modules() if isinstance(part, nn.Linear)]
     kinds = dict.fromkeys(expected, dtype)
     if dtype == torch.bfloat16:  # what is added up between the products stays float32
-        kinds = {
-            name: dtype if name.rpartition(".")[0] in products else torch.float32
-            for name in expected
-        }
+        for name in expected:
+            if name.rpartition(".")[0] not in products:
+                kinds[name] = torch.float32
     with torch.inference_mode(False):  # parameters must be ordinary tensors wherever this is called
         found: dict[str, Tensor] = {}
         state, problems = {}, list(known_problems)
@@ -122,14 +121,12 @@ def read_checkpoint(
                     where = f"in {file} and in another file" if file else "there under another name"
                     problems.append(f"{name} is {where} too")
                 found[_plain(name)] = contents.pop(name)
-        told = {_plain(name) for name in weight_map if _plain(name) not in found}
+        reported = {_plain(name) for name in weight_map if _plain(name) not in found}
         for name, shape in expected.items():
             published = published_name(name)
             tensor = found.pop(published, None)
             problem = _problem(tensor, shape, kinds[name])
-            if tensor is None and published in told:
-                pass  # what is wrong with its file was said
-            elif problem:
+            if problem and not (tensor is None and published in reported):
                 problems.append(f"{published} {problem}")
             elif tensor is not None:
                 state[name] = tensor.to(kinds[name], copy=True)  # out of the buffer of the file
@@ -144,7 +141,7 @@ def read_checkpoint(
 
 
 def build_bert(config: BertConfig, state: dict[str, Tensor]) -> BertModel:
-    """A `BertModel` around these tensors: nothing is initialized first, nothing is copied."""
+    """Make a `BertModel` of these tensors; nothing is initialized first, nothing is copied."""
     with torch.inference_mode(False):
         bert = _without_memory(config)
         bert.load_state_dict(state, strict=True, assign=True)
@@ -152,7 +149,7 @@ def build_bert(config: BertConfig, state: dict[str, Tensor]) -> BertModel:
 
 
 def published_name(name: str) -> str:
-    """Our name of a tensor -> the published one.
+    """The published name of a tensor, from our name.
 
     >>> published_name("layers.3.attention.query.bias")
     'encoder.layer.3.attention.self.query.bias'
@@ -173,15 +170,14 @@ def published_shapes(config: BertConfig) -> dict[str, torch.Size]:
 def read_unused(
     files: Iterable[bytes], weight: Sequence[int], bias: Sequence[int]
 ) -> dict[str, Tensor]:
-    """The pooler of a checkpoint, which we don't use and carry over when a model is saved.
+    """Read the pooler of a checkpoint, which is not used, and copied when a model is saved.
 
     Args:
         files: The contents of its safetensors files.
-        weight: The shape that `pooler.dense.weight` must have.
-        bias: That of `pooler.dense.bias`.
+        weight, bias: The shapes that `pooler.dense.weight` and `pooler.dense.bias` must have.
 
     Returns:
-        Both tensors under their published names; none, if they are not there in these shapes.
+        Both tensors under their published names; {} if they are not there in these shapes.
     """
     shapes = {"pooler.dense.weight": tuple(weight), "pooler.dense.bias": tuple(bias)}
     found = {}
@@ -197,13 +193,13 @@ def read_unused(
 
 
 def _without_memory(config: BertConfig) -> BertModel:
-    """A `BertModel` on the meta device: names and shapes only."""
+    """Make a `BertModel` on the meta device: names and shapes only."""
     with torch.device("meta"), _NoRandomNumbers():
         return BertModel(config)
 
 
 class _NoRandomNumbers(TorchFunctionMode):
-    """Drawing initial weights on the meta device does nothing, after importing a compiler (1 s)."""
+    """Skips drawing initial weights, which on the meta device only imports a compiler (1 s)."""
 
     def __torch_function__(
         self,
@@ -220,7 +216,7 @@ class _NoRandomNumbers(TorchFunctionMode):
 
 
 def _plain(name: str) -> str:
-    """A published name without what some writers put in front, and with today's norm names."""
+    """A published name without the prefixes of some writers, and with today's names of norms."""
     for prefix in _PREFIXES:
         name = name.removeprefix(prefix)
     for old, new in _OLD_NAMES.items():

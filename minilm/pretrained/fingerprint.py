@@ -4,11 +4,11 @@ In: an encoder. Out: a `Fingerprint`, the same wherever and whenever that model 
 kept beside its vectors. Later: `compare` tells two records apart, and `parity/check.py` embeds some
 of the texts again and says whether the stored vectors can be searched with this encoder.
 
-A record must not lie. So the weights in memory are compared with those of the file, bit by bit,
-before the file's SHA-256 is given for them: after training, or any other change, there is a digest
-of the tensors in its place. That is work for much longer than a query takes, so that its result is
-kept; and since a weight can be written to without a trace (`weight.data`, an array that shares its
-memory), what tells whether it still holds is all their bits, added up in one quick pass.
+A record must not lie. So the file's SHA-256 is given only if the weights in memory are those of the
+file, bit by bit; after training, or any other change, a digest of the tensors takes its place. That
+takes much longer than a query, so the result is cached. A weight can be written to without a trace
+(`weight.data`, an array that shares its memory), so the cache is valid while a quick checksum over
+all bits of the weights stays the same.
 """
 
 import functools
@@ -26,10 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from minilm.errors import (
-    InputError,
-    WeightsError,
-)
+from minilm.errors import InputError, WeightsError
 from minilm.inference.compute import Plan
 from minilm.pipeline import Pipeline
 from minilm.pooling import ClsPooling
@@ -41,20 +38,15 @@ from minilm.tokenizer import WordPieceTokenizer
 from minilm.version import __version__
 
 __all__ = [
-    "FORMAT_VERSION",
-    "Comparison",
-    "Fingerprint",
-    "Verdict",
-    "compare",
-    "fingerprint",
+    "FORMAT_VERSION", "Comparison", "Fingerprint", "Verdict", "compare", "fingerprint",
     "fingerprint_of",
-]
+]  # fmt: skip
 
 Verdict = Literal["same", "rounding", "limit", "model"]
 
 FORMAT_VERSION = 1
 
-# What makes another model, and what only moves its numbers a little.
+# Fields that make another model, and fields that only move its numbers a little.
 _IDENTITY = (
     "tokenizer_sha256", "architecture", "pooling", "normalize", "dimension", "prompt", "truncation",
     "precision",
@@ -64,23 +56,23 @@ _ROUNDING = ("tensors_sha256", "dtype", "package_version", "format_version")
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Which model it was.
+    """The record of a model.
 
     Attributes:
-        model: Its name: of the Hub, or of its folder, or "modules". Says nothing of sameness.
+        model: Its name on the Hub, or of its folder, or "modules". Has no part in comparisons.
         weights_sha256: SHA-256 of the weights file; "tensors:" and `tensors_sha256` if the weights
-            in memory are not, or not proven to be, those of a file.
-        tensors_sha256: SHA-256 over the tensors in memory: the same for a copy that was saved.
+            in memory are not, or can't be proven to be, those of a file.
+        tensors_sha256: SHA-256 over the tensors in memory: the same for a saved copy.
         tokenizer_sha256: SHA-256 over all that the tokenizer does; "none" without one.
-        architecture: The sizes that the weights alone don't tell.
+        architecture: The sizes that can't be told from the weights.
         pooling: "mean" or "cls".
         normalize: Whether vectors have length 1.
         max_seq_length: The longest input in tokens.
-        dimension: Numbers in a vector; with `truncate_dim`, so many.
+        dimension: Numbers in a vector, after `truncate_dim`.
         dtype: What the products are computed in.
         prompt: What is put in front of every text.
-        truncation: "cut", or "chunk" where long texts were read in windows.
-        precision: What the numbers were rounded to: "float32" if they were not.
+        truncation: "cut", or "chunk" where long texts are read in windows.
+        precision: What the numbers are rounded to: "float32" if they are not.
         package_version: Of minilm.
         format_version: Of this record.
     """
@@ -100,16 +92,16 @@ class Fingerprint:
     precision: str = "float32"
     package_version: str = __version__
     format_version: int = FORMAT_VERSION
-    # Of a record that `fingerprint` has just made: what the model's own width is, and whether its
-    # whole vectors have length 1. Its `truncate_dim` is only what a call does that says nothing.
+    # In a record that `fingerprint` made: the model's own width, and whether its whole vectors have
+    # length 1. `dimension` is then only the default of a call, which may ask for another.
     _whole: tuple[int, bool] | None = field(default=None, repr=False, compare=False)
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as an object for JSON; the keys always in the same order."""
+        """Return the record as an object for JSON, its keys always in the same order."""
         return {name: value for name, value in asdict(self).items() if name != "_whole"}
 
     def to_json(self) -> str:
-        """The record as JSON, in one line."""
+        """Return the record as JSON, in one line."""
         return json.dumps(self.to_dict(), ensure_ascii=False)
 
     @classmethod
@@ -119,15 +111,17 @@ class Fingerprint:
         Raises:
             InputError: A field is missing or of another type; all are listed.
         """
-        problems: list[str] = (
-            [] if isinstance(values, Mapping) else [f"is a {type(values).__name__}"]
-        )
         known = {each.name: each.type for each in fields(cls) if each.name != "_whole"}
-        for name, kind in known.items() if not problems else ():
-            if name not in values:
+        problems = []
+        for name, kind in known.items():
+            if not isinstance(values, Mapping):
+                problems = [f"is a {type(values).__name__}"]
+            elif name not in values:
                 problems.append(f"{name} is missing")
             elif type(values[name]) is not kind:
-                problems.append(f"{name} is {values[name]!r}, no {getattr(kind, '__name__', kind)}")
+                problems.append(
+                    f"{name} is {values[name]!r}, not {getattr(kind, '__name__', kind)}"
+                )
         if problems:
             raise InputError(f"not a fingerprint: {'; '.join(problems)}", "values")
         return cls(**{name: values[name] for name in known})
@@ -137,15 +131,15 @@ class Fingerprint:
         """Read what `to_json` gave.
 
         Raises:
-            InputError: It is no JSON, or as in `from_dict`.
+            InputError: It is not valid JSON, or as in `from_dict`.
         """
         try:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:
-            raise InputError(f"not a fingerprint: is not JSON: {error}", "text") from error
+            raise InputError(f"not a fingerprint: is not valid JSON: {error}", "text") from error
         return cls.from_dict(values)
 
-    def of_call(
+    def for_call(
         self,
         *,
         prompt: str | None = None,
@@ -154,12 +148,12 @@ class Fingerprint:
         normalize_embeddings: bool = False,
         precision: str | None = "float32",
     ) -> "Fingerprint":
-        """The record of vectors that `encode` gave with these arguments.
+        """Return the record of vectors that `encode` makes with these arguments.
 
         Args:
-            prompt, truncation, truncate_dim, normalize_embeddings, precision: As in `encode`; what
-                is not given is as the model has it. See also `SentenceEncoder.fingerprint`, which
-                takes all of them. A record that was read from a file knows no width but its own.
+            prompt, truncation, truncate_dim, normalize_embeddings, precision: As in `encode`; by
+                default as the model has it. `SentenceEncoder.fingerprint` takes all arguments. A
+                record that was read from a file knows no width but its own.
         """
         width, normalizes = self._whole or (self.dimension, self.normalize)
         dimension = self.dimension if truncate_dim is None else min(truncate_dim, width)
@@ -191,13 +185,13 @@ class Fingerprint:
 
 
 def fingerprint(encoder: Pipeline) -> Fingerprint:
-    """Record which model an encoder is, as it is now.
+    """Record which model an encoder is now.
 
-    The same model gives the same record in every process and on every machine. What a call of
-    `encode` is given besides is in that of `fingerprint_of`. Hooks are not seen.
+    The same model gives the same record in every process and on every machine. `fingerprint_of`
+    also records what a call of `encode` was given. Hooks are not seen.
 
     Raises:
-        InputError: It has modules that are not ours, of which nothing can be said.
+        InputError: It has modules that are not ours, about which nothing is known.
     """
     problems = foreign_parts(encoder)
     if problems:
@@ -207,12 +201,16 @@ def fingerprint(encoder: Pipeline) -> Fingerprint:
         )
     config = encoder.bert.config
     normalizes = not isinstance(encoder.normalize, nn.Identity)
-    state = (_sums(encoder.bert.state_dict()), _files(encoder.source))
-    tensors, from_file = _kept(encoder, state, _digest_weights, encoder)
+    weights = encoder.bert.state_dict()
+    tensors, from_file = _cached(
+        encoder,
+        (_checksum(weights), _file_states(encoder.source)),
+        lambda: (_digest_tensors(weights), _file_sha256(encoder)),
+    )
     default, width = encoder.default_prompt_name, config.hidden_size
     dimension = min(width, encoder.truncate_dim or width)
     return Fingerprint(
-        # A folder's name can have bytes that are no text, which no file could hold.
+        # A folder's name can have bytes that are not text, which no JSON file can hold.
         model=_model_name(encoder).encode("utf-8", "backslashreplace").decode(),
         weights_sha256=from_file or f"tensors:{tensors}",
         tensors_sha256=tensors,
@@ -232,8 +230,8 @@ def fingerprint(encoder: Pipeline) -> Fingerprint:
 
 
 def fingerprint_of(encoder: Pipeline, plan: Plan) -> Fingerprint:
-    """The record of the vectors that a call makes by its plan. Errors as in `fingerprint`."""
-    record = fingerprint(encoder).of_call(
+    """Record the model and the plan of a call of `encode`. Errors as in `fingerprint`."""
+    record = fingerprint(encoder).for_call(
         prompt=plan.prompt,
         truncation=plan.truncation,
         truncate_dim=plan.width,
@@ -251,32 +249,32 @@ def _model_name(encoder: Pipeline) -> str:
         return hub.DEFAULT_MODEL
     if source.revision is not None:
         return source.name
-    return source.folder.name  # the rest of a path is another elsewhere
+    return source.folder.name  # the rest of a path differs from machine to machine
 
 
-_Owner = TypeVar("_Owner")
 _Result = TypeVar("_Result")
 
-# What was found of an encoder, or a tokenizer, and by what it is known to hold still.
-_found: WeakKeyDictionary[Any, tuple[Any, Any]] = WeakKeyDictionary()
+# What was computed for an encoder or a tokenizer, and the state that it was in then.
+_computed: WeakKeyDictionary[Any, tuple[Any, Any]] = WeakKeyDictionary()
 
 
-def _kept(owner: Any, state: Any, make: Callable[[_Owner], _Result], of: _Owner) -> _Result:
-    """What `make` gives of an object, made again only once its `state` is another."""
-    before, found = _found.get(owner, (None, None))
+def _cached(owner: Any, state: Any, compute: Callable[[], _Result]) -> _Result:
+    """The result of `compute`, which is called again only if the owner's `state` has changed."""
+    before, result = _computed.get(owner, (None, None))
     if before != state:
-        found = make(of)
-        _found[owner] = state, found
-    result: _Result = found
-    return result
+        result = compute()
+        _computed[owner] = state, result
+    found: _Result = result
+    return found
 
 
-def _sums(state: Mapping[str, Tensor]) -> bytes:
-    """What differs if any number of a tensor does: surely for one in a row, else but for 2 ** -31.
+def _checksum(state: Mapping[str, Tensor]) -> bytes:
+    """A checksum that differs if any bit of a tensor does.
 
+    It surely sees one changed number in a row; several escape it with a probability of 2 ** -31.
     Each row is added up as integers of at most 32 bits times fixed random factors below 2 ** 31:
     no change of one of them is a multiple of 2 ** 64, the modulus, and of several changes only one
-    value of one's factor in all can undo the others. That takes a third of the time of SHA-256.
+    value of one factor can undo the others. That takes a third of the time of SHA-256.
     """
     digest = hashlib.sha256()
     for name in sorted(state):
@@ -287,8 +285,8 @@ def _sums(state: Mapping[str, Tensor]) -> bytes:
     return digest.digest()
 
 
-def _files(source: ModelFiles | None) -> dict[Path, Any]:
-    """What differs if a file of the model does: its hash when it was read, and its place now."""
+def _file_states(source: ModelFiles | None) -> dict[Path, Any]:
+    """For each file of a model the hash of what was read, and what the system says of it now."""
     found: dict[Path, Any] = {}
     for name, digest in (source.sha256 if source else {}).items():
         path = source.path(name) if source else Path(name)
@@ -304,20 +302,15 @@ def _factors(count: int) -> np.ndarray[Any, Any]:
     return np.random.default_rng(count).integers(1, 2**31, size=count)
 
 
-def _digest_weights(encoder: Pipeline) -> tuple[str, str | None]:
-    """SHA-256 over the tensors, and of the file that they are in."""
-    return _digest_tensors(encoder.bert.state_dict()), _file_sha256(encoder)
-
-
 def _file_sha256(encoder: Pipeline) -> str | None:
-    """SHA-256 of the weights file, if its tensors are those in memory."""
+    """SHA-256 of the weights file, if its tensors are those in memory; else None."""
     files = read_source(encoder)
-    if len(files) != 1:  # several have no hash of their own; that of the tensors stands for it
+    if len(files) != 1:  # several files have no hash in common
         return None
     [data] = files
     try:
         of_file = read_checkpoint(data, encoder.bert.config, encoder.dtype)
-    except WeightsError:  # it no longer fits
+    except WeightsError:  # it no longer fits the architecture
         return None
     ours = encoder.bert.state_dict()
     is_same = ours.keys() == of_file.keys() and all(
@@ -331,7 +324,7 @@ def _equal_bits(a: Tensor, b: Tensor) -> bool:
 
 
 def _words(tensor: Tensor) -> np.ndarray[Any, Any]:
-    """The numbers as integers of their bits, little end first."""
+    """A tensor's bits as integers, little-endian."""
     sizes = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
     plain = tensor.detach().cpu().contiguous()
     words: np.ndarray[Any, Any] = plain.view(sizes[plain.element_size()]).numpy()
@@ -348,18 +341,20 @@ def _digest_tensors(state: Mapping[str, Tensor]) -> str:
 
 
 def _digest_tokenizer(tokenizer: WordPieceTokenizer | None) -> str:
-    """Not of the file: what `tokenizer_config.json` says of the normalizer is in here too."""
+    """SHA-256 over what the tokenizer does, whichever of its files says so; "none" without one."""
     if tokenizer is None:
         return "none"
     text = tokenizer.backend.to_str()
-    unwritten: dict[str, Any] = {}  # by the library
+    unwritten: dict[str, Any] = {}  # what the library leaves out
     if tokenizer.backend.encode_special_tokens:
         unwritten["encode_special_tokens"] = True
     if tokenizer.second_type_id == 0:  # else it is 1, or pairs are refused
         unwritten["second_type_id"] = 0
     if unwritten:
         text = json.dumps(json.loads(text) | unwritten)
-    return _kept(tokenizer, hashlib.sha256(text.encode()).digest(), _digest_settings, text)
+    return _cached(
+        tokenizer, hashlib.sha256(text.encode()).digest(), lambda: _digest_settings(text)
+    )
 
 
 def _digest_settings(text: str) -> str:
@@ -387,7 +382,7 @@ class Comparison:
 
     @property
     def is_compatible(self) -> bool:
-        """Whether vectors of one can be searched with the other."""
+        """Whether vectors of one model can be searched with vectors of the other."""
         return self.verdict in ("same", "rounding")
 
     def __str__(self) -> str:
@@ -396,20 +391,18 @@ class Comparison:
 
 
 def compare(a: Fingerprint, b: Fingerprint) -> Comparison:
-    """Tell two fingerprints apart.
+    """Say how two fingerprints differ.
 
-    The weights are the same if the file is, or the tensors are. Two dtypes of one model that were
-    not loaded from one file can't be recognised, and count as two models.
+    The weights are the same if the files are, or the tensors are. Two dtypes of one model that were
+    not loaded from the same file can't be recognised, and count as two models.
     """
     ours, theirs = a.to_dict(), b.to_dict()
     differing = {name: (ours[name], theirs[name]) for name in ours if ours[name] != theirs[name]}
     is_model = any(name in differing for name in _IDENTITY)
     is_model |= {"weights_sha256", "tensors_sha256"} <= differing.keys()
-    verdict: Verdict = "same"
     if is_model:
-        verdict = "model"
-    elif "max_seq_length" in differing:
-        verdict = "limit"
-    elif any(name in differing for name in _ROUNDING):
-        verdict = "rounding"
-    return Comparison(verdict, differing)
+        return Comparison("model", differing)
+    if "max_seq_length" in differing:
+        return Comparison("limit", differing)
+    is_rounded = any(name in differing for name in _ROUNDING)
+    return Comparison("rounding" if is_rounded else "same", differing)

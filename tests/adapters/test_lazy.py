@@ -62,7 +62,7 @@ def test_missing_framework_says_what_to_install(
 def test_every_adapter_has_its_tests() -> None:
     files = {path.stem for path in (ROOT / "minilm" / "adapters").glob("*.py")}
     tests = {path.stem for path in (ROOT / "tests" / "adapters").glob("test_*.py")}
-    assert tests == {f"test_{name}" for name in files - {"__init__", "lazy"}}
+    assert tests == {f"test_{name}" for name in files - {"__init__"}}
 
 
 def test_the_command_that_tests_them_lists_them() -> None:

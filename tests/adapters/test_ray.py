@@ -75,7 +75,7 @@ def test_a_table_gets_a_list_of_fixed_size(tiny_folder: Path, precision: str) ->
     np.testing.assert_array_equal(vectors, expected)
     coded = "float32" if precision == "float16" else precision
     record = json.loads(out.schema.metadata[b"minilm.fingerprint"])
-    assert record == encoder.fingerprint().of_call(precision=coded).to_dict()
+    assert record == encoder.fingerprint().for_call(precision=coded).to_dict()
 
 
 def test_int8_has_the_published_ranges(published: Path, encoder: SentenceEncoder) -> None:
@@ -345,7 +345,7 @@ def test_killed_in_the_middle(
     np.testing.assert_array_equal(embeddings_of(written["embedding"]), alone)
     parts = sorted(target.glob("*.parquet"))
     assert len(parts) > 2
-    expected = encoder.fingerprint().of_call(truncation="silent")
+    expected = encoder.fingerprint().for_call(truncation="silent")
     assert {read_fingerprint(part) for part in parts} == {expected}
 
 

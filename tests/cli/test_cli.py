@@ -174,7 +174,7 @@ def test_output_in_another_encoding(model: list[str], command: str) -> None:
         (["encode", "--threads", "0"], "0 is not a positive integer"),
         (["encode", "--batch-size", "x"], "invalid positive integer value: 'x'"),
         (["similarity", "only one"], "pass two or more"),
-        (["download", "--source", "ftp"], "ftp"),
+        (["download", "--source", "hub"], "--source"),
     ],
 )
 def test_wrong_usage(arguments: list[str], hint: str) -> None:
@@ -362,6 +362,47 @@ def test_every_command_has_examples_in_its_help() -> None:
     assert "minilm encode" in minilm("--help").stdout.decode()
 
 
+def test_every_path_may_begin_with_the_home(
+    workplace: Path, model: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell expands ~ at the start of a word only: not in --output=~/x, and not in quotes."""
+    home = workplace / "home"
+    home.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("USERPROFILE", str(home))
+    monkeypatch.chdir(workplace)
+    (home / "texts.txt").write_text("the dog\na cat\n")
+
+    def run(*arguments: str) -> None:
+        assert cli.main([*arguments, *model]) == 0
+
+    run("encode", "~/texts.txt", "-o", "~/out.npz")
+    run("encode", "~/texts.txt", "--output=~/folder")
+    run("encode", "~/te*.txt", "-o", "~/pattern/")
+    run("check", "~/out.npz")
+    run("check", "~/folder")
+    run("dedup", "~/texts.txt", "-o", "~/kept.txt")
+    run("similarity", "-f", "~/texts.txt")
+    run("index", "build", "~/texts.txt", "-o", "~/index")
+    run("index", "search", "~/index", "the dog")
+    run("explain", "a dog", "a cat", "--html", "~/pairs.html")
+    made = {"out.npz", "folder", "pattern", "kept.txt", "index", "pairs.html"}
+    assert {path.name for path in home.iterdir()} == made | {"texts.txt"}
+    assert not list(workplace.glob("~*"))
+
+
+def test_a_name_that_begins_with_a_tilde_is_no_home(
+    workplace: Path, model: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As editors name their backups: there is no such user."""
+    monkeypatch.chdir(workplace)
+    Path("~$texts.txt").write_text("the dog\na cat\n")
+    assert cli.main(["encode", "~$texts.txt", "-o", "~$out.npy", *model]) == 0
+    assert cli.main(["encode", "~$texts.txt", "-o", "~$folder/", *model]) == 0
+    assert Path("./~$out.npy").is_file()
+    assert (workplace / "~$folder" / "part-00000.parquet").is_file()
+
+
 # encode: files, columns, forms
 
 
@@ -420,9 +461,9 @@ def test_options_of_encode(workplace: Path, model: list[str], loaded: SentenceEn
     ("name", "content", "message"),
     [
         ("a.jsonl", '{"text": "a"}\n{"text": 5}\n', "a.jsonl: line 2: text is 5, not a string"),
-        ("a.jsonl", '{"text": "a"\n', "a.jsonl: line 1: is not JSON"),
+        ("a.jsonl", '{"text": "a"\n', "a.jsonl: line 1: is not valid JSON"),
         ("a.jsonl", '{"a": "x", "b": "y"}\n', "has no 'text'; choose with --column, of 'a', 'b'"),
-        ("a.jsonl", "5\n", "a.jsonl: line 1: is no object and no string"),
+        ("a.jsonl", "5\n", "a.jsonl: line 1: is neither an object nor a string"),
         ("a.csv", "a,b\n1,2\n", "a.csv: has no 'text'; choose with --column, of 'a', 'b'"),
         ("a.csv", "text,b\n1\n", "a.csv: line 2: has 1 fields, the first line 2"),
         ("a.csv", "text,text\n1,2\n", "has more than one column 'text'"),

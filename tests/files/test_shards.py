@@ -236,7 +236,7 @@ def test_a_manifest_that_does_not_fit(tmp_path: Path) -> None:
     assert "part-00000.parquet has another fingerprint than the manifest" in problems
     assert "has 10 rows, the manifest says 5" in problems
     path.write_text('{"parts": [{}]}')
-    with pytest.raises(ConfigError, match="is no manifest, or broken"):
+    with pytest.raises(ConfigError, match="is not a manifest, or broken"):
         verify_parts(folder)
 
 

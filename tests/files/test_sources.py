@@ -9,8 +9,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from minilm.errors import BadRowError, InputError
+from minilm.errors import BadRowError, ConfigError, InputError
+from minilm.files.records import read_fingerprint
 from minilm.files.sources import Layout, Shard, find_files, read_shards, survey
+from minilm.files.tables import read_table
 
 
 def lines(path: Path, *rows: Any) -> Path:
@@ -56,7 +58,7 @@ def test_files_that_are_not_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         (["a.csv", "./a.csv"], "named twice"),
         (["a.csv", "*.csv"], "named twice"),
         (".", "are not of one form"),
-        ("-", "standard input: is no file that can be read twice"),
+        ("-", "standard input: is not a file that can be read twice"),
     ):
         with pytest.raises(InputError, match=message):
             find_files(inputs)
@@ -107,8 +109,8 @@ def test_whole_numbers_are_not_rounded(tmp_path: Path) -> None:
         ({"text": None}, "line 2: text is null, not a string"),
         ({"text": 5}, "line 2: text is 5, not a string"),
         ({"id": 1}, "line 2: has no 'text'"),
-        ('{"text": "half', "line 2: is not JSON"),
-        ("[]", "line 2: is no object"),
+        ('{"text": "half', "line 2: is not valid JSON"),
+        ("[]", "line 2: is neither an object"),
         ('{"text": "\\ud800"}', "line 2: has a lone surrogate"),
         ('{"text": "x", "id": "\\ud800"}', "line 2: has a lone surrogate"),
     ],
@@ -263,7 +265,7 @@ def test_a_pipe_is_refused(tmp_path: Path) -> None:
     if not hasattr(os, "mkfifo"):
         pytest.skip("this system has no named pipes")
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(InputError, match="is no file that can be read twice"):
+    with pytest.raises(InputError, match="is not a file that can be read twice"):
         find_files(tmp_path / "pipe")
 
 
@@ -314,3 +316,16 @@ def test_what_changed_between_the_readings(tmp_path: Path) -> None:
     lines(path, {"text": "a", "n": "one"})
     with pytest.raises(InputError, match="'n' is not what it was at the first reading"):
         list(read_shards([path], layout, 10))
+
+
+def test_the_home_in_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("USERPROFILE", str(tmp_path))
+    (tmp_path / "a.txt").write_text("the dog\n")
+    for given in ("~", "~/a.txt", "~/*.txt", Path("~/a.txt")):
+        assert find_files(given) == [tmp_path / "a.txt"]
+    assert read_table(["~/a.txt"]).texts == ["the dog"]
+    (tmp_path / "a.npy.fingerprint.json").write_text("{")
+    (tmp_path / "a.npy").write_bytes(b"")
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        read_fingerprint("~/a.npy")

@@ -143,7 +143,7 @@ def test_precisions(
     ).astype(dtype)
     np.testing.assert_array_equal(vectors, expected)
     record = read_fingerprint(tmp_path / "out" / "part-00000.parquet")
-    assert record == tiny_encoder.fingerprint().of_call(precision=coded)
+    assert record == tiny_encoder.fingerprint().for_call(precision=coded)
 
 
 def test_int8_of_the_published_model(encoder: SentenceEncoder, tmp_path: Path) -> None:
@@ -166,7 +166,7 @@ def test_options_of_encode(tiny_encoder: SentenceEncoder, source: Path, tmp_path
     expected = tiny_encoder.encode(table["text"].to_pylist(), **chosen)
     np.testing.assert_array_equal(embeddings_of(table["embedding"]), expected)
     record = read_fingerprint(tmp_path / "out" / "part-00000.parquet")
-    assert record == tiny_encoder.fingerprint().of_call(**chosen)
+    assert record == tiny_encoder.fingerprint().for_call(**chosen)
 
 
 def test_one_warning_adds_up_what_was_cut(tiny_encoder: SentenceEncoder, tmp_path: Path) -> None:

@@ -299,10 +299,10 @@ def test_what_only_rounds_is_the_same_model(index: Index) -> None:
 
 
 def test_queries_may_have_a_prompt_of_their_own(tmp_path: Path) -> None:
-    passage = MODEL.of_call(prompt="passage: ", truncation="chunk")
+    passage = MODEL.for_call(prompt="passage: ", truncation="chunk")
     index = Index.create(tmp_path / "index", passage, [(random(0, 2, 16), texts(2))])
-    assert index.search(np.ones(16), fingerprint=MODEL.of_call(prompt="query: "))
-    for other in (MODEL.of_call(prompt="query: ", truncation="chunk"), MODEL):
+    assert index.search(np.ones(16), fingerprint=MODEL.for_call(prompt="query: "))
+    for other in (MODEL.for_call(prompt="query: ", truncation="chunk"), MODEL):
         with pytest.raises(InputError, match="prompt: 'passage: ', not"):
             index.add(np.ones((1, 16)), ["a"], fingerprint=other)
 
@@ -400,7 +400,7 @@ def test_create_is_all_or_nothing(tmp_path: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         Index.create(tmp_path / "index", MODEL, blocks())
-    with pytest.raises(InputError, match="is no index"):
+    with pytest.raises(InputError, match="is not an index"):
         Index.open(tmp_path / "index")
     index = Index.create(tmp_path / "index", MODEL, [(random(0, 3, 16), texts(3))])
     assert names(index.folder) == ["index.json", "segment-00000"]
@@ -457,21 +457,21 @@ def test_names_that_lead_outside_are_refused(
     ("damage", "message"),
     [
         (overwritten("index.json", b""), "index.json: is broken"),
-        (overwritten("index.json", b"[]"), "is not the record of an index"),
-        (overwritten("index.json", b'{"format": "other"}'), "is not the record of an index"),
+        (overwritten("index.json", b"[]"), "is not of an index"),
+        (overwritten("index.json", b'{"format": "other"}'), "is not of an index"),
         (edited(lambda v: v.update(format_version=2)), "format 2, this package reads 1"),
         (edited(lambda v: v.pop("segments")), "'segments' is missing"),
         (edited(lambda v: v["segments"][0].pop("rows")), "'rows' is missing"),
-        (edited(lambda v: v["segments"][0].update(rows="5")), "'5' is no int"),
+        (edited(lambda v: v["segments"][0].update(rows="5")), "'5' is not of type int"),
         (edited(lambda v: v["fingerprint"].pop("pooling")), "pooling is missing"),
         (edited(lambda v: v.update(dimension=15)), "vectors.npy: holds float32 [5, 16], not"),
         (edited(lambda v: v["segments"][0].update(rows=4)), "holds float32 [5, 16], not"),
-        (without_files, "vectors.npy: is no .npy file, or broken: [Errno 2]"),
+        (without_files, "vectors.npy: is not a .npy file, or broken: [Errno 2]"),
         (lambda folder: shutil.rmtree(folder / "segment-00000"), "rows.jsonl is missing"),
         (lambda folder: (folder / "segment-00000/rows.jsonl").unlink(), "rows.jsonl is missing"),
         (truncated("segment-00000/vectors.npy"), "vectors.npy has 447 bytes, not 448"),
         (truncated("segment-00000/rows.jsonl"), "rows.jsonl has 94 bytes, not 95"),
-        (overwritten("segment-00000/offsets.npy", b"x" * 176), "offsets.npy: is no .npy file"),
+        (overwritten("segment-00000/offsets.npy", b"x" * 176), "offsets.npy: is not a .npy file"),
     ],
 )
 def test_damage_is_named(index: Index, damage: Callable[[Path], None], message: str) -> None:
@@ -513,7 +513,7 @@ def test_a_broken_row_is_named(index: Index) -> None:
 
 def test_no_index(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(InputError, match=r"is no index, it has no index\.json") as raised:
+        with pytest.raises(InputError, match=r"is not an index, it has no index\.json") as raised:
             Index.open(folder)
         assert raised.value.argument == "folder"
 
@@ -829,7 +829,7 @@ def test_the_command_line_refuses(
     assert run("index", "build", files / "a.txt", "-o", folder, *model) == 1
     assert "has an index in it already" in capsys.readouterr().err
     assert run("index", "search", files, "x", *model) == 1
-    assert "is no index" in capsys.readouterr().err
+    assert "is not an index" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         run("index", "search", folder, *model)
     assert "QUERY" in capsys.readouterr().err
@@ -894,7 +894,7 @@ def test_a_folder_that_another_model_took(tmp_path: Path) -> None:
         shutil.rmtree(tmp_path / "index")
         ours = Index.create(tmp_path / "index", MODEL)
     shutil.rmtree(tmp_path / "index")
-    with pytest.raises(InputError, match="is no index"):
+    with pytest.raises(InputError, match="is not an index"):
         ours.add(np.ones((1, 16)), ["a"], fingerprint=MODEL)
 
 

@@ -511,7 +511,7 @@ def test_files_are_read(tmp_path: Path) -> None:
         ("a.npy", b"nonsense", "is not a file of vectors"),
         ("a.npz", b"PK\x03\x04nonsense", "is not a file of vectors"),
         ("a.jsonl", b'{"text": "a"}\n', "line 1 has no list of numbers under 'embedding'"),
-        ("a.jsonl", b'{"text": "a", "embedding": [1]}\nx', "line 2: is not JSON"),
+        ("a.jsonl", b'{"text": "a", "embedding": [1]}\nx', "line 2: is not valid JSON"),
         ("a.jsonl", b'{"text": "a", "embedding": ["x"]}', "not numbers"),
         ("a.jsonl", b"", "expected one row a text"),
         ("a.jsonl", b"\xff", "line 1 is not UTF-8"),
@@ -548,7 +548,7 @@ def test_texts_are_read(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").touch()
     assert read_texts(tmp_path / "a.txt") == ["one", "", "two"]
     assert read_texts(tmp_path / "a.jsonl") == ["one", "two"]
-    with pytest.raises(InputError, match="line 2: is no object and no string"):
+    with pytest.raises(InputError, match="line 2: is neither an object nor a string"):
         read_texts(tmp_path / "b.jsonl")
     with pytest.raises(InputError, match="is empty; give one text a line"):
         read_texts(tmp_path / "empty.txt")

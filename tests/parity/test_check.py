@@ -34,7 +34,7 @@ def encode(encoder: SentenceEncoder, **settings: Any) -> Any:
 
 @pytest.mark.parametrize("name", SETTINGS)
 def test_vectors_are_checked_as_they_were_made(tiny_encoder: SentenceEncoder, name: str) -> None:
-    record = fingerprint(tiny_encoder).of_call(**SETTINGS[name])
+    record = fingerprint(tiny_encoder).for_call(**SETTINGS[name])
     vectors = encode(tiny_encoder, **SETTINGS[name])
     result = check_vectors(tiny_encoder, TEXTS, vectors, record)
     assert result.verdict in ("same", "rounding"), result.table()
@@ -59,7 +59,7 @@ def test_codes_of_the_published_model(
     settings: dict[str, Any] = {"precision": precision}
     if truncated:
         settings |= {"truncate_dim": 64, "normalize_embeddings": True}
-    record = fingerprint(encoder).of_call(**settings)
+    record = fingerprint(encoder).for_call(**settings)
     codes = encode(encoder, **settings)
     assert check_vectors(encoder, TEXTS, codes, record).verdict == "same"
     # As a file of decimals gives them back.
@@ -82,7 +82,7 @@ def test_codes_of_the_published_model(
 
 
 def test_a_code_at_the_edge_of_its_bucket_is_rounding(encoder: SentenceEncoder) -> None:
-    record = fingerprint(encoder).of_call(precision="int8")
+    record = fingerprint(encoder).for_call(precision="int8")
     vectors = encode(encoder)
     codes = encode(encoder, precision="int8")
     ranges = model_ranges_of(encoder, None)

@@ -133,7 +133,7 @@ def test_broken_records_list_every_problem() -> None:
         assert problem in str(info.value)
     with pytest.raises(InputError, match="is a list"):
         Fingerprint.from_json("[]")
-    with pytest.raises(InputError, match="is not JSON"):
+    with pytest.raises(InputError, match="is not valid JSON"):
         Fingerprint.from_json("{")
 
 
@@ -286,7 +286,7 @@ def test_record_of_a_call_says_what_was_done(call: str, stages: int) -> None:
     result = check_vectors(other, SENTENCES, vectors, record)
     assert (result.verdict, result.fingerprints_agree) == ("same", True)
     if "prompt_name" not in options:
-        assert encoder.fingerprint().of_call(**options) == record
+        assert encoder.fingerprint().for_call(**options) == record
     assert Fingerprint.from_json(record.to_json()) == record
 
 
@@ -417,7 +417,7 @@ def test_kept_with_the_vectors(name: str, tmp_path: Path) -> None:
     WRITERS[name](path, RECORD.to_json().encode())
     assert read_fingerprint(path) == RECORD
     WRITERS[name](path, b'{"model": "cut')
-    with pytest.raises(ConfigError, match="is not JSON") as info:
+    with pytest.raises(ConfigError, match="is not valid JSON") as info:
         read_fingerprint(path)
     place = sidecar_path(path) if WRITERS[name] is write_sidecar else path
     assert info.value.path == place

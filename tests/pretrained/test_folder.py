@@ -637,7 +637,7 @@ def test_a_tensor_that_the_index_leaves_out(tiny_folder: Path, refuse: Refuse) -
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        (b"[", "is not JSON"),
+        (b"[", "is not valid JSON"),
         (b"[]", "holds list; expected an object"),
         (b"{}", "has no weight_map of tensors and files"),
         (b'{"weight_map": {"a": 1}}', "has no weight_map of tensors and files"),

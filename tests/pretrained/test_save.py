@@ -723,7 +723,8 @@ def die(file, data):
 save._write_file = die
 save.save_pretrained(compose(), {str(path)!r})
 """
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "scripts")))
+    folders = (ROOT, ROOT / "tests", ROOT / "scripts", Path(__file__).parent)
+    paths = os.pathsep.join(map(str, folders))
     done = subprocess.run(
         [sys.executable, "-c", code], check=False, env=os.environ | {"PYTHONPATH": paths},
         capture_output=True,
