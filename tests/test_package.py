@@ -122,7 +122,7 @@ def test_encoder_stays_readable() -> None:
 
 def test_only_runtime_packages_are_imported() -> None:
     allowed = {"minilm", "torch", "safetensors", "tokenizers", "huggingface_hub", "numpy", "tqdm"}
-    allowed |= {"filelock"} | set(sys.stdlib_module_names)
+    allowed |= {"filelock", "jinja2"} | set(sys.stdlib_module_names)
     optional = {"matplotlib", "onnxruntime", "pyarrow"}  # each an extra; imported where it is used
     for path in PACKAGE.rglob("*.py"):
         if path.parent.name == "adapters":
@@ -258,9 +258,9 @@ def test_wheel_works_in_a_fresh_environment(published: Path, tmp_path: Path) -> 
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
     assert "minilm/py.typed" in names
-    assert {f"minilm/interpret/tour_page.{suffix}" for suffix in ("html", "css", "js")} <= set(
-        names
-    )
+    templates = (PACKAGE / "interpret" / "templates").rglob("*.*")
+    assert {path.relative_to(ROOT).as_posix() for path in templates} <= set(names)
+    assert "minilm/interpret/templates/steps/text.html" in names
     assert {name.split("/")[0] for name in names} == {
         "minilm",
         f"minilm-{minilm.__version__}.dist-info",

@@ -77,6 +77,11 @@ class Source:
     def __str__(self) -> str:
         return f"{self.file}:{self.line}"
 
+    @property
+    def end(self) -> int:
+        """The first line after it."""
+        return self.line + self.text.count("\n") + 1
+
 
 @dataclass(frozen=True)
 class TraceEntry:
@@ -515,14 +520,18 @@ def _statement(filename: str, line: int) -> Source:
     ]
     node = max(around, key=lambda node: node.lineno)
     text = inspect.cleandoc("\n" + "".join(lines[node.lineno - 1 : node.end_lineno]))
-    return Source(f"minilm/{Path(filename).name}", node.lineno, text)
+    return Source(place(filename), node.lineno, text)
+
+
+def place(filename: str | None) -> str:
+    """Where a file of this package is, from the package on: "minilm/bert.py"."""
+    return Path(filename or "").relative_to(_PACKAGE.parent).as_posix()
 
 
 def _definition(function: Callable[..., Any]) -> Source:
     """The first line of a function."""
     lines, start = inspect.getsourcelines(inspect.unwrap(function))
-    name = Path(inspect.getsourcefile(function) or "").name
-    return Source(f"minilm/{name}", start, lines[0].strip())
+    return Source(place(inspect.getsourcefile(function)), start, lines[0].strip())
 
 
 # --- What each entry is ---------------------------------------------------------------------------
