@@ -28,9 +28,10 @@ from torch import Tensor, nn
 
 from minilm import inputs, pooling
 from minilm.errors import InputError, MissingPackageError
-from minilm.interpret.trace import Trace, aligned, traces
+from minilm.interpret.trace import Trace, state, traces
 from minilm.outputs import write_output
 from minilm.pipeline import Pipeline
+from minilm.report import aligned
 
 __all__ = [
     "ComponentExplanation",
@@ -52,11 +53,31 @@ _BY = ("word", "token", "group")
 _GROUPS = ("words", "punctuation", "special")
 
 
+class _Finding:
+    """What all findings have: a table as text, and their attributes for JSON."""
+
+    def table(self) -> str:
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON can hold it."""
+        return {name: _for_json(value) for name, value in vars(self).items()}
+
+
+def _for_json(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_for_json(each) for each in value]
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
 # --- Token pairs ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
-class Explanation:
+class Explanation(_Finding):
     """A cosine similarity as a sum over pairs of parts of two texts.
 
     Attributes:
@@ -131,34 +152,18 @@ class Explanation:
                 )
         return "\n".join([*lines, *notes])
 
-    def __str__(self) -> str:
-        return self.table()
-
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON can hold it."""
-        sides = []
-        for side, (share, pull) in enumerate(
-            ((self.share_a, self.pull_a), (self.share_b, self.pull_b))
-        ):
-            sides.append(
-                {
-                    "text": self.texts[side],
-                    "labels": list(self.labels[side]),
-                    "spans": [list(span) for span in self.spans[side]],
-                    "is_special": list(self.is_special[side]),
-                    "share": share.tolist(),
-                    "pull": pull.tolist(),
-                    "unread_tokens": self.unread[side],
-                }
-            )
-        return {
-            "similarity": self.similarity,
-            "a": sides[0],
-            "b": sides[1],
-            "matrix": self.matrix.tolist(),
-            "special": self.special,
-            "residual": self.residual,
-        }
+        flat = super().to_dict()
+        found: dict[str, Any] = {"similarity": self.similarity}
+        for side, letter in enumerate("ab"):
+            found[letter] = {
+                "text": self.texts[side],
+                **{name: flat[name][side] for name in ("labels", "spans", "is_special")},
+                **{kind: flat[f"{kind}_{letter}"] for kind in ("share", "pull")},
+                "unread_tokens": self.unread[side],
+            }
+        return found | {name: flat[name] for name in ("matrix", "special", "residual")}
 
     def to_html(self) -> str:
         """A `<table>` that needs nothing else: a row and a column for each part, and the sums."""
@@ -314,7 +319,7 @@ class Components:
 
 
 @dataclass(frozen=True, eq=False)
-class ComponentExplanation:
+class ComponentExplanation(_Finding):
     """A cosine similarity as a sum over pairs of parts of the network.
 
     Attributes:
@@ -340,20 +345,6 @@ class ComponentExplanation:
             rows.append((label, f"{a:+.4f}", f"{b:+.4f}"))
         rows.append(("similarity", f"{self.similarity:+.4f}", f"{self.similarity:+.4f}"))
         return "\n".join([*aligned(rows, right=(1, 2)), f"residual {self.residual:.1e}"])
-
-    def __str__(self) -> str:
-        return self.table()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it."""
-        return {
-            "similarity": self.similarity,
-            "labels": list(self.labels),
-            "matrix": self.matrix.tolist(),
-            "share_a": self.share_a.tolist(),
-            "share_b": self.share_b.tolist(),
-            "residual": self.residual,
-        }
 
 
 def token_components(
@@ -502,7 +493,7 @@ def _split(encoder: Pipeline, trace: Trace) -> Components:
 
 
 @dataclass(frozen=True, eq=False)
-class Deletions:
+class Deletions(_Finding):
     """What happens to a similarity without a word.
 
     Attributes:
@@ -526,19 +517,6 @@ class Deletions:
             rows.append((label, f"{without:+.4f}", f"{-change:+.4f}"))
         rows.append(("(nothing)", f"{self.similarity:+.4f}", ""))
         return "\n".join(aligned(rows, right=(1, 2)))
-
-    def __str__(self) -> str:
-        return self.table()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it."""
-        return {
-            "similarity": self.similarity,
-            "labels": list(self.labels),
-            "spans": [list(span) for span in self.spans],
-            "without": self.without.tolist(),
-            "change": self.change.tolist(),
-        }
 
 
 def explain_deletions(
@@ -571,7 +549,7 @@ def explain_deletions(
 
 
 @dataclass(frozen=True, eq=False)
-class Contrast:
+class Contrast(_Finding):
     """Why a query is nearer to one text than to another.
 
     Attributes:
@@ -602,21 +580,6 @@ class Contrast:
             )
         )
         return "\n".join([*aligned(rows, right=(1,)), f"residual {self.residual:.1e}"])
-
-    def __str__(self) -> str:
-        return self.table()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it."""
-        return {
-            "similarity_a": self.similarity_a,
-            "similarity_b": self.similarity_b,
-            "difference": self.difference,
-            "labels": list(self.labels),
-            "spans": [list(span) for span in self.spans],
-            "share": self.share.tolist(),
-            "residual": self.residual,
-        }
 
 
 def contrast(
@@ -741,7 +704,7 @@ _POOLING = ["tokens", "input_ids", "pooled"]  # and `_last`: what `_side` needs 
 
 def _last(encoder: Pipeline) -> str:
     """The name of the token vectors that are pooled."""
-    return f"layers.{len(encoder.bert.layers) - 1}.feed_forward_layer_norm.output"
+    return state(len(encoder.bert.layers))
 
 
 def _sides(

@@ -25,7 +25,7 @@ from minilm import inputs, tokenizer
 from minilm.bert import BertLayer, BertModel
 from minilm.errors import InputError
 from minilm.interpret import explain, figures
-from minilm.interpret.trace import Source, Trace, in_dtype, place, traces
+from minilm.interpret.trace import Source, Trace, in_dtype, place, state, traces
 from minilm.pipeline import Pipeline
 from minilm.pooling import MeanPooling
 from minilm.pretrained import hub
@@ -107,8 +107,6 @@ def _measure(encoder: Pipeline, a: str, b: str) -> _Scene:
     config = encoder.bert.config
     if not isinstance(encoder.pooling, MeanPooling) or isinstance(encoder.normalize, nn.Identity):
         raise InputError("encoder must take the mean and normalize it; this one doesn't", "encoder")
-    if not config.num_hidden_layers:
-        raise InputError("encoder has no layer to show", "encoder")
     for argument, text in (("a", a), ("b", b)):
         inputs.check_text(text, argument)
         tokens = encoder.get_tokenizer()([text], encoder.max_seq_length, argument=argument)
@@ -122,8 +120,8 @@ def _measure(encoder: Pipeline, a: str, b: str) -> _Scene:
     last = config.num_hidden_layers - 1
     long = max(len(first["tokens"]), len(second["tokens"])) > _MOST_FOR_ALL_LAYERS
     layers = sorted({0, last}) if long else list(range(last + 1))
-    around = sorted({state for layer in layers for state in (layer, layer + 1)})
-    states = [_state(number) for number in around]
+    around = sorted({number for layer in layers for number in (layer, layer + 1)})
+    states = [state(number) for number in around]
     double = in_dtype(encoder, "float64")  # once here, and not in each of the calls
     pair = {by: explain.explain(double, a, b, by=by) for by in ("word", "token")}
     word_of = {"a": _words(first), "b": _words(second)}
@@ -140,13 +138,6 @@ def _measure(encoder: Pipeline, a: str, b: str) -> _Scene:
         tensors=_carried(first, second, layers, states),
         weights=_weights(encoder),
     )
-
-
-def _state(number: int) -> str:
-    """The token vectors after so many layers."""
-    if not number:
-        return "embeddings.layer_norm.output"
-    return f"layers.{number - 1}.feed_forward_layer_norm.output"
 
 
 def _carried(
@@ -293,7 +284,7 @@ def _context(scene: _Scene) -> dict[str, Any]:
         "shown_layers": scene.layers,
         "first_layer": scene.layers[0],
         "layer": {name.removeprefix(layer): a[name] for name in a if name.startswith(layer)},
-        "layer_input": a[_state(scene.layers[0])],
+        "layer_input": a[state(scene.layers[0])],
         "of_the_script": np.zeros(config.head_size),  # drawn by the script alone
         "attention": a[f"{layer}attention.probabilities"][0].numpy(),
         "habits": {
@@ -306,7 +297,7 @@ def _context(scene: _Scene) -> dict[str, Any]:
         "most_active": figures.most_active(a[f"{layer}feed_forward.activation"][token].numpy()),
         "units_above_zero": _above_zero(scene, scene.layers[0])[token],
         **figures.path(a, scene.states, token),
-        "token_vectors": a[_state(config.num_hidden_layers)].numpy(),
+        "token_vectors": a[state(config.num_hidden_layers)].numpy(),
         "plane": figures.plane(similarity, [float(x["length"]) for x in (a, scene.b)]),
         "pair": figures.shares(by_word, _digits(by_word)),
         "labels_of_b": [label for each in scene.pair.values() for label in each.labels[1]],

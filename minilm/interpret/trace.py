@@ -45,15 +45,16 @@ from minilm.errors import TraceKeyError, TruncationWarning
 from minilm.inference.eval_mode import eval_mode
 from minilm.inference.kernels import fast_products
 from minilm.inference.packed import embed
+from minilm.inference.truncation import caller_level
 from minilm.outputs import write_output
 from minilm.pipeline import Batch, Pipeline
+from minilm.report import aligned
 from minilm.tokenizer import WordPieceTokenizer
 
 __all__ = ["Source", "Trace", "TraceEntry", "in_dtype", "trace"]
 
 _Array = np.ndarray[Any, Any]
 
-_PACKAGE = Path(__file__).parents[1]
 _WATCHED = tuple(str(Path(module.__file__ or "")) for module in (bert, pooling))
 
 
@@ -213,17 +214,13 @@ class Trace(Mapping[str, Any]):
         """Write a safetensors file: the tensors, and as metadata `text`, and in JSON `tokens`,
         `offsets` and, by name, `axes`, `parents`, `formula` and `source`.
         """
+        told = ("axes", "parents", "formula", "source")
         about = {
-            name: {
-                "axes": entry.axes,
-                "parents": entry.parents,
-                "formula": entry.formula,
-                "source": str(entry.source),
-            }
+            name: {each: getattr(entry, each) for each in told}
             for name, entry in self.entries.items()
         }
         metadata = {"text": self.text, "offsets": json.dumps(self.offsets)}
-        metadata |= {"entries": json.dumps(about, ensure_ascii=False)}
+        metadata |= {"entries": json.dumps(about, ensure_ascii=False, default=str)}
         if "tokens" in self.entries:
             metadata["tokens"] = json.dumps(self["tokens"], ensure_ascii=False)
         tensors = {
@@ -233,19 +230,6 @@ class Trace(Mapping[str, Any]):
         }
         data = with_metadata(safetensors.torch.save(tensors), metadata)
         write_output(Path(path), lambda file: file.write(data))
-
-
-def aligned(rows: Sequence[tuple[str, ...]], right: Sequence[int]) -> list[str]:
-    """Lines of a table; what can't be printed is escaped."""
-    shown = [[x if x.isprintable() else ascii(x)[1:-1] for x in row] for row in rows]
-    widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if number in right else cell.ljust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in shown
-    ]
 
 
 def trace(
@@ -313,7 +297,7 @@ def traces(
             if unread and warn:
                 share = unread / (len(offsets) + unread)
                 message = f"{argument} was cut at {len(offsets)} tokens; {share:.0%} of its tokens "
-                warnings.warn(f"{message}were not read", TruncationWarning, _outside())
+                warnings.warn(f"{message}were not read", TruncationWarning, caller_level())
             entries = {
                 name: TraceEntry(name, tensor, rule.axes, parents, rule.formula, source)
                 for name, (parents, rule) in plan.items()
@@ -322,15 +306,6 @@ def traces(
             }
             out.append(Trace(text, offsets, unread, entries, difference, numbers, rules))
         return out
-
-
-def _outside() -> int:
-    """The `stacklevel` of the first caller outside this package, for whoever calls this."""
-    frame: types.FrameType | None = sys._getframe(1)
-    level = 1
-    while frame is not None and _PACKAGE in Path(frame.f_code.co_filename).parents:
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def in_dtype(encoder: _Encoder, dtype: str | torch.dtype | None) -> _Encoder:
@@ -525,7 +500,7 @@ def _statement(filename: str, line: int) -> Source:
 
 def place(filename: str | None) -> str:
     """Where a file of this package is, from the package on: "minilm/bert.py"."""
-    return Path(filename or "").relative_to(_PACKAGE.parent).as_posix()
+    return Path(filename or "").relative_to(Path(__file__).parents[2]).as_posix()
 
 
 def _definition(function: Callable[..., Any]) -> Source:
@@ -708,6 +683,13 @@ def _plan(encoder: Pipeline) -> dict[str, tuple[tuple[str, ...], _Rule]]:
     return plan
 
 
+def state(layers: int) -> str:
+    """The name of the token vectors after so many layers; after none, of the embeddings."""
+    if not layers:
+        return "embeddings.layer_norm.output"
+    return f"layers.{layers - 1}.feed_forward_layer_norm.output"
+
+
 def _to_numpy(value: Any) -> _Array:
     return value.double().numpy() if isinstance(value, Tensor) else np.array(value)
 
@@ -716,10 +698,8 @@ def _choose(names: Iterable[str] | str | None, known: list[str]) -> set[str]:
     """The names that are asked for."""
     if names is None:
         return set(known)
-    chosen: set[str] = set()
-    for name in [names] if isinstance(names, str) else names:
-        chosen.update(_matching(name, known))
-    return chosen
+    asked = [names] if isinstance(names, str) else names
+    return {each for name in asked for each in _matching(name, known)}
 
 
 def _matching(name: str, known: Iterable[str]) -> list[str]:
@@ -731,9 +711,6 @@ def _matching(name: str, known: Iterable[str]) -> list[str]:
     pattern = re.compile(re.escape(str(name)).replace(r"\*", "[0-9]+"))
     found = [each for each in known if pattern.fullmatch(each)]
     if not found:
-        raise TraceKeyError(str(name), _nearest(str(name), known))
+        nearest = difflib.get_close_matches(str(name), list(known), n=3, cutoff=0.0)
+        raise TraceKeyError(str(name), nearest)
     return found
-
-
-def _nearest(name: str, known: Iterable[str]) -> list[str]:
-    return difflib.get_close_matches(name, list(known), n=3, cutoff=0.0)
