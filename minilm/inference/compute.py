@@ -17,7 +17,7 @@ from minilm.errors import InputError, NotFiniteError
 from minilm.forks import mark_in_use
 from minilm.inference.eval_mode import eval_mode
 from minilm.inference.kernels import fast_products
-from minilm.inference.packed import default_budget, embed, make_batch, plan_batches
+from minilm.inference.packed import default_budget, make_batch, plan_batches, rows_of
 from minilm.inference.truncation import Span, kept_span, raise_if_cut, split, warn_if_cut
 from minilm.inputs import Row, with_progress
 from minilm.pipeline import Pipeline
@@ -94,8 +94,8 @@ def read(
 
 def run(pipeline: Pipeline, rows: list[Row], plan: Plan) -> Outcome:
     """Compute what a plan asks for, in this process."""
-    mark_in_use()
     prefixed = with_prompt(rows, plan.prompt)
+    mark_in_use()
     tokens = read(
         pipeline,
         prefixed,
@@ -146,28 +146,32 @@ def _sentence_vectors(
 ) -> Tensor:
     """Rows of ids -> `[n, width]`, by default where the plan wants them."""
     lengths = list(map(len, ids))
-    batches = _batches(pipeline, lengths, plan)
+    here, batches = _batches(pipeline, lengths, plan)
     with torch.inference_mode(False), torch.no_grad():  # ordinary, usable in training
         dtype = pipeline.bert.embeddings.word_embeddings.weight.dtype
         if device is None:
-            device = pipeline.device if plan.on_device else "cpu"
+            device = here if plan.on_device else "cpu"
         vectors = torch.empty((len(ids), width), dtype=dtype, device=device)
     with torch.inference_mode(), eval_mode(pipeline) as parts, fast_products(parts, sum(lengths)):
         for rows in with_progress(batches, plan.show_progress_bar):
-            batch = embed(pipeline, *_rows_of(rows, ids, types))
-            vectors[rows] = batch[:, :width].to(vectors)
+            batch = make_batch(*rows_of(rows, ids, types), here, pipeline.tokenizer)
+            vectors[rows] = pipeline(batch)["sentence_embedding"][:, :width].to(vectors)
     return vectors
 
 
-def _batches(pipeline: Pipeline, lengths: list[int], plan: Plan) -> list[list[int]]:
-    budget = plan.token_budget or default_budget(pipeline.device, pipeline.dtype)
-    return plan_batches(lengths, budget, plan.batch_size)
+def _batches(
+    pipeline: Pipeline, lengths: list[int], plan: Plan
+) -> tuple[torch.device, list[list[int]]]:
+    """The model's device, and the rows of each batch that is computed there."""
+    device = pipeline.device
+    budget = plan.token_budget or default_budget(device, pipeline.dtype)
+    return device, plan_batches(lengths, budget, plan.batch_size)
 
 
 def _token_vectors(pipeline: Pipeline, tokens: Tokens, plan: Plan) -> list[Tensor]:
     """For each text `[tokens, 384]`."""
     lengths = list(map(len, tokens.input_ids))
-    batches = _batches(pipeline, lengths, plan)
+    device, batches = _batches(pipeline, lengths, plan)
     found: dict[int, Tensor] = {}
     with (
         torch.inference_mode(False),
@@ -176,8 +180,9 @@ def _token_vectors(pipeline: Pipeline, tokens: Tokens, plan: Plan) -> list[Tenso
         fast_products(parts, sum(lengths)),
     ):
         for rows in with_progress(batches, plan.show_progress_bar):
-            ids, types = _rows_of(rows, tokens.input_ids, tokens.token_type_ids)
-            vectors = pipeline(make_batch(pipeline, ids, types))["token_embeddings"]
+            ids, types = rows_of(rows, tokens.input_ids, tokens.token_type_ids)
+            batch = make_batch(ids, types, device, pipeline.tokenizer)
+            vectors = pipeline(batch)["token_embeddings"]
             ends = [lengths[row] for row in rows]
             if vectors.dim() == 3:  # padded
                 each = [vectors[i, :end] for i, end in enumerate(ends)]
@@ -205,7 +210,7 @@ def _everything(
     )
     found: dict[int, dict[str, Any]] = {}
     for batch in batches:
-        ids, types = _rows_of(batch, tokens.input_ids, tokens.token_type_ids)
+        ids, types = rows_of(batch, tokens.input_ids, tokens.token_type_ids)
         features = pipeline.get_tokenizer().pad(ids, pipeline.device, types)
         token_embeddings = pad_sequence([hidden[row] for row in batch], batch_first=True)
         for place, row in enumerate(batch):
@@ -318,10 +323,3 @@ def with_prompt(rows: list[Row], prompt: str) -> list[Row]:
     if not prompt:
         return rows
     return [prompt + row if isinstance(row, str) else (prompt + row[0], row[1]) for row in rows]
-
-
-def _rows_of(
-    rows: Sequence[int], ids: list[list[int]], types: list[list[int]] | None
-) -> tuple[list[list[int]], list[list[int]] | None]:
-    chosen = None if types is None else [types[row] for row in rows]
-    return [ids[row] for row in rows], chosen

@@ -175,7 +175,6 @@ def encode(
         WorkerError: A process of the pool died.
     """
     given, argument = _one_of(sentences, inputs)
-    rows, is_single = as_rows(given, argument)
     plan = plan_of(
         pipeline,
         argument,
@@ -194,6 +193,7 @@ def encode(
     )
     as_numpy = convert_to_numpy and not convert_to_tensor
     plan = replace(plan, on_device=not as_numpy)
+    rows, is_single = as_rows(given, argument)
     values, report = run_plan(pipeline, rows, plan, device, pool, chunk_size)
     if output_value == "sentence_embedding" and not convert_to_numpy and not convert_to_tensor:
         values = list(values)
@@ -413,7 +413,12 @@ def plan_of(
     if unknown:
         names = ", ".join(unknown)
         raise InputTypeError(f"encode has no argument {names}", next(iter(unknown)))
-    precision = check_precision("float32" if precision is None else precision)
+    prompt = _prompt_text(pipeline, prompt, prompt_name)
+    batch_size = _positive(batch_size, "batch_size")
+    token_budget = _positive(token_budget, "token_budget")
+    precision = "float32" if precision is None else precision
+    if precision != "float32":
+        check_precision(precision)
     if precision != "float32" and output_value != "sentence_embedding":
         raise InputError(
             f"precision is {precision!r}, which is for output_value='sentence_embedding'",
@@ -423,7 +428,7 @@ def plan_of(
         truncate_dim = pipeline.truncate_dim
     else:
         check_positive_int(truncate_dim, "truncate_dim")
-    full = pipeline.bert.config.hidden_size
+    full, max_seq_length = pipeline.bert.config.hidden_size, pipeline.max_seq_length
     if output_value is not None:
         check_choice(output_value, ("sentence_embedding", "token_embeddings"), "output_value")
     check_choice(truncation, TRUNCATION, "truncation")
@@ -433,15 +438,15 @@ def plan_of(
             "truncation",
         )
     return Plan(
-        prompt=_prompt_text(pipeline, prompt, prompt_name),
+        prompt=prompt,
         output_value=output_value,
         truncation=truncation,
-        max_seq_length=pipeline.max_seq_length,
+        max_seq_length=max_seq_length,
         width=full if truncate_dim is None else min(truncate_dim, full),
         normalize=bool(normalize_embeddings),
         precision=precision,
-        batch_size=_positive(batch_size, "batch_size"),
-        token_budget=_positive(token_budget, "token_budget"),
+        batch_size=batch_size,
+        token_budget=token_budget,
         spans=return_report,
         on_device=False,
         show_progress_bar=show_progress_bar,

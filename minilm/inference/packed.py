@@ -29,10 +29,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minilm.bert import Attend
 from minilm.pipeline import Batch, Pipeline
+from minilm.tokenizer import WordPieceTokenizer
 
-__all__ = ["PackedBatch", "default_budget", "embed", "keeps_bits", "make_batch", "plan_batches"]
+__all__ = [
+    "PackedBatch",
+    "default_budget",
+    "embed",
+    "keeps_bits",
+    "make_batch",
+    "plan_batches",
+    "rows_of",
+]
 
 # Batches of more than 512 tokens get a multiple of 64 rows, and all others one of 16: with fewer
 # rows matrix products add up in another order.
@@ -123,12 +131,7 @@ class PackedBatch(Batch):
         bounds = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device="cpu")
         return bounds.to(self.input_ids.device)
 
-    @property
-    def attend(self) -> Attend:
-        """`_attend_within`, for `BertModel`."""
-        return self._attend_within
-
-    def _attend_within(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """`attention` of `bert.py` within each sentence.
 
         Args:
@@ -261,27 +264,38 @@ def plan_batches(
     return batches
 
 
+def rows_of(
+    batch: Sequence[int], input_ids: list[list[int]], token_type_ids: list[list[int]] | None
+) -> tuple[list[list[int]], list[list[int]] | None]:
+    """The ids and the types of the rows that `plan_batches` put into one batch."""
+    types = None if token_type_ids is None else [token_type_ids[row] for row in batch]
+    return [input_ids[row] for row in batch], types
+
+
 def make_batch(
-    pipeline: Pipeline, input_ids: list[list[int]], token_type_ids: list[list[int]] | None = None
+    input_ids: list[list[int]],
+    token_type_ids: list[list[int]] | None,
+    device: torch.device,
+    tokenizer: WordPieceTokenizer | None,
 ) -> Batch:
-    """A batch of these rows of ids on the model's device: packed, but on mps padded.
+    """Make a batch of rows of ids on a device: packed, but on mps padded, by the tokenizer.
 
     Apple's devices don't have all that the packed form needs, and it has not been tried there.
     """
-    if pipeline.device.type == "mps" and pipeline.tokenizer is not None:
-        return Batch(**pipeline.tokenizer.pad(input_ids, pipeline.device, token_type_ids))
+    if device.type == "mps" and tokenizer is not None:
+        return Batch(**tokenizer.pad(input_ids, device, token_type_ids))
     multiple_of = 1
-    if pipeline.device.type == "cpu":
+    if device.type == "cpu":
         total = sum(map(len, input_ids))
         multiple_of = next(multiple for above, multiple in _MULTIPLES if total > above)
-    return PackedBatch(input_ids, pipeline.device, multiple_of, token_type_ids)
+    return PackedBatch(input_ids, device, multiple_of, token_type_ids)
 
 
 def embed(
     pipeline: Pipeline, input_ids: list[list[int]], token_type_ids: list[list[int]] | None = None
 ) -> Tensor:
-    """One pass: rows of ids -> `[n, 384]`."""
-    batch = make_batch(pipeline, input_ids, token_type_ids)
+    """Compute one batch: rows of ids -> `[n, 384]`."""
+    batch = make_batch(input_ids, token_type_ids, pipeline.device, pipeline.tokenizer)
     sentence_embedding: Tensor = pipeline(batch)["sentence_embedding"]
     return sentence_embedding
 

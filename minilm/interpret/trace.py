@@ -23,6 +23,7 @@ import inspect
 import json
 import linecache
 import math
+import os
 import re
 import sys
 import types
@@ -500,7 +501,7 @@ def _statement(filename: str, line: int) -> Source:
 
 def place(filename: str | None) -> str:
     """Where a file of this package is, from the package on: "minilm/bert.py"."""
-    return Path(filename or "").relative_to(Path(__file__).parents[2]).as_posix()
+    return Path(os.path.relpath(filename or "", Path(__file__).parents[2])).as_posix()
 
 
 def _definition(function: Callable[..., Any]) -> Source:
