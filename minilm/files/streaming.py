@@ -38,7 +38,7 @@ from minilm.files.sources import ON_BAD_ROW, Layout, Shard, find_files, read_sha
 from minilm.inference.encode import model_ranges_of
 from minilm.inference.kernels import give_back_freed_memory
 from minilm.inference.process_pool import Job, ProcessPool
-from minilm.inference.truncation import TRUNCATION, Cut, caller_level, warn_of
+from minilm.inference.truncation import TRUNCATION, TruncationSummary, caller_level, warn_of
 from minilm.inputs import check_choice, check_positive_int, check_unicode, progress_bar
 from minilm.quantize import PRECISIONS, as_stored
 from minilm.version import __version__
@@ -512,10 +512,12 @@ def _tell(layout: Layout, parts: list[Part], truncation: str, on_bad_row: str, l
             BadRowWarning,
             stacklevel=caller_level(),
         )
-    before, whole = 0, Cut()
+    before, whole = 0, TruncationSummary()
     for part in parts:
         first = before + part.cut_first
-        whole += Cut(part.rows, part.cut_rows, part.cut_tokens, part.cut_read, first, limit)
+        whole += TruncationSummary(
+            part.rows, part.cut_rows, part.cut_tokens, part.cut_read, first, limit
+        )
         before += part.rows
     if truncation == "warn":
         warn_of(whole)

@@ -18,7 +18,7 @@ from minilm.files.tables import Table
 from minilm.index import Hit, Index
 from minilm.inference.compute import Plan
 from minilm.inference.encode import plan_of, prompt_for, run_plan
-from minilm.inference.truncation import Cut, warn_of
+from minilm.inference.truncation import TruncationSummary, warn_of
 from minilm.inputs import as_many, as_rows, check_positive_int, check_unicode, with_progress
 from minilm.outputs import check_room
 from minilm.parity.check import CheckResult, check_vectors
@@ -188,7 +188,7 @@ def _blocks(
     """Vectors and rows, some thousand at a time; what was cut is told at the end, of all."""
     for text, row in zip(table.texts, table.rows, strict=True):
         _with_text(text, row, column)  # an error, if there is one, before anything is computed
-    cut = Cut()
+    cut = TruncationSummary()
     quiet = replace(
         plan,
         truncation="silent" if plan.truncation == "warn" else plan.truncation,
@@ -198,7 +198,7 @@ def _blocks(
     for start in with_progress(starts, show_progress_bar):
         texts = table.texts[start : start + _BLOCK]
         embeddings, report = run_plan(encoder, as_rows(texts)[0], quiet)
-        cut += Cut.of(report.token_counts, report.kept_token_counts, start)
+        cut += TruncationSummary.from_counts(report.token_counts, report.kept_token_counts, start)
         rows = table.rows[start : start + _BLOCK]
         yield embeddings, [_with_text(*each, column) for each in zip(texts, rows, strict=True)]
     if plan.truncation == "warn":

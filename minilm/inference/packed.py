@@ -49,7 +49,7 @@ _STEP = 16  # keys
 # Bytes. Where the numbers of a head don't fill lines of the cache, as 8 of float32 don't, some
 # libraries add them up in an order that depends on where in memory they lie: zeros fill them up.
 _ALIGNED = 64
-# Not float16: a score beyond its range times 0 is no number, and would reach the neighbour.
+# Not float16: a score beyond its range times 0 is NaN, and would reach the neighbour.
 _WINDOWED = (torch.float32, torch.bfloat16, torch.float64)
 
 
@@ -213,7 +213,7 @@ def _attend(run: _Run, query: Tensor, key: Tensor, value: Tensor, scale: float) 
 
 
 def _windows(run: _Run, missing: int, tensor: Tensor) -> Tensor:
-    """`run.block`, each sentence followed by the `missing` rows behind it; a view if they exist."""
+    """Return `run.block`, each sentence with the `missing` rows behind it; a view if they exist."""
     if run.stop + missing > len(tensor):
         rows = F.pad(tensor[run.start : run.stop], (0, 0, 0, 0, 0, missing))
         start = 0
@@ -239,7 +239,7 @@ def _mask(length: int, missing: int, dtype: torch.dtype) -> Tensor:
 def plan_batches(
     lengths: Sequence[int], token_budget: int, batch_size: int | None = None
 ) -> list[list[int]]:
-    """Which sentences to compute together.
+    """Decide which sentences to compute together.
 
     Args:
         lengths: Their numbers of tokens.
@@ -301,7 +301,7 @@ def embed(
 
 
 def default_budget(device: torch.device, dtype: torch.dtype) -> int:
-    """How many tokens to compute at a time.
+    """Return how many tokens to compute at a time.
 
     A pass that is too small leaves the processor waiting, one that is too large falls out of its
     cache. On two cores 2,048 tokens were best in float32 and 4,096 in bfloat16; half or twice as
@@ -316,7 +316,7 @@ def default_budget(device: torch.device, dtype: torch.dtype) -> int:
 def keeps_bits(
     embed: Callable[[list[list[int]]], Tensor], vocab_size: int, max_seq_length: int
 ) -> bool:
-    """Try whether `embed` gives each row of ids the same bits alone and among others.
+    """Try out whether `embed` gives each row of ids the same bits alone and among others.
 
     Three rows each of every length up to 40, and of longer ones with every remainder by 16: alone,
     between others of the same length, and of other ones, in both orders, from even and odd places.

@@ -24,17 +24,17 @@ SHOWN_UNITS = 12  # of the feed-forward network
 
 
 def literal(text: str) -> str:
-    """A text with the characters that HTML can't hold written as in Python."""
+    """Write the characters of a text that HTML can't hold as in Python."""
     return re.sub(r"[\x00-\x08\x0b-\x1f\x7f]", lambda found: f"\\x{ord(found[0]):02x}", text)
 
 
 def number(x: float, digits: int = 4, sign: bool = False) -> str:
-    """A number with a true minus, and no minus before 0. `number` in script.js does the same."""
+    """Format a number, with a true minus, and none before 0, as `number` in script.js does."""
     return f"{float(x):{'+' if sign else ''}z.{digits}f}".replace("-", "−")
 
 
 def spelled(count: int) -> str:
-    """A small number as a word."""
+    """Write a small number as a word."""
     words = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
     words += ["eleven", "twelve"]
     return words[count] if count < len(words) else str(count)
@@ -54,18 +54,18 @@ def range_in_words(vector: Any) -> str:
 
 
 def strength(x: float, largest: float) -> str:
-    """How strong the colour of a number is, or how long its bar, from 0 to 1."""
+    """Return how strong the colour of a number is, or how long its bar, from 0 to 1."""
     return f"{abs(float(x)) / (float(largest) or 1):.3f}"
 
 
 def column_width(labels: Iterable[str], narrowest: float) -> str:
-    """A width, in rem, in which most labels can be read."""
+    """Return a width, in rem, in which most labels can be read."""
     longest = max(map(len, labels), default=0)
     return f"{max(narrowest, min(6.5, 0.7 + 0.55 * longest)):.2f}"
 
 
 def most_of_all(habits: dict[str, float]) -> str:
-    """The two largest of what `habits` found, in words."""
+    """Say the two largest of what `habits` found."""
     most = sorted(habits.items(), key=lambda item: -item[1])[:2]
     return ", ".join(f"{share:.0%} at {name}" for name, share in most)
 
@@ -91,7 +91,7 @@ FILTERS = {
 
 
 def marked(a: Trace) -> list[tuple[str, int | None]]:
-    """The text in parts: each with the token that it is, or None between tokens."""
+    """Divide the text into parts, each with the token that it is, or None between tokens."""
     parts: list[tuple[str, int | None]] = []
     position = 0
     for token, (start, end) in enumerate(a.offsets):
@@ -102,7 +102,7 @@ def marked(a: Trace) -> list[tuple[str, int | None]]:
 
 
 def habits(probabilities: _Array) -> dict[str, float]:
-    """Where one head looks, on the mean over the tokens: shares of 1."""
+    """Return where one head looks, on the mean over the tokens: shares of 1."""
     n = len(probabilities)
     place = np.arange(n)
     kinds = np.full((n, n), 5)
@@ -119,7 +119,7 @@ def habits(probabilities: _Array) -> dict[str, float]:
 
 
 def most_active(activation: _Array) -> list[tuple[int, float, float]]:
-    """The most active units of a token, `[units]`: the number of each, its value, value / first."""
+    """Find the most active units of a token: the number of each, its value, value / first."""
     units = np.argsort(-activation, kind="stable")[:SHOWN_UNITS]
     values = activation[units]
     return [
@@ -128,7 +128,7 @@ def most_active(activation: _Array) -> list[tuple[int, float, float]]:
 
 
 def path(found: Trace, names: Sequence[str], token: int) -> dict[str, Any]:
-    """A map of all token vectors at all states, and the states of one token in numbers."""
+    """Map all token vectors at all states, and compare the states of one token."""
     vectors = np.stack([found[name].double().numpy() for name in names])
     flat = vectors.reshape(-1, vectors.shape[-1])  # [states, tokens, 384] -> [all of them, 384]
     centred = flat - flat.mean(axis=0)
@@ -167,7 +167,7 @@ def _cosine(x: _Array, y: _Array) -> float:
 
 
 def plane(similarity: float, lengths: Sequence[float]) -> dict[str, Any]:
-    """The two pooled vectors as they are, and on the unit circle, in the plane that they span."""
+    """Draw the two pooled vectors, and the unit circle, in the plane that they span."""
     angle = math.acos(max(-1.0, min(1.0, similarity)))
     unit = 300 / max(*lengths, 1.0)
     x0, y0 = (90, 300) if angle < 1.7 else (330, 300)
@@ -210,12 +210,12 @@ def _point(x: float, y: float) -> tuple[str, str]:
 
 
 def _points(points: Iterable[Any]) -> str:
-    """Points as SVG writes them."""
+    """Write points as SVG does."""
     return " ".join(",".join(_point(*point)) for point in points)
 
 
 def shares(pair: explain.Explanation, digits: int) -> dict[str, Any]:
-    """The shares of pairs of words: what the pair table shows before anything is clicked."""
+    """Return what the pair table shows before anything is clicked: shares of pairs of words."""
     return {
         "labels": pair.labels,
         "cells": pair.matrix,
@@ -228,7 +228,7 @@ def shares(pair: explain.Explanation, digits: int) -> dict[str, Any]:
 
 
 def percents(pair: explain.Explanation) -> dict[str, float]:
-    """The parts of words, punctuation and special tokens in the similarity, of sum 100."""
+    """Return the parts of words, punctuation and special tokens in the similarity, of sum 100."""
     if abs(pair.similarity) < 1e-9:
         return {}
     kinds = [
@@ -245,7 +245,7 @@ def percents(pair: explain.Explanation) -> dict[str, float]:
 
 
 def _rounded(percents: Sequence[float]) -> list[float]:
-    """To one decimal, so that the sum stays 100: the largest remainders are rounded up."""
+    """Round to one decimal so that the sum stays 100: the largest remainders are rounded up."""
     tenths = [math.floor(10 * percent) for percent in percents]
     order = sorted(range(len(percents)), key=lambda k: tenths[k] - 10 * percents[k])
     for k in order[: 1000 - sum(tenths)]:
@@ -254,7 +254,7 @@ def _rounded(percents: Sequence[float]) -> list[float]:
 
 
 def limits(pair: explain.Explanation, deletions: explain.Deletions) -> dict[str, Any]:
-    """Share, pull and deletion side by side, and where they disagree most."""
+    """Set share, pull and deletion side by side, and find where they disagree most."""
     parts: list[dict[str, Any]] = [
         {"number": number, "share": float(share), "pull": float(pull)}
         for number, (share, pull) in enumerate(zip(pair.share_a, pair.pull_a, strict=True))

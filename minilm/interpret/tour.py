@@ -56,7 +56,7 @@ _TITLES = {
 
 
 def tour(encoder: Pipeline, a: str, b: str) -> str:
-    """Make the page.
+    """Make a page that leads from two texts to their similarity.
 
     Args:
         encoder: Left as it is. It must pool by the mean and normalize, as all-MiniLM-L6-v2 does.
@@ -143,7 +143,7 @@ def _measure(encoder: Pipeline, a: str, b: str) -> _Scene:
 def _carried(
     a: Trace, b: Trace, layers: list[int], states: list[str]
 ) -> dict[str, dict[str, _Array]]:
-    """What the page carries of the traces."""
+    """Choose what the page carries of the traces: text -> name -> array."""
     names = ["embeddings.word", "embeddings.position", "embeddings.layer_norm.scale", *states]
     for layer in layers:
         parts = [f"attention.{x}" for x in ("query", "key", "value", "probabilities", "output")]
@@ -180,7 +180,7 @@ def _tables(
     word_of: dict[str, list[int]],
     last: str,
 ) -> dict[str, _Array]:
-    """What the pair table can show, by tokens and by words.
+    """Compute what the pair table can show, by tokens and by words.
 
     The cell of a pull is shareᵢⱼ - s pᵢ qⱼ, with p and q the parts of the tokens in the length of
     the two means: its rows add up to the pulls of A, its columns to those of B, all of it to 0.
@@ -210,7 +210,7 @@ def _tables(
 
 
 def _digits(pair: explain.Explanation) -> int:
-    """How many decimals make the cells as shown add up to the similarity as shown."""
+    """Find how many decimals make the cells as shown add up to the similarity as shown."""
     for digits in range(4, 9):
         shown = sum(float(f"{cell:.{digits}f}") for cell in pair.matrix.flat)
         if abs(shown - float(f"{pair.similarity:.4f}")) < 0.9e-4:
@@ -219,7 +219,7 @@ def _digits(pair: explain.Explanation) -> int:
 
 
 def _weights(encoder: Pipeline) -> str:
-    """What is known of the weights; no path of this machine."""
+    """Say which weights these are; never by a path of this machine."""
     for name, digest in (encoder.source.sha256 if encoder.source else {}).items():
         if name.endswith("model.safetensors"):
             known = digest == hub.SHA256["model.safetensors"]
@@ -246,7 +246,7 @@ def _page(scene: _Scene) -> str:
 
 
 def _context(scene: _Scene) -> dict[str, Any]:
-    """What the templates can name."""
+    """Return what the templates can name."""
     a, config, chosen = scene.a, scene.config, _choice(scene)
     layer = f"layers.{scene.layers[0]}."
     carried = [*scene.tensors["a"].values(), *scene.tensors["b"].values(), *scene.tables.values()]
@@ -313,7 +313,7 @@ def _context(scene: _Scene) -> dict[str, Any]:
 
 
 def _choice(scene: _Scene) -> dict[str, int]:
-    """What is looked at first: the pair of words that adds most, and where the first one looks."""
+    """Choose what is looked at first: the pair of words that adds most, and where one looks."""
     pair = scene.pair["token"]
     inner = pair.matrix.copy()
     inner[list(pair.is_special[0])] = -np.inf
@@ -326,7 +326,7 @@ def _choice(scene: _Scene) -> dict[str, int]:
 
 
 def _data(scene: _Scene, chosen: dict[str, int]) -> dict[str, Any]:
-    """What the script reads."""
+    """Return what the script reads."""
     pair = scene.pair
     return {
         "hidden": scene.config.hidden_size,
@@ -354,13 +354,13 @@ def _data(scene: _Scene, chosen: dict[str, int]) -> dict[str, Any]:
 
 
 def _above_zero(scene: _Scene, layer: int) -> list[int]:
-    """How many units of the feed-forward network are active, for each token."""
+    """Count the units of the feed-forward network that are active, for each token."""
     active: list[int] = (scene.a[f"layers.{layer}.feed_forward.activation"] > 0).sum(dim=1).tolist()
     return active
 
 
 def _encoded(array: _Array) -> dict[str, Any]:
-    """Little-endian, row by row, in base64."""
+    """Encode an array for the script: little-endian, row by row, in base64."""
     little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
     return {
         "shape": list(array.shape),
@@ -373,7 +373,7 @@ def _encoded(array: _Array) -> dict[str, Any]:
 
 
 def _merged(sources: Iterable[Source]) -> list[Source]:
-    """Quotes without repetitions, and as one where one stands right below another."""
+    """Drop repeated quotes, and join those that stand right below one another."""
     merged: list[Source] = []
     for source in dict.fromkeys(sources):
         before = merged[-1] if merged else None
@@ -385,10 +385,10 @@ def _merged(sources: Iterable[Source]) -> list[Source]:
 
 
 def _function(function: Callable[..., Any], start: str, lines: int = 0) -> Source:
-    """The lines of a live function, from the one that begins with `start` on.
+    """Quote a live function, from the line that begins with `start` on.
 
     Raises:
-        LookupError: No line of it does: the code has changed, and the page would quote another.
+        LookupError: No line begins so: the code has changed, and the page would quote another.
     """
     found, first = inspect.getsourcelines(function)
     at = next((i for i, line in enumerate(found) if line.strip().startswith(start)), None)
@@ -400,7 +400,7 @@ def _function(function: Callable[..., Any], start: str, lines: int = 0) -> Sourc
 
 
 def _sources(scene: _Scene) -> dict[str, list[Source]]:
-    """By step: the lines that do it. Most of them the trace has found."""
+    """Return, by step, the lines of code that do it. Most of them the trace has found."""
     layer = f"layers.{scene.layers[0]}"
 
     def of(*names: str) -> list[Source]:
