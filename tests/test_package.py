@@ -257,9 +257,8 @@ def test_wheel_works_in_a_fresh_environment(published: Path, tmp_path: Path) -> 
     (wheel,) = tmp_path.glob("minilm-*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-    assert "minilm/py.typed" in names
-    templates = (PACKAGE / "interpret" / "templates").rglob("*.*")
-    assert {path.relative_to(ROOT).as_posix() for path in templates} <= set(names)
+    files = (path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix != ".pyc")
+    assert {path.relative_to(ROOT).as_posix() for path in files} <= set(names)
     assert "minilm/interpret/templates/steps/text.html" in names
     assert {name.split("/")[0] for name in names} == {
         "minilm",
