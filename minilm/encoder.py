@@ -152,7 +152,7 @@ class SentenceEncoder(Pipeline):
         *positional: Any,
         **options: Any,
     ) -> Any:
-        """`encode`, with the prompt "query" if there is one and no other is asked for."""
+        """Embed queries: `encode`, with the prompt "query" if there is one, or the one given."""
         return self._encode_as("query", sentences, prompt_name, prompt, positional, options)
 
     def encode_document(
@@ -163,7 +163,7 @@ class SentenceEncoder(Pipeline):
         *positional: Any,
         **options: Any,
     ) -> Any:
-        """`encode`, with the prompt "document", "passage" or "corpus": the first that there is."""
+        """Embed documents: `encode`, with the first prompt of "document", "passage", "corpus"."""
         return self._encode_as("document", sentences, prompt_name, prompt, positional, options)
 
     def _encode_as(
@@ -183,7 +183,7 @@ class SentenceEncoder(Pipeline):
         return self.encode(prompt_name=prompt_name, prompt=prompt, task=task, **options)
 
     def encode_multi_process(self, sentences: Any, pool: ProcessPool, **options: Any) -> Any:
-        """`encode(sentences, pool=pool, ...)`, under an older name."""
+        """Embed texts in processes: an older name of `encode(sentences, pool=pool, ...)`."""
         return self.encode(sentences, pool=pool, **options)
 
     @staticmethod
@@ -204,14 +204,14 @@ class SentenceEncoder(Pipeline):
             return keeps_bits(embed_rows, self.bert.config.vocab_size, self.max_seq_length)
 
     def similarity(self, embeddings1: Embeddings, embeddings2: Embeddings) -> Tensor:
-        """How alike each vector of one set is to each of another, `[n, 384] x [m, 384] -> [n, m]`.
+        """Compare each vector of one set with each of another, `[n, 384] x [m, 384] -> [n, m]`.
 
         The cosine, unless the model names another function. See `minilm.similarity.cos_sim`.
         """
         return SIMILARITY_FUNCTIONS[self.similarity_fn_name][0](embeddings1, embeddings2)
 
     def similarity_pairwise(self, embeddings1: Embeddings, embeddings2: Embeddings) -> Tensor:
-        """The same row by row, `[n, 384] x [n, 384] -> [n]`."""
+        """Compare vectors row by row, `[n, 384] x [n, 384] -> [n]`: see `similarity`."""
         return SIMILARITY_FUNCTIONS[self.similarity_fn_name][1](embeddings1, embeddings2)
 
     # --- the model looked into: interpret/
@@ -228,8 +228,8 @@ class SentenceEncoder(Pipeline):
     save = save_pretrained
 
     def fingerprint(self, **options: Unpack[EncodeOptions]) -> Fingerprint:
-        """Which model this is, as a record to keep with the vectors that `encode(texts, **options)`
-        gives: see `minilm.pretrained.fingerprint`.
+        """Return which model this is, as a record to keep with the vectors that
+        `encode(texts, **options)` gives: see `minilm.pretrained.fingerprint`.
 
         Args:
             options: As in `encode`; those that change no vector have no effect.
@@ -246,7 +246,7 @@ class SentenceEncoder(Pipeline):
     get_embedding_dimension = Pipeline.get_sentence_embedding_dimension
 
     def get_max_seq_length(self) -> int:
-        """`max_seq_length`."""
+        """Return `max_seq_length`."""
         return self.max_seq_length
 
     def train(self, mode: bool = True) -> "SentenceEncoder":

@@ -66,7 +66,7 @@ class Batch:
 
 
 class Pipeline(nn.Module):
-    """What has weights, and what a model's folder says of how to use them.
+    """The model: its three stages, its tokenizer, and the settings that its folder has.
 
     Attributes:
         bert: `BertModel`, token ids -> token vectors.
@@ -143,10 +143,10 @@ class Pipeline(nn.Module):
     # --- what it is made of
 
     def get_tokenizer(self) -> WordPieceTokenizer:
-        """`tokenizer`, which has to be there.
+        """Return the tokenizer.
 
         Raises:
-            InputError: It is None.
+            InputError: The model was made of modules without one.
         """
         if self.tokenizer is None:
             raise InputError("tokenizer is None; pass tokenizer= with modules=", "tokenizer")
@@ -164,7 +164,11 @@ class Pipeline(nn.Module):
         return next(weights, self.bert.embeddings.word_embeddings.weight).dtype
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move or convert the model, as `nn.Module.to`; a device that can't be used is named."""
+        """Move or convert the model, as `nn.Module.to`.
+
+        Raises:
+            InputError: A device can't be used; the message names it.
+        """
         given = (*args, *kwargs.values())
         dtype = next((kind for kind in given if isinstance(kind, torch.dtype)), self.dtype)
         for device in given:
@@ -175,10 +179,10 @@ class Pipeline(nn.Module):
             return super().to(*args, **kwargs)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        """Add the stage that scales to length 1, where there is none; no other has a place here.
+        """Add the stage that scales to length 1, if there is none.
 
         Raises:
-            InputError: It is something else.
+            InputError: The name is not that of a stage.
         """
         if isinstance(module, Normalize) and isinstance(self.normalize, nn.Identity):
             name = "normalize"
@@ -186,7 +190,7 @@ class Pipeline(nn.Module):
         super().add_module(name, module)
 
     def __iter__(self) -> Iterator[nn.Module]:
-        """The stages in order; those that do nothing left out."""
+        """Iterate over the stages in order, without those that do nothing."""
         stages: list[nn.Module] = [self.bert, self.pooling, self.normalize]
         return (stage for stage in stages if not isinstance(stage, nn.Identity))
 
@@ -223,7 +227,7 @@ class Pipeline(nn.Module):
 
     @property
     def similarity_fn_name(self) -> str:
-        """What `similarity` does: "cosine", "dot", "euclidean" or "manhattan". Settable."""
+        """The function of `similarity`: "cosine", "dot", "euclidean" or "manhattan". Settable."""
         return self._similarity_fn_name
 
     @similarity_fn_name.setter
@@ -235,8 +239,9 @@ class Pipeline(nn.Module):
 
     @property
     def truncate_dim(self) -> int | None:
-        """How many numbers of each vector `encode` keeps by default; None for all. Settable, inside
-        of `truncate_embeddings` until that ends.
+        """How many numbers of each vector `encode` keeps by default; None for all.
+
+        Settable; inside of `truncate_embeddings` until that ends.
         """
         inside = self._truncation()
         return self._truncate_dim if inside is None else inside.truncate_dim
@@ -251,9 +256,9 @@ class Pipeline(nn.Module):
 
     @contextmanager
     def truncate_embeddings(self, truncate_dim: int | None) -> Iterator[None]:
-        """Inside a `with`, keep so many numbers of each vector by default.
+        """Keep `truncate_dim` numbers of each vector by default, inside a `with`.
 
-        That is so for the calls of this thread, or of this `asyncio` task and those that it starts.
+        This holds for calls of this thread, or of this `asyncio` task and those that it starts.
         Other threads have a default of their own; pass `truncate_dim` to the calls that they make.
         """
         inside = _Truncation(weakref.ref(self), _as_width(truncate_dim))
@@ -266,7 +271,7 @@ class Pipeline(nn.Module):
             _truncations.set(tuple(each for each in _truncations.get() if each.is_open))
 
     def _truncation(self) -> "_Truncation | None":
-        """The innermost `truncate_embeddings` that is open here."""
+        """Return the innermost `truncate_embeddings` that is open here."""
         found = (each for each in reversed(_truncations.get()) if each.owner() is self)
         return next((each for each in found if each.is_open), None)
 
@@ -278,7 +283,7 @@ class Pipeline(nn.Module):
 
 @dataclass(eq=False)
 class _Truncation:
-    """A `with pipeline.truncate_embeddings(...)`."""
+    """One `with pipeline.truncate_embeddings(...)`."""
 
     owner: "weakref.ref[Pipeline]"
     truncate_dim: int | None
@@ -304,7 +309,7 @@ def _as_batch(features: Batch | Mapping[str, Any]) -> Batch:
 
 
 def _as_stages(modules: Sequence[nn.Module]) -> tuple[BertModel, nn.Module, nn.Module]:
-    """The three stages; a missing Normalize becomes one that does nothing."""
+    """Check the stages; a missing Normalize becomes one that does nothing."""
     kinds = (BertModel, nn.Module, nn.Module)
     stages = [*modules, nn.Identity().eval()] if len(modules) == 2 else list(modules)
     if len(stages) != 3 or not all(map(isinstance, stages, kinds)):

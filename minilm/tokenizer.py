@@ -158,7 +158,7 @@ class WordPieceTokenizer:
             argument: What to call `texts` in an error.
 
         Raises:
-            InputTypeError: Something is no text; the message names the row.
+            InputTypeError: A row is not a text; the message names it.
             InputError: A text has a lone surrogate, so that it isn't Unicode text; or `max_length`
                 is below 3; or there are pairs and `second_type_id` is None.
         """
@@ -173,7 +173,7 @@ class WordPieceTokenizer:
         return_offsets: bool = False,
         argument: str = "sentences",
     ) -> Tokens:
-        """The same for a list of texts and pairs, which were looked at before: see `as_rows`."""
+        """Tokenize a list of texts and pairs that `as_rows` has checked; otherwise as a call."""
         if max_length is not None and check_positive_int(max_length, "max_length") < 3:
             raise InputError(f"max_length is {max_length}; pass 3 or more", "max_length")
         pairs = [row for row, text in enumerate(rows) if not isinstance(text, str)]
@@ -220,7 +220,7 @@ class WordPieceTokenizer:
     def _encode(
         self, texts: Sequence[str], return_offsets: bool
     ) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
-        """Ids and offsets, uncut. In groups: Ctrl-C is heard between two calls of the library."""
+        """Return ids and offsets, uncut. In groups, since Ctrl-C is heard between calls only."""
         backend = self._backend
         encode_batch = backend.encode_batch if return_offsets else backend.encode_batch_fast
         ids, offsets = [], []
@@ -268,7 +268,7 @@ class WordPieceTokenizer:
         return {name: tensor.to(device) for name, tensor in features.items()}
 
     def tokens(self, input_ids: Sequence[int]) -> list[str]:
-        """The word pieces that ids stand for: `[101, 7592, 102]` -> `["[CLS]", "hello", "[SEP]"]`.
+        """Name the word pieces of ids: `[101, 7592, 102]` -> `["[CLS]", "hello", "[SEP]"]`.
 
         Raises:
             InputError: An id is not in the vocabulary.
@@ -285,7 +285,7 @@ class WordPieceTokenizer:
 
 
 def _groups(texts: Sequence[str]) -> Iterator[list[str]]:
-    """The texts, so many at a time that a group takes some milliseconds."""
+    """Divide texts into groups that take the library some milliseconds each."""
     group: list[str] = []
     size = 0
     for text in texts:
@@ -299,7 +299,7 @@ def _groups(texts: Sequence[str]) -> Iterator[list[str]]:
 
 
 def _share(first: int, second: int, max_length: int | None) -> tuple[int, int]:
-    """How many tokens to keep of the two texts of a pair: as "longest_first" of the library."""
+    """Return how many tokens to keep of each text of a pair, as the library's "longest_first"."""
     if max_length is None or first + second + 3 <= max_length:
         return first, second
     room = max(max_length - 3, 0)  # for three special tokens
@@ -312,13 +312,15 @@ def _share(first: int, second: int, max_length: int | None) -> tuple[int, int]:
 def _pair(
     first: list[_Entry], second: list[_Entry], keep_first: int, keep_second: int
 ) -> list[_Entry]:
-    """[CLS] A [SEP] B [SEP], of [CLS] A [SEP] and [CLS] B [SEP]."""
+    """Join [CLS] A [SEP] and [CLS] B [SEP] into [CLS] A [SEP] B [SEP]."""
     start, end = first[:1], first[-1:]
     return start + first[1 : 1 + keep_first] + end + second[1 : 1 + keep_second] + end
 
 
 def is_built_anew(settings: Mapping[str, Any] | None) -> bool:
-    """Which of two files says how text is read: the rule of transformers 5.
+    """Whether `tokenizer_config.json`, and not `tokenizer.json`, says how text is read.
+
+    This is the rule of transformers 5.
 
     `tokenizer_class` decides (`AutoTokenizer.from_pretrained` and
     `TokenizersBackend.convert_to_native_format` there):
@@ -326,7 +328,7 @@ def is_built_anew(settings: Mapping[str, Any] | None) -> bool:
     - BertTokenizer, or no class at all: a tokenizer is built anew from the vocabulary.
       `do_lower_case`, `strip_accents` and `tokenize_chinese_chars` are those of
       `tokenizer_config.json` and have BertTokenizer's *defaults* (true, null, true) where it is
-      silent, whatever the normalizer in `tokenizer.json` says.
+      silent; the normalizer in `tokenizer.json` has no effect on them.
     - PreTrainedTokenizerFast or TokenizersBackend: `tokenizer.json` counts as it is written, and
       those three settings count for nothing.
 
@@ -338,7 +340,7 @@ def is_built_anew(settings: Mapping[str, Any] | None) -> bool:
             folder, which is as written.
 
     Raises:
-        ValueError: The class is none of these.
+        ValueError: The class is another one.
     """
     if settings is None:
         return False
@@ -354,10 +356,10 @@ def is_built_anew(settings: Mapping[str, Any] | None) -> bool:
 
 
 def read_vocabulary(vocab_txt: bytes, path: str | Path = "vocab.txt") -> str:
-    """A vocabulary, one word a line -> the `tokenizer.json` that BertTokenizer makes of it.
+    """Make the `tokenizer.json` that BertTokenizer makes of a vocabulary, one word a line.
 
     Raises:
-        TokenizerError: It is not UTF-8, or lacks a word that every text needs.
+        TokenizerError: The vocabulary is not UTF-8, or lacks a word that every text needs.
     """
     try:
         lines = vocab_txt.decode("utf-8").removesuffix("\n").split("\n")
@@ -377,7 +379,7 @@ def read_vocabulary(vocab_txt: bytes, path: str | Path = "vocab.txt") -> str:
 
 
 def _bert(vocab: dict[str, int], settings: Mapping[str, Any]) -> tokenizers.Tokenizer:
-    """BertTokenizer, as transformers 5 builds it, but for the tokens beside the vocabulary."""
+    """Build BertTokenizer as transformers 5 does, without the tokens beside the vocabulary."""
     backend = tokenizers.Tokenizer(WordPiece(vocab, unk_token=_content(settings, "unk_token")))
     backend.normalizer = BertNormalizer(
         clean_text=True,
@@ -391,13 +393,13 @@ def _bert(vocab: dict[str, int], settings: Mapping[str, Any]) -> tokenizers.Toke
 
 
 def _content(settings: Mapping[str, Any], name: str) -> str:
-    """A special token that must be there, as text."""
+    """Return a special token that must be there, as text."""
     token = settings.get(name, _SPECIAL_TOKENS[name])
     return str(token["content"] if isinstance(token, Mapping) else token)
 
 
 def _token(content: str | Mapping[str, Any], **flags: Any) -> AddedToken:
-    """An added token, as it stands in one of the files."""
+    """Read an added token, as it stands in one of the files."""
     if isinstance(content, str):
         return AddedToken(content, **flags)
     known = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
@@ -410,7 +412,7 @@ def _add_tokens(
     added_tokens: Mapping[str, int],
     of_file: Sequence[Mapping[str, Any]],
 ) -> list[str]:
-    """Tokens beside the vocabulary, in the reference's order; gives the problems.
+    """Add the tokens beside the vocabulary, in the reference's order; return the problems.
 
     As in the reference `added_tokens_decoder` in tokenizer_config.json stands in for both other
     lists. Special tokens that no list has are added behind them.
@@ -453,8 +455,10 @@ def _added(backend: tokenizers.Tokenizer) -> Iterable[AddedToken]:
 def _second_type_id(
     backend: tokenizers.Tokenizer, settings: Mapping[str, Any] | None
 ) -> int | None:
-    """How pairs are marked. BertTokenizer has a way of its own; what is as written has two, one of
-    transformers 4 and one of 5, where `model_input_names` is silent.
+    """Return the type of a pair's second text; None if the files don't tell.
+
+    BertTokenizer has a way of its own; what is as written has two, one of transformers 4 and one
+    of 5, where `model_input_names` is silent.
     """
     if settings is None:
         return 1
@@ -471,7 +475,7 @@ def _second_type_id(
 
 
 def _special_defaults(settings: Mapping[str, Any]) -> dict[str, str | None]:
-    """The names of special tokens, those that only these settings know too, and their defaults."""
+    """Return the names of the special tokens, also those that settings add, with their defaults."""
     own = [key for key, token in settings.items() if key.endswith("_token") and _is_token(token)]
     defaults = _SPECIAL_TOKENS if is_built_anew(settings) else dict.fromkeys(_SPECIAL_TOKENS)
     return dict.fromkeys(own) | defaults
@@ -482,7 +486,7 @@ def _is_token(value: Any) -> bool:
 
 
 def _problems(values: Mapping[str, Any], settings: Mapping[str, Any], anew: bool) -> list[str]:
-    """What of the files is not implemented, or contradicts another."""
+    """List what in the files is not implemented, or contradicts another file."""
     model, normalizer = values["model"], values["normalizer"] or {}
     # The oldest files don't name the type; no other one has such a field.
     old = "WordPiece" if "max_input_chars_per_word" in model else None
@@ -534,7 +538,7 @@ def _load(
     added_tokens: Mapping[str, int],
     path: str | Path,
 ) -> tuple[tokenizers.Tokenizer, int]:
-    """The tokenizer, and the id of its padding token."""
+    """Load the tokenizer, and find the id of its padding token."""
     try:
         anew = is_built_anew(settings)
         settings = settings or {}

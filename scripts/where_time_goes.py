@@ -35,9 +35,10 @@ from torch import Tensor  # noqa: E402
 
 from bench import MFLOP_PER_TOKEN, SHAPES, make_texts  # noqa: E402
 from minilm import BertFeedForward, SentenceEncoder  # noqa: E402
-from minilm.inference import kernels, packed  # noqa: E402
-from minilm.pipeline import Batch, Pipeline  # noqa: E402
+from minilm.inference import compute, kernels, packed  # noqa: E402
+from minilm.pipeline import Batch  # noqa: E402
 from minilm.pretrained.hub import DEFAULT_MODEL  # noqa: E402
+from minilm.tokenizer import WordPieceTokenizer  # noqa: E402
 
 DTYPES = ("float32", "bfloat16")
 ROWS = 2048
@@ -258,8 +259,10 @@ def print_shares(encoder: SentenceEncoder, texts: dict[str, list[str]]) -> dict[
 # --- Tricks ---------------------------------------------------------------------------------------
 
 
-def padded(pipeline: Pipeline, input_ids: Any, token_type_ids: Any) -> Any:
-    return Batch(**pipeline.get_tokenizer().pad(input_ids, pipeline.device, token_type_ids))
+def padded(
+    input_ids: Any, token_type_ids: Any, device: torch.device, tokenizer: WordPieceTokenizer
+) -> Batch:
+    return Batch(**tokenizer.pad(input_ids, device, token_type_ids))
 
 
 def gelu_apart(forward: kernels.FastFeedForward, hidden_states: Tensor) -> Tensor:
@@ -271,7 +274,7 @@ def no_layout(*shape: Any) -> None:
 
 
 TRICKS: dict[str, list[Any]] = {
-    "no padding": [mock.patch.object(packed, "make_batch", padded)],
+    "no padding": [mock.patch.object(compute, "make_batch", padded)],
     "weights in a second layout": [mock.patch.object(kernels, "layout_for", no_layout)],
     "GELU within the product": [mock.patch.object(kernels.FastFeedForward, "__call__", gelu_apart)],
     "keys up to a multiple of 16": [mock.patch.object(packed, "_STEP", 1)],

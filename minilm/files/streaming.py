@@ -35,7 +35,7 @@ from minilm.inference.kernels import give_back_freed_memory
 from minilm.inference.process_pool import Job, ProcessPool
 from minilm.inference.truncation import (
     TRUNCATION,
-    Cut,
+    TruncationSummary,
     caller_level,
     warn_of,
     without_warning,
@@ -501,10 +501,12 @@ def _warn(layout: Layout, parts: list[Part], truncation: str, on_bad_row: str, l
             BadRowWarning,
             stacklevel=caller_level(),
         )
-    before, whole = 0, Cut()
+    before, whole = 0, TruncationSummary()
     for part in parts:
         first = before + part.cut_first
-        whole += Cut(part.rows, part.cut_rows, part.cut_tokens, part.cut_read, first, limit)
+        whole += TruncationSummary(
+            part.rows, part.cut_rows, part.cut_tokens, part.cut_read, first, limit
+        )
         before += part.rows
     if truncation == "warn":
         warn_of(whole)

@@ -18,7 +18,7 @@ from minilm.files.tables import Table
 from minilm.index import Hit, Index
 from minilm.inference.compute import Plan
 from minilm.inference.encode import plan_of, prompt_for, run_plan
-from minilm.inference.truncation import Cut, warn_of, without_warning
+from minilm.inference.truncation import TruncationSummary, warn_of, without_warning
 from minilm.inputs import as_many, as_rows, check_positive_int, check_unicode, with_progress
 from minilm.outputs import check_room
 from minilm.parity.check import CheckResult, check_vectors
@@ -186,14 +186,14 @@ def _blocks(
     """Yield vectors and rows, some thousand at a time; warn of what was cut at the end."""
     for text, row in zip(table.texts, table.rows, strict=True):
         _with_text(text, row, column)  # raises its error before anything is computed
-    cut = Cut()
+    cut = TruncationSummary()
     truncation = without_warning(plan.truncation)
     quiet = replace(plan, truncation=truncation, show_progress_bar=False)
     starts = range(0, len(table.texts), _BLOCK)
     for start in with_progress(starts, show_progress_bar):
         texts = table.texts[start : start + _BLOCK]
         embeddings, report = run_plan(encoder, as_rows(texts)[0], quiet)
-        cut += Cut.of(report.token_counts, report.kept_token_counts, start)
+        cut += TruncationSummary.from_counts(report.token_counts, report.kept_token_counts, start)
         rows = table.rows[start : start + _BLOCK]
         yield embeddings, [_with_text(*each, column) for each in zip(texts, rows, strict=True)]
     if plan.truncation == "warn":

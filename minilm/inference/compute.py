@@ -1,7 +1,7 @@
 """One call of `encode`, computed: rows of text in, vectors in the same order out.
 
-In: an pipeline, texts or pairs of texts, and a `Plan`. Out: an `Outcome`. Next: `encode.py` gives
-the vectors the form that was asked for. It may run in another process (`process_pool.py`).
+In: a pipeline, texts or pairs of texts, and a `Plan`. Out: what was `Computed`. Next: `encode.py`
+gives the vectors the form that was asked for. It may run in another process (`process_pool.py`).
 """
 
 import math
@@ -17,24 +17,25 @@ from minilm.errors import InputError, NotFiniteError
 from minilm.forks import mark_in_use
 from minilm.inference.eval_mode import eval_mode
 from minilm.inference.kernels import fast_products
-from minilm.inference.packed import default_budget, embed, make_batch, plan_batches
+from minilm.inference.packed import default_budget, make_batch, plan_batches, rows_of
 from minilm.inference.truncation import Span, kept_span, raise_if_cut, split, warn_if_cut
 from minilm.inputs import Row, with_progress
 from minilm.pipeline import Pipeline
 from minilm.tokenizer import Tokens
 
-__all__ = ["Outcome", "Plan", "extras_of", "read", "run", "windows_of", "with_prompt"]
+__all__ = ["Computed", "Plan", "extras_of", "read", "run", "windows_of", "with_prompt"]
 
 _PADDED_BATCH = 32  # rows of `output_value=None`, which are as wide as the longest of their batch
 
-_LOOKED_AT_ALONE = 256  # rows with NaN at most, which cost a pass each, to say which are to blame
+# To say which rows are to blame for NaN, each is computed alone, unless there are more than this.
+_LOOKED_AT_ALONE = 256
 
 
 @dataclass(frozen=True)
 class Plan:
     """What one call does: its arguments, and the encoder's settings as they were when it began.
 
-    It can be sent to another process, and whatever other threads set meanwhile, a call keeps to it.
+    It can be sent to another process. A call keeps to it even if other threads change the settings.
     """
 
     prompt: str
@@ -42,11 +43,11 @@ class Plan:
     truncation: str
     max_seq_length: int
     width: int  # numbers of each sentence vector to keep
-    normalize: bool  # whether those are scaled to length 1 in the end, whatever the model does
+    normalize: bool  # whether those are scaled to length 1 in the end, also if the model does it
     precision: str  # what they are rounded to
     batch_size: int | None
     token_budget: int | None  # tokens of a pass; None for what suits the device
-    spans: bool  # which characters were read is asked for
+    spans: bool  # whether the characters that were read are asked for
     on_device: bool  # where sentence vectors go: to the model's device, or to the CPU
     show_progress_bar: bool | None
     argument: str  # what the user called the texts
@@ -54,14 +55,14 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What came of it, row by row.
+class Computed:
+    """The result of one call, row by row.
 
     Attributes:
         values: Sentence vectors `[n, width]`; or a list of tensors, or of dicts.
         token_counts, kept: How many tokens each text has, and how many were read.
-        spans: Which characters were; None unless asked for.
-        windows: In how many windows.
+        spans: The characters that were read of each text; None unless asked for.
+        windows: In how many windows each text was read.
     """
 
     values: Any
@@ -80,7 +81,7 @@ def read(
     first_row: int = 0,
     spans: bool = False,
 ) -> Tokens:
-    """Tokenize, up to a limit, and say what was cut."""
+    """Tokenize rows up to a limit; warn of what was cut, or raise, as `truncation` says."""
     tokens = pipeline.get_tokenizer().tokenize(rows, limit, return_offsets=spans, argument=argument)
     if tokens.token_type_ids is not None and pipeline.bert.config.type_vocab_size < 2:
         raise InputError(f"{argument} has pairs of texts, which this model can't tell", argument)
@@ -92,10 +93,10 @@ def read(
     return tokens
 
 
-def run(pipeline: Pipeline, rows: list[Row], plan: Plan) -> Outcome:
+def run(pipeline: Pipeline, rows: list[Row], plan: Plan) -> Computed:
     """Compute what a plan asks for, in this process."""
-    mark_in_use()
     prefixed = with_prompt(rows, plan.prompt)
+    mark_in_use()
     tokens = read(
         pipeline,
         prefixed,
@@ -133,7 +134,7 @@ def run(pipeline: Pipeline, rows: list[Row], plan: Plan) -> Outcome:
         )
     if plan.output_value == "sentence_embedding":
         _check_finite(pipeline, values, windows, tokens, plan)
-    return Outcome(values, tokens.token_counts, kept, spans, windows)
+    return Computed(values, tokens.token_counts, kept, spans, windows)
 
 
 def _sentence_vectors(
@@ -144,30 +145,34 @@ def _sentence_vectors(
     width: int,
     device: torch.device | str | None = None,
 ) -> Tensor:
-    """Rows of ids -> `[n, width]`, by default where the plan wants them."""
+    """Compute sentence vectors `[n, width]`, on `device` or else where the plan wants them."""
     lengths = list(map(len, ids))
-    batches = _batches(pipeline, lengths, plan)
+    here, batches = _batches(pipeline, lengths, plan)
     with torch.inference_mode(False), torch.no_grad():  # ordinary, usable in training
         dtype = pipeline.bert.embeddings.word_embeddings.weight.dtype
         if device is None:
-            device = pipeline.device if plan.on_device else "cpu"
+            device = here if plan.on_device else "cpu"
         vectors = torch.empty((len(ids), width), dtype=dtype, device=device)
     with torch.inference_mode(), eval_mode(pipeline) as parts, fast_products(parts, sum(lengths)):
         for rows in with_progress(batches, plan.show_progress_bar):
-            batch = embed(pipeline, *_rows_of(rows, ids, types))
-            vectors[rows] = batch[:, :width].to(vectors)
+            batch = make_batch(*rows_of(rows, ids, types), here, pipeline.tokenizer)
+            vectors[rows] = pipeline(batch)["sentence_embedding"][:, :width].to(vectors)
     return vectors
 
 
-def _batches(pipeline: Pipeline, lengths: list[int], plan: Plan) -> list[list[int]]:
-    budget = plan.token_budget or default_budget(pipeline.device, pipeline.dtype)
-    return plan_batches(lengths, budget, plan.batch_size)
+def _batches(
+    pipeline: Pipeline, lengths: list[int], plan: Plan
+) -> tuple[torch.device, list[list[int]]]:
+    """The model's device, and the rows of each batch that is computed there."""
+    device = pipeline.device
+    budget = plan.token_budget or default_budget(device, pipeline.dtype)
+    return device, plan_batches(lengths, budget, plan.batch_size)
 
 
 def _token_vectors(pipeline: Pipeline, tokens: Tokens, plan: Plan) -> list[Tensor]:
-    """For each text `[tokens, 384]`."""
+    """Compute the token vectors of each text, `[tokens, 384]`."""
     lengths = list(map(len, tokens.input_ids))
-    batches = _batches(pipeline, lengths, plan)
+    device, batches = _batches(pipeline, lengths, plan)
     found: dict[int, Tensor] = {}
     with (
         torch.inference_mode(False),
@@ -176,8 +181,9 @@ def _token_vectors(pipeline: Pipeline, tokens: Tokens, plan: Plan) -> list[Tenso
         fast_products(parts, sum(lengths)),
     ):
         for rows in with_progress(batches, plan.show_progress_bar):
-            ids, types = _rows_of(rows, tokens.input_ids, tokens.token_type_ids)
-            vectors = pipeline(make_batch(pipeline, ids, types))["token_embeddings"]
+            ids, types = rows_of(rows, tokens.input_ids, tokens.token_type_ids)
+            batch = make_batch(ids, types, device, pipeline.tokenizer)
+            vectors = pipeline(batch)["token_embeddings"]
             ends = [lengths[row] for row in rows]
             if vectors.dim() == 3:  # padded
                 each = [vectors[i, :end] for i, end in enumerate(ends)]
@@ -190,7 +196,7 @@ def _token_vectors(pipeline: Pipeline, tokens: Tokens, plan: Plan) -> list[Tenso
 def _everything(
     pipeline: Pipeline, rows: list[Row], tokens: Tokens, plan: Plan
 ) -> list[dict[str, Any]]:
-    """For each text all that `forward` gives, padded as in the reference's batches.
+    """Compute all that `forward` gives for each text, padded as in the reference's batches.
 
     Nothing is computed for the padding, whose token vectors are 0: so the others, and the sentence
     vector, have the bits that `encode` gives.
@@ -205,7 +211,7 @@ def _everything(
     )
     found: dict[int, dict[str, Any]] = {}
     for batch in batches:
-        ids, types = _rows_of(batch, tokens.input_ids, tokens.token_type_ids)
+        ids, types = rows_of(batch, tokens.input_ids, tokens.token_type_ids)
         features = pipeline.get_tokenizer().pad(ids, pipeline.device, types)
         token_embeddings = pad_sequence([hidden[row] for row in batch], batch_first=True)
         for place, row in enumerate(batch):
@@ -220,7 +226,7 @@ def _everything(
 def _chunked(
     pipeline: Pipeline, rows: list[Row], tokens: Tokens, plan: Plan
 ) -> tuple[Tensor, list[int], list[int]]:
-    """Of texts that are too long, the mean of their windows.
+    """Compute sentence vectors; of a text that is too long, the mean of those of its windows.
 
     Returns:
         Vectors `[n, width]`, the number of windows of each text, and which of those with several
@@ -261,7 +267,7 @@ def _chunked(
 
 
 def windows_of(pipeline: Pipeline, text: str, prompt: str, limit: int, place: str) -> list[Span]:
-    """The spans of a text's windows of so many tokens; `place` is what to call it in an error."""
+    """Find the windows of a text, of at most `limit` tokens; `place` is its name in an error."""
     specials = pipeline.get_tokenizer().tokenize([prompt]).token_counts[0]
     if specials >= limit:
         raise InputError(
@@ -302,7 +308,7 @@ def _is_finite_alone(pipeline: Pipeline, tokens: Tokens, plan: Plan, row: int) -
 
 
 def extras_of(pipeline: Pipeline, prompt: str) -> dict[str, Any]:
-    """What sentence-transformers 6 has beside the tensors of a batch."""
+    """Return what sentence-transformers 6 has in a batch beside tensors."""
     extras: dict[str, Any] = {"modality": "text"}
     if prompt:
         extras["prompt_length"] = pipeline.get_tokenizer().tokenize([prompt]).token_counts[0] - 1
@@ -314,14 +320,7 @@ def _parts(row: Row) -> Sequence[str]:
 
 
 def with_prompt(rows: list[Row], prompt: str) -> list[Row]:
-    """In front of every text; of a pair, of the first."""
+    """Put the prompt in front of every text; in a pair, in front of the first."""
     if not prompt:
         return rows
     return [prompt + row if isinstance(row, str) else (prompt + row[0], row[1]) for row in rows]
-
-
-def _rows_of(
-    rows: Sequence[int], ids: list[list[int]], types: list[list[int]] | None
-) -> tuple[list[list[int]], list[list[int]] | None]:
-    chosen = None if types is None else [types[row] for row in rows]
-    return [ids[row] for row in rows], chosen

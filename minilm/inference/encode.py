@@ -5,7 +5,7 @@ vectors. `pipeline.py` is the model itself; here texts are read, cut, put into b
 order.
 
 One call is read here into a `Plan`, computed by `compute.py`, in this process or in others, and its
-vectors get the form that was asked for (`_finish`).
+vectors get the form that was asked for (`_finish`). The docstring of the wing has the whole way.
 """
 
 import logging
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from minilm.errors import InputError, InputTypeError
-from minilm.inference.compute import Outcome, Plan, extras_of, read, run, windows_of, with_prompt
+from minilm.inference.compute import Computed, Plan, extras_of, read, run, windows_of, with_prompt
 from minilm.inference.process_pool import ProcessPool, run_in
 from minilm.inference.truncation import (
     TRUNCATION,
@@ -168,15 +168,14 @@ def encode(
         a list of n tensors `[384]`. For other values of `output_value`, a list.
 
     Raises:
-        InputTypeError: Something is no text, the message names the row; or an argument is
-            unknown or of a wrong type.
+        InputTypeError: A row is not a text, the message names it; or an argument is unknown or
+            of a wrong type.
         InputError: A text has a lone surrogate, or an argument's value can't be used.
         TruncationError: With `truncation="error"`, a text is too long.
         NotFiniteError: Vectors have NaN or infinity in them.
         WorkerError: A process of the pool died.
     """
     given, argument = _one_of(sentences, inputs)
-    rows, is_single = as_rows(given, argument)
     plan = plan_of(
         pipeline,
         argument,
@@ -195,6 +194,7 @@ def encode(
     )
     as_numpy = convert_to_numpy and not convert_to_tensor
     plan = replace(plan, on_device=not as_numpy)
+    rows, is_single = as_rows(given, argument)
     values, report = run_plan(pipeline, rows, plan, device, pool, chunk_size)
     if output_value == "sentence_embedding" and not convert_to_numpy and not convert_to_tensor:
         values = list(values)
@@ -212,7 +212,7 @@ def encode_stream(
 ) -> Iterator[np.ndarray[Any, Any]]:
     """Embed texts one after the other, however many come: `encode` in bounded memory.
 
-    An error comes when its text's turn does.
+    An error of a text is raised when its turn comes.
 
     Args:
         sentences: An iterable of str.
@@ -303,7 +303,7 @@ def token_counts(
 ) -> Any:
     """How many tokens texts have, [CLS], [SEP] and the prompt included, before any cut.
 
-    Those with more than `max_seq_length` would be cut.
+    A text with more than `max_seq_length` would be cut.
 
     Args:
         sentences: As in `encode`.
@@ -322,7 +322,7 @@ def token_counts(
 
 
 def tokenize(pipeline: Pipeline, /, sentences: str | Iterable[Row]) -> dict[str, Tensor]:
-    """Texts -> the features that `forward` takes, as one padded batch on the model's device.
+    """Tokenize texts into one padded batch on the model's device, as `forward` takes it.
 
     Returns:
         `input_ids`, `token_type_ids`, `attention_mask`, int64 `[n, tokens]`, cut at
@@ -340,7 +340,7 @@ def tokenize(pipeline: Pipeline, /, sentences: str | Iterable[Row]) -> dict[str,
 def preprocess(
     pipeline: Pipeline, /, inputs: str | Iterable[Row], prompt: str | None = None
 ) -> dict[str, Any]:
-    """The same with a prompt, under the name that sentence-transformers 6 has for it.
+    """Tokenize texts as `tokenize` does, with a prompt; sentence-transformers 6 calls it so.
 
     Returns:
         As `tokenize`, and `modality`, which is "text"; with a prompt `prompt_length`, its
@@ -401,7 +401,7 @@ def plan_of(
     task: str | None = None,
     **unknown: Any,
 ) -> Plan:
-    """Read the arguments of a call, and the settings, once: what it will do.
+    """Read the arguments of a call and the settings of the model into a `Plan`.
 
     Args:
         argument: What the user called the texts.
@@ -413,7 +413,12 @@ def plan_of(
     if unknown:
         names = ", ".join(unknown)
         raise InputTypeError(f"encode has no argument {names}", next(iter(unknown)))
-    precision = check_precision("float32" if precision is None else precision)
+    prompt = _prompt_text(pipeline, prompt, prompt_name)
+    batch_size = _positive(batch_size, "batch_size")
+    token_budget = _positive(token_budget, "token_budget")
+    precision = "float32" if precision is None else precision
+    if precision != "float32":
+        check_precision(precision)
     if precision != "float32" and output_value != "sentence_embedding":
         raise InputError(
             f"precision is {precision!r}, which is for output_value='sentence_embedding'",
@@ -423,7 +428,7 @@ def plan_of(
         truncate_dim = pipeline.truncate_dim
     else:
         check_positive_int(truncate_dim, "truncate_dim")
-    full = pipeline.bert.config.hidden_size
+    full, max_seq_length = pipeline.bert.config.hidden_size, pipeline.max_seq_length
     if output_value is not None:
         check_choice(output_value, ("sentence_embedding", "token_embeddings"), "output_value")
     check_choice(truncation, TRUNCATION, "truncation")
@@ -433,15 +438,15 @@ def plan_of(
             "truncation",
         )
     return Plan(
-        prompt=_prompt_text(pipeline, prompt, prompt_name),
+        prompt=prompt,
         output_value=output_value,
         truncation=truncation,
-        max_seq_length=pipeline.max_seq_length,
+        max_seq_length=max_seq_length,
         width=full if truncate_dim is None else min(truncate_dim, full),
         normalize=bool(normalize_embeddings),
         precision=precision,
-        batch_size=_positive(batch_size, "batch_size"),
-        token_budget=_positive(token_budget, "token_budget"),
+        batch_size=batch_size,
+        token_budget=token_budget,
         spans=return_report,
         on_device=False,
         show_progress_bar=show_progress_bar,
@@ -451,7 +456,7 @@ def plan_of(
 
 
 def _prompt_text(pipeline: Pipeline, /, prompt: str | None, name: str | None) -> str:
-    """What to put in front of every text."""
+    """Return what to put in front of every text: the prompt, or the one of that name, or ""."""
     if prompt is not None:
         if name is not None:
             logger.warning(
@@ -473,7 +478,7 @@ def run_plan(
     pool: Any = None,
     chunk_size: int | None = None,
 ) -> tuple[Any, EncodeReport]:
-    """Do what a plan says: the values of the rows, and what was read of them."""
+    """Compute a plan and finish its vectors: returns the values and what was read of each row."""
     outcome = _compute(pipeline, rows, plan, device, pool, chunk_size)
     values = outcome.values
     if plan.output_value == "sentence_embedding":
@@ -491,8 +496,8 @@ def _compute(
     device: str | torch.device | Sequence[str | torch.device] | None,
     pool: Any,
     chunk_size: int | None,
-) -> Outcome:
-    """Here, or in other processes."""
+) -> Computed:
+    """Run a plan here, or in other processes."""
     if chunk_size is not None:
         check_positive_int(chunk_size, "chunk_size")
     several = list(device) if isinstance(device, list | tuple) else None
@@ -509,7 +514,7 @@ def _compute(
 def model_ranges_of(
     pipeline: Pipeline, /, truncate_dim: int | None, normalized: bool = False
 ) -> Any:
-    """The fixed ranges of int8 for the published weights; None for others."""
+    """Return the fixed ranges of int8 for the published weights; None for others."""
     source = pipeline.source
     if source is None or not has_model_ranges(source.sha256.get("model.safetensors", "")):
         return None
@@ -544,7 +549,7 @@ def required_ranges(
 
 
 def _finish(pipeline: Pipeline, /, vectors: Tensor, plan: Plan) -> Any:
-    """Normalized, in few bits, as an array: as far as wanted."""
+    """Normalize, quantize and convert vectors, as far as the plan asks for it."""
     if plan.normalize:
         vectors = Normalize()(vectors)
     if plan.precision != "float32":
@@ -567,7 +572,7 @@ _POSITIONAL = (
 
 
 def positional(task: str, values: tuple[Any, ...]) -> dict[str, Any]:
-    """Those of `encode_query` and `encode_document` by name.
+    """Name the arguments that `encode_query` or `encode_document` was given by position.
 
     Raises:
         InputTypeError: There are too many.
@@ -582,7 +587,7 @@ def _positive(value: int | None, argument: str) -> int | None:
 
 
 def _one_of(sentences: Any, inputs: Any) -> tuple[Any, str]:
-    """The argument that was given, and its name."""
+    """Return the texts, and which of the two arguments they were passed as."""
     if (sentences is MISSING) == (inputs is MISSING):
         how = "pass texts" if sentences is MISSING else "both name the texts; pass one of them"
         raise InputTypeError(f"sentences or inputs: {how}", "sentences")
@@ -590,15 +595,15 @@ def _one_of(sentences: Any, inputs: Any) -> tuple[Any, str]:
 
 
 def prompt_for(task: str, prompts: Collection[str]) -> str | None:
-    """The name of the prompt for one side of a search, "query" or "document"; None without one."""
+    """Return the name of the prompt for one side of a search, "query" or "document", or None."""
     return next((name for name in _PROMPT_NAMES[task] if name in prompts), None)
 
 
 def prompt_of(prompts: dict[str, str], name: Any, argument: str) -> str:
-    """A prompt by its name.
+    """Return the prompt of that name.
 
     Raises:
-        InputError: There is none of that name.
+        InputError: There is no such prompt.
     """
     if name not in prompts:
         subject = "Default prompt name" if argument == "default_prompt_name" else "Prompt name"

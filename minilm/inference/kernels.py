@@ -202,7 +202,7 @@ class Packed(Layout):
 
 
 class ByRows(Layout):
-    """Both: `Transposed` for a few rows, where a call costs little, and `Packed` for more."""
+    """`Transposed` for a few rows, where a call costs little, and `Packed` for more."""
 
     few = Transposed()
     many = Packed()
@@ -226,11 +226,11 @@ _choices: dict[tuple[Any, ...], Layout | None] = {}
 
 
 def layout_for(dtype: torch.dtype, out_features: int, in_features: int) -> Layout | None:
-    """The layout for weights of this dtype and shape, on this processor with as many threads as
-    now; None if there is none but `F.linear`, untried.
+    """Return the layout for weights of this dtype and shape, on this processor with as many threads
+    as now; None if there is no candidate but `F.linear`, which need not be tried.
 
     The first of the candidates that agrees with `F.linear`, gives a row the same bits in any
-    company and with one thread, and is as exact as `F.linear` but for a fifth. If there is none,
+    company and with one thread, and is as exact as `F.linear` but for a fifth. If no candidate is,
     the most exact of those that keep a row's bits; if none does, the first that agrees.
 
     A candidate that raises is passed over for this time, and is tried again by the next call.
@@ -262,7 +262,7 @@ def layout_for(dtype: torch.dtype, out_features: int, in_features: int) -> Layou
 
 
 def _candidates(dtype: torch.dtype, in_features: int) -> list[Layout]:
-    """In the order of speed: a rule, and not a race, which has another winner now and then."""
+    """List candidates, the fastest first: by a rule, since a race has other winners at times."""
     has_packed = _has_packed(dtype)
     if dtype == torch.bfloat16:
         return [_packed, _row_blocks, _plain] if has_packed else [_plain]
@@ -294,7 +294,7 @@ def _has_packed(dtype: torch.dtype) -> bool:
 
 @contextmanager
 def _ordinary_state() -> Iterator[None]:
-    """No gradient, no autocast and no default device, whatever the caller has set."""
+    """Switch off gradients, autocast and the default device that the caller may have set."""
     with (
         torch.inference_mode(False),
         torch.no_grad(),
@@ -306,7 +306,7 @@ def _ordinary_state() -> Iterator[None]:
 
 @dataclass
 class _Trial:
-    """What came of one layout.
+    """How one layout did.
 
     Attributes:
         is_right: Whether it agrees with `F.linear`, but for rounding.
@@ -344,7 +344,7 @@ class _Trial:
         return cls(layout, rows, packed, bias, gelus, is_right, max(errors))
 
     def keeps_bits(self) -> bool:
-        """Whether rows keep their bits in any company, from any place on, and with one thread."""
+        """Whether rows keep their bits in any company, at any place, and with one thread."""
         threads = torch.get_num_threads()
         try:
             for gelu in self.gelus:
@@ -367,7 +367,7 @@ class _Trial:
 
 
 class _Thread(threading.local):
-    """What one thread's layers multiply by: nothing outside `fast_products`."""
+    """The copies that one thread's layers multiply by; none outside `fast_products`."""
 
     products: "Mapping[nn.Module, _Product]" = MappingProxyType({})
 
@@ -377,7 +377,7 @@ _thread = _Thread()
 
 @contextmanager
 def fast_products(modules: Iterable[nn.Module], tokens: int) -> Iterator[None]:
-    """Inside, on this thread, linear layers on a CPU multiply by copies of their weights.
+    """Have linear layers on a CPU multiply by copies of their weights, inside and on this thread.
 
     All is decided here, once, and not at each product: which layers can have a copy, and whether
     it is of today's weight. So inside, weights are not to be changed, nor replaced by torch.func,
@@ -412,7 +412,7 @@ def fast_products(modules: Iterable[nn.Module], tokens: int) -> Iterator[None]:
 
 
 def _product_of(module: nn.Module) -> "_Product | None":
-    """How to multiply now; None for `F.linear`."""
+    """Return what to multiply with now; None for `F.linear`."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None
     return _thread.products.get(module)
@@ -440,8 +440,9 @@ class _Forward:
 
 
 class FastLinear(_Forward):
-    """Of an `nn.Linear`: multiplies in the dtype of its weight, and within `fast_products` by a
-    copy of it in the fastest layout there is.
+    """The `forward` of an `nn.Linear`, in the dtype of its weight.
+
+    Within `fast_products` it multiplies by a copy of the weight in the fastest layout there is.
 
     The copy is made when it is first needed, and made again when the weight has changed.
     """
@@ -458,7 +459,7 @@ class FastLinear(_Forward):
         return product(input)
 
     def product(self, every_number: bool) -> "_Product | None":
-        """The product by the copy, which is made, or made anew, if need be; None for `F.linear`.
+        """Return the product by the copy, which is made if it is needed; None for `F.linear`.
 
         Args:
             every_number: Whether to compare all numbers of the weight with those that were copied.
@@ -474,7 +475,7 @@ class FastLinear(_Forward):
         elif (
             copy is None
             or copy.product.layout is not layout
-            or not copy.is_of(weight, bias, every_number)
+            or not copy.is_copy_of(weight, bias, every_number)
         ):
             copy = _Copy.of(layout, weight, bias)
         self.copy = copy
@@ -482,9 +483,9 @@ class FastLinear(_Forward):
 
 
 class FastFeedForward(_Forward):
-    """Of a `BertFeedForward`, whose first product applies the GELU to what it has just computed.
+    """The `forward` of a `BertFeedForward`, with the GELU within the first product.
 
-    It then need not be read again: 1536 numbers a token, the widest tensor of the model.
+    What that computes need not be read again: 1536 numbers a token, the widest tensor of the model.
     """
 
     def __call__(self, hidden_states: Tensor) -> Tensor:
@@ -558,7 +559,7 @@ class _Copy:
 
     @classmethod
     def of(cls, layout: Layout, weight: Tensor, bias: Tensor | None) -> "_Copy":
-        """Make one of a weight that can be copied."""
+        """Copy a weight that can be copied."""
         with torch.inference_mode(False), torch.no_grad():
             plain = weight.detach()
             product = _Product(layout, layout.pack(plain), bias, plain.dtype)
@@ -576,7 +577,7 @@ class _Copy:
                 _checksum(plain),
             )
 
-    def is_of(self, weight: Tensor, bias: Tensor | None, every_number: bool) -> bool:
+    def is_copy_of(self, weight: Tensor, bias: Tensor | None, every_number: bool) -> bool:
         """Whether this is the copy of these tensors as they are now.
 
         torch counts changes in place, and other contents of `.data` have another address, since
@@ -654,7 +655,7 @@ def keep_few_kernels() -> None:
 
 
 def give_back_freed_memory() -> None:
-    """The reverse, for once: what is freed goes back to the system, if the C library is glibc.
+    """Give freed memory back to the system once, if the C library is glibc.
 
     Between batches of all sizes there remain gaps that nothing fits in, and a process that embeds
     for hours holds more and more of them.

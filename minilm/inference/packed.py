@@ -29,10 +29,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minilm.bert import Attend
 from minilm.pipeline import Batch, Pipeline
+from minilm.tokenizer import WordPieceTokenizer
 
-__all__ = ["PackedBatch", "default_budget", "embed", "keeps_bits", "make_batch", "plan_batches"]
+__all__ = [
+    "PackedBatch",
+    "default_budget",
+    "embed",
+    "keeps_bits",
+    "make_batch",
+    "plan_batches",
+    "rows_of",
+]
 
 # Batches of more than 512 tokens get a multiple of 64 rows, and all others one of 16: with fewer
 # rows matrix products add up in another order.
@@ -41,7 +49,7 @@ _STEP = 16  # keys
 # Bytes. Where the numbers of a head don't fill lines of the cache, as 8 of float32 don't, some
 # libraries add them up in an order that depends on where in memory they lie: zeros fill them up.
 _ALIGNED = 64
-# Not float16: a score beyond its range times 0 is no number, and would reach the neighbour.
+# Not float16: a score beyond its range times 0 is NaN, and would reach the neighbour.
 _WINDOWED = (torch.float32, torch.bfloat16, torch.float64)
 
 
@@ -123,12 +131,7 @@ class PackedBatch(Batch):
         bounds = torch.tensor([0, *accumulate(self.lengths)], dtype=torch.int32, device="cpu")
         return bounds.to(self.input_ids.device)
 
-    @property
-    def attend(self) -> Attend:
-        """`_attend_within`, for `BertModel`."""
-        return self._attend_within
-
-    def _attend_within(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """`attention` of `bert.py` within each sentence.
 
         Args:
@@ -210,7 +213,7 @@ def _attend(run: _Run, query: Tensor, key: Tensor, value: Tensor, scale: float) 
 
 
 def _windows(run: _Run, missing: int, tensor: Tensor) -> Tensor:
-    """`run.block`, each sentence followed by the `missing` rows behind it; a view if they exist."""
+    """Return `run.block`, each sentence with the `missing` rows behind it; a view if they exist."""
     if run.stop + missing > len(tensor):
         rows = F.pad(tensor[run.start : run.stop], (0, 0, 0, 0, 0, missing))
         start = 0
@@ -236,7 +239,7 @@ def _mask(length: int, missing: int, dtype: torch.dtype) -> Tensor:
 def plan_batches(
     lengths: Sequence[int], token_budget: int, batch_size: int | None = None
 ) -> list[list[int]]:
-    """Which sentences to compute together.
+    """Decide which sentences to compute together.
 
     Args:
         lengths: Their numbers of tokens.
@@ -261,33 +264,44 @@ def plan_batches(
     return batches
 
 
+def rows_of(
+    batch: Sequence[int], input_ids: list[list[int]], token_type_ids: list[list[int]] | None
+) -> tuple[list[list[int]], list[list[int]] | None]:
+    """The ids and the types of the rows that `plan_batches` put into one batch."""
+    types = None if token_type_ids is None else [token_type_ids[row] for row in batch]
+    return [input_ids[row] for row in batch], types
+
+
 def make_batch(
-    pipeline: Pipeline, input_ids: list[list[int]], token_type_ids: list[list[int]] | None = None
+    input_ids: list[list[int]],
+    token_type_ids: list[list[int]] | None,
+    device: torch.device,
+    tokenizer: WordPieceTokenizer | None,
 ) -> Batch:
-    """A batch of these rows of ids on the model's device: packed, but on mps padded.
+    """Make a batch of rows of ids on a device: packed, but on mps padded, by the tokenizer.
 
     Apple's devices don't have all that the packed form needs, and it has not been tried there.
     """
-    if pipeline.device.type == "mps" and pipeline.tokenizer is not None:
-        return Batch(**pipeline.tokenizer.pad(input_ids, pipeline.device, token_type_ids))
+    if device.type == "mps" and tokenizer is not None:
+        return Batch(**tokenizer.pad(input_ids, device, token_type_ids))
     multiple_of = 1
-    if pipeline.device.type == "cpu":
+    if device.type == "cpu":
         total = sum(map(len, input_ids))
         multiple_of = next(multiple for above, multiple in _MULTIPLES if total > above)
-    return PackedBatch(input_ids, pipeline.device, multiple_of, token_type_ids)
+    return PackedBatch(input_ids, device, multiple_of, token_type_ids)
 
 
 def embed(
     pipeline: Pipeline, input_ids: list[list[int]], token_type_ids: list[list[int]] | None = None
 ) -> Tensor:
-    """One pass: rows of ids -> `[n, 384]`."""
-    batch = make_batch(pipeline, input_ids, token_type_ids)
+    """Compute one batch: rows of ids -> `[n, 384]`."""
+    batch = make_batch(input_ids, token_type_ids, pipeline.device, pipeline.tokenizer)
     sentence_embedding: Tensor = pipeline(batch)["sentence_embedding"]
     return sentence_embedding
 
 
 def default_budget(device: torch.device, dtype: torch.dtype) -> int:
-    """How many tokens to compute at a time.
+    """Return how many tokens to compute at a time.
 
     A pass that is too small leaves the processor waiting, one that is too large falls out of its
     cache. On two cores 2,048 tokens were best in float32 and 4,096 in bfloat16; half or twice as
@@ -302,7 +316,7 @@ def default_budget(device: torch.device, dtype: torch.dtype) -> int:
 def keeps_bits(
     embed: Callable[[list[list[int]]], Tensor], vocab_size: int, max_seq_length: int
 ) -> bool:
-    """Try whether `embed` gives each row of ids the same bits alone and among others.
+    """Try out whether `embed` gives each row of ids the same bits alone and among others.
 
     Three rows each of every length up to 40, and of longer ones with every remainder by 16: alone,
     between others of the same length, and of other ones, in both orders, from even and odd places.

@@ -39,7 +39,7 @@ from typing import Any, cast
 import torch
 
 from minilm.errors import InputError, InputTypeError, WorkerError
-from minilm.inference.compute import Outcome, Plan, run, with_prompt
+from minilm.inference.compute import Computed, Plan, run, with_prompt
 from minilm.inference.kernels import keep_few_kernels
 from minilm.inference.truncation import raise_if_cut, warn_if_cut
 from minilm.inputs import Row, as_device, with_progress
@@ -62,12 +62,12 @@ _GUARD = (
 
 @dataclass(frozen=True)
 class Job:
-    """Something for one worker to do.
+    """One call for a worker to make.
 
     Attributes:
-        key: What the answer is told apart by.
-        arguments: Of the function, behind the encoder.
-        name: What to call it in an error.
+        key: What tells its answer from others.
+        arguments: The arguments of the function, behind the encoder.
+        name: The job's name in an error.
     """
 
     key: int
@@ -76,13 +76,13 @@ class Job:
 
 
 class ProcessPool(dict[str, Any]):
-    """Worker processes. As in sentence-transformers a dict, whose "processes" are the processes.
+    """Worker processes. As in sentence-transformers it is a dict, with the key "processes".
 
-    The "input" and "output" that are queues there are None. It is a context manager, which stops
+    Its "input" and "output", which are queues there, are None. It is a context manager, which stops
     the processes at its end. Threads may share it.
 
     Attributes:
-        encoder: The model of which they have copies.
+        encoder: The model of which the processes have copies.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class ProcessPool(dict[str, Any]):
         encoder: Pipeline,
         target_devices: Sequence[str | torch.device] | None = None,
     ) -> None:
-        """Start them.
+        """Start the processes.
 
         Args:
             encoder: The model.
@@ -98,7 +98,7 @@ class ProcessPool(dict[str, Any]):
                 four processes.
 
         Raises:
-            InputTypeError, InputError: These are no devices that can be used.
+            InputTypeError, InputError: `target_devices` are not devices that can be used.
             WorkerError: The model can't be sent to other processes, or these can't be started: a
                 script lacks its main guard, there is no memory.
         """
@@ -126,7 +126,7 @@ class ProcessPool(dict[str, Any]):
             raise
 
     def stop(self) -> None:
-        """End the processes, whatever they do. A second time it does nothing."""
+        """End the processes, also busy ones. A second call does nothing."""
         if os.getpid() != self._owner:  # a fork, whose they are not
             return
         self._stopped = True
@@ -139,7 +139,7 @@ class ProcessPool(dict[str, Any]):
 
     @property
     def workers(self) -> int:
-        """How many there are."""
+        """The number of processes."""
         return len(self._workers)
 
     def __enter__(self) -> "ProcessPool":
@@ -151,13 +151,13 @@ class ProcessPool(dict[str, Any]):
     def answers(
         self, function: Callable[..., Any], jobs: Iterable[Job], attempts: int = 1
     ) -> Generator[tuple[Job, Any], None, None]:
-        """Do jobs, each process one at a time; one more is read ahead.
+        """Have the processes do jobs, each one at a time; one more job is read ahead.
 
         Args:
             function: Of a module, called with the encoder and a job's arguments.
             jobs: What to do.
-            attempts: How many processes may die of one job. If it is 1 a death is an error, else
-                another process takes the place, and the job.
+            attempts: How many processes may die of one job. With 1 a death is an error; otherwise
+                a new process takes the place, and the job is done again.
 
         Returns:
             An iterator over each job once, as they get ready, with its answer, or the Exception
@@ -221,7 +221,7 @@ class ProcessPool(dict[str, Any]):
             raise WorkerError("the pool was stopped; start another one")
 
     def _replace(self, place: int, worker: "_Worker", job: Job, deaths: int, attempts: int) -> None:
-        """Start another worker in place of one that died; an error if enough of them have."""
+        """Start another worker in place of one that died, or raise if too many died of a job."""
         if attempts == 1:
             raise WorkerError(
                 f"process {place} of the pool, {worker.death()}; stop the pool and start another "
@@ -248,7 +248,7 @@ class ProcessPool(dict[str, Any]):
                     self._workers[place].stop()
 
     def _send_model(self, workers: "dict[int, _Worker]", limit: float = math.inf) -> None:
-        """Give workers the model as it is now; those that don't run yet are started."""
+        """Give workers the model as it is now; start those that don't run yet."""
         state = _state(self.encoder)
         if state != self._sent:  # all or none: there are never two models at work
             workers, self._sent = dict(enumerate(self._workers)), None
@@ -318,7 +318,7 @@ class _Worker:
         return next(iter(self._started.values()), None)
 
     def submit(self, *call: Any) -> "Future[Any]":
-        """Queue a call; if the process is dead, one that failed."""
+        """Queue a call; if the process is dead, return a future that has failed."""
         try:
             return self._executor.submit(*call)
         except RuntimeError as error:  # BrokenProcessPool is one
@@ -327,12 +327,12 @@ class _Worker:
             return failed
 
     def load(self, path: str) -> None:
-        """Let it read the model, and start it before if it does not run. To be called in a thread.
+        """Have the worker read the model; start it if it does not run. To be called in a thread.
 
         Raises:
-            WorkerError: It can't be started.
-            BrokenProcessPool: It died.
-            Exception: It can't read the model.
+            WorkerError: The process can't be started.
+            BrokenProcessPool: The process died.
+            Exception: The process can't read the model.
         """
         if hasattr(signal, "pthread_sigmask"):  # it inherits this: Ctrl-C is for the parent
             signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
@@ -344,7 +344,7 @@ class _Worker:
         future.result()
 
     def death(self) -> str:
-        """Its number, and how it ended."""
+        """Say which process this is, and how it ended."""
         until = time.monotonic() + _LAST_BREATH
         process = self.process
         if process is None:
@@ -355,7 +355,7 @@ class _Worker:
         return f"{process.pid}, died unexpectedly (exit code {process.exitcode}{memory})"
 
     def kill(self) -> None:
-        """End the process, if it runs, and is ours."""
+        """End the process, if it runs and was started by this one."""
         process = self.process
         if process is not None and os.getpid() == self._owner:
             process.kill()
@@ -407,7 +407,7 @@ def _starting() -> Iterator[None]:
 
 
 def _in_background(function: Callable[..., Any], *args: Any, **options: Any) -> "Future[Any]":
-    """Call it in a thread, which Ctrl-C can't interrupt halfway, and which may wait for ever."""
+    """Call a function in a thread, which Ctrl-C can't interrupt, and which may wait for ever."""
     future: Future[Any] = Future()
 
     def call() -> None:
@@ -421,10 +421,10 @@ def _in_background(function: Callable[..., Any], *args: Any, **options: Any) -> 
 
 
 def _next(done: "queue.SimpleQueue[Future[Any]]", until: float = math.inf) -> "Future[Any]":
-    """What comes next out of a queue, with a look at Ctrl-C from time to time.
+    """Take the next future out of a queue, with a look at Ctrl-C from time to time.
 
     Raises:
-        queue.Empty: The time is up.
+        queue.Empty: None came until that time.
     """
     while True:
         try:
@@ -441,7 +441,7 @@ def _default_devices() -> list[str]:
 
 
 def _state(encoder: Pipeline) -> tuple[Any, ...]:
-    """What another model would have otherwise: modules, and all numbers (13 ms for 90 MB)."""
+    """Return what differs between models: modules, and checksums of all numbers (13 ms)."""
     modules = [type(module) for module in encoder.modules()]
     tensors = itertools.chain(encoder.named_parameters(), encoder.named_buffers())
     weights = [
@@ -461,7 +461,7 @@ def run_in(
     rows: list[Row],
     plan: Plan,
     chunk_size: int | None,
-) -> Outcome:
+) -> Computed:
     """Compute what a plan asks for in the processes of a pool.
 
     Args:
@@ -472,8 +472,8 @@ def run_in(
         chunk_size: Texts that a process is given at a time.
 
     Raises:
-        InputTypeError: That is no pool of this package.
-        InputError: It is one of another model.
+        InputTypeError: `pool` is not a `ProcessPool`.
+        InputError: The pool is one of another model.
         WorkerError: A process died, or the pool was stopped.
         Exception: What a process raised.
     """
@@ -501,7 +501,7 @@ def run_in(
         )
         for number, start in enumerate(starts)
     )
-    outcomes: dict[int, Outcome] = {}
+    outcomes: dict[int, Computed] = {}
     with closing(pool.answers(run, jobs)) as answers:
         for _ in with_progress(range(len(starts)), plan.show_progress_bar):
             job, outcome = next(answers)
@@ -514,7 +514,7 @@ def run_in(
     return whole
 
 
-def _joined(parts: list[Outcome], plan: Plan, encoder: Pipeline) -> Outcome:
+def _joined(parts: list[Computed], plan: Plan, encoder: Pipeline) -> Computed:
     values: Any
     if plan.output_value == "sentence_embedding":
         dtype = encoder.bert.embeddings.word_embeddings.weight.dtype
@@ -524,7 +524,7 @@ def _joined(parts: list[Outcome], plan: Plan, encoder: Pipeline) -> Outcome:
             values = values.to(encoder.device)
     else:
         values = [value for part in parts for value in part.values]
-    return Outcome(
+    return Computed(
         values,
         [count for part in parts for count in part.token_counts],
         [count for part in parts for count in part.kept],
@@ -539,7 +539,7 @@ _encoder: Pipeline | None = None
 
 
 def _begin(threads: int) -> None:
-    """What a worker does first."""
+    """Prepare a worker process."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which stops us
     threading.Thread(target=_end_with_the_parent, daemon=True).start()
     keep_few_kernels()
@@ -547,7 +547,7 @@ def _begin(threads: int) -> None:
 
 
 def _end_with_the_parent() -> None:
-    """A parent that is killed can't stop its workers, which would wait for jobs for ever."""
+    """End this worker when its parent has ended: one that is killed can't stop its workers."""
     parent = multiprocessing.parent_process()
     while parent is not None:
         parent.join(5)  # until it ends, and all of its forks, which have its end of the pipe
@@ -556,7 +556,7 @@ def _end_with_the_parent() -> None:
 
 
 def _load(path: str, device: str) -> None:
-    """Take a model in place of that before. Its weights stay in the file, which all map."""
+    """Load a model in place of the last one. Its weights stay in the file, which all map."""
     global _encoder
     with _errors_sent():
         try:
@@ -569,7 +569,7 @@ def _load(path: str, device: str) -> None:
 
 
 def _answer(function: Callable[..., Any], arguments: tuple[Any, ...]) -> bytes:
-    """Do a job. The answer is packed, since tensors would be lent by way of /dev/shm."""
+    """Do a job and pickle its answer: a tensor would be passed through /dev/shm."""
     with _errors_sent():
         packed = BytesIO()
         torch.save(function(_encoder, *arguments), packed)
@@ -592,7 +592,7 @@ def _errors_sent() -> Iterator[None]:
 
 
 def sendable(error: Exception) -> Exception:
-    """The error, or one that says the same and can be sent."""
+    """Return the error, or one with the same text that can be pickled."""
     with suppress(Exception):
         pickle.loads(pickle.dumps(error))
         return error

@@ -1,4 +1,4 @@
-"""What was not read of a text that is too long: said, counted, or read after all, in windows.
+"""What is done about text beyond the limit: told, counted, or read after all, in windows.
 
 In: texts and the tokenizer. Out: a `TruncationWarning` or a `TruncationError` that adds up what was
 cut; an `EncodeReport` that tells it of each text; or the spans of overlapping windows that cover
@@ -26,9 +26,9 @@ from minilm.tokenizer import WordPieceTokenizer
 
 __all__ = [
     "TRUNCATION",
-    "Cut",
     "EncodeReport",
     "TextWindow",
+    "TruncationSummary",
     "caller_level",
     "kept_span",
     "raise_if_cut",
@@ -54,11 +54,11 @@ class EncodeReport:
     """How much of each text was read.
 
     Attributes:
-        token_counts: How many tokens it has, the prompt's, [CLS] and [SEP] included.
+        token_counts: How many tokens each text has, the prompt's, [CLS] and [SEP] included.
         kept_token_counts: How many of them were read.
-        kept_spans: From which character to which it was read, the end exclusive, without the
+        kept_spans: From which character to which each was read, the end exclusive, without the
             prompt; of a pair, two spans.
-        windows: In how many windows it was read: 1, but with `truncation="chunk"`.
+        windows: In how many windows each was read: 1, unless `truncation="chunk"`.
     """
 
     token_counts: tuple[int, ...]
@@ -82,7 +82,7 @@ class TextWindow:
 
     Attributes:
         start, end: Which characters of the text it is, `end` exclusive.
-        text: They.
+        text: These characters.
         token_count: How many tokens it has, the prompt's, [CLS] and [SEP] included.
         embedding: float32 `[384]`: what `encode(text)` gives.
     """
@@ -95,7 +95,7 @@ class TextWindow:
 
 
 def caller_level() -> int:
-    """The `stacklevel` at which whoever called into this package stands, for the caller of this."""
+    """Return the `stacklevel` of the first caller outside this package, seen from the caller."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and _is_ours(frame.f_globals.get("__name__", "")):
         frame = frame.f_back
@@ -108,7 +108,7 @@ def _is_ours(module: str) -> bool:
 
 
 @dataclass(frozen=True)
-class Cut:
+class TruncationSummary:
     """How much of some texts was not read, added up; more texts can be added with +.
 
     Attributes:
@@ -127,8 +127,10 @@ class Cut:
     limit: int = 0
 
     @classmethod
-    def of(cls, counts: Sequence[int], kept: Sequence[int], first_row: int = 0) -> "Cut":
-        """That of texts of so many tokens, of which so many are read. See `warn_if_cut`."""
+    def from_counts(
+        cls, counts: Sequence[int], kept: Sequence[int], first_row: int = 0
+    ) -> "TruncationSummary":
+        """Add up what was cut of texts; see `warn_if_cut` for the arguments."""
         cut = [row for row, count in enumerate(counts) if count > kept[row]]
         if not cut:
             return cls(len(counts))
@@ -141,9 +143,9 @@ class Cut:
             limit=kept[cut[0]],
         )
 
-    def __add__(self, later: "Cut") -> "Cut":
+    def __add__(self, later: "TruncationSummary") -> "TruncationSummary":
         first = self if self.rows else later
-        return Cut(
+        return TruncationSummary(
             self.texts + later.texts,
             self.rows + later.rows,
             self.tokens + later.tokens,
@@ -153,7 +155,7 @@ class Cut:
         )
 
     def message(self, verb: str = "were") -> str:
-        """It in words."""
+        """Return the summary as one sentence, for a warning or an error."""
         return (
             f"{self.rows:,} of {self.texts:,} texts {verb} cut at {self.limit} tokens; "
             f"{100 * (1 - self.read / self.tokens):.0f} % of their tokens were not read; "
@@ -169,11 +171,11 @@ def warn_if_cut(counts: Sequence[int], kept: Sequence[int], first_row: int = 0) 
         kept: How many of them are read.
         first_row: The number of the first text in what the user passed.
     """
-    warn_of(Cut.of(counts, kept, first_row))
+    warn_of(TruncationSummary.from_counts(counts, kept, first_row))
 
 
-def warn_of(cut: Cut) -> None:
-    """The same of what is added up already."""
+def warn_of(cut: TruncationSummary) -> None:
+    """Issue the `TruncationWarning` for a summary; none if nothing was cut."""
     if cut.rows:
         warnings.warn(cut.message(), TruncationWarning, stacklevel=caller_level())
 
@@ -184,12 +186,12 @@ def without_warning(truncation: str) -> str:
 
 
 def raise_if_cut(counts: Sequence[int], kept: Sequence[int], first_row: int = 0) -> None:
-    """The same as an error.
+    """Raise an error where `warn_if_cut` would warn.
 
     Raises:
-        TruncationError: Something would be cut.
+        TruncationError: A text would be cut; it has the rows.
     """
-    cut = Cut.of(counts, kept, first_row)
+    cut = TruncationSummary.from_counts(counts, kept, first_row)
     if cut.rows:
         rows = [first_row + row for row, count in enumerate(counts) if count > kept[row]]
         raise TruncationError(cut.message("would be"), rows)
@@ -198,7 +200,7 @@ def raise_if_cut(counts: Sequence[int], kept: Sequence[int], first_row: int = 0)
 def kept_span(
     row: Row, offsets: Sequence[Span], token_type_ids: Sequence[int], prompt: int, cut: bool
 ) -> Span | tuple[Span, Span]:
-    """Which characters of a text were read.
+    """Return which characters of a text were read.
 
     Args:
         row: The text, or the pair, with the prompt in front.
@@ -265,8 +267,9 @@ def split(tokenizer: WordPieceTokenizer, text: str, prompt: str, max_length: int
 
 
 def _units(tokenizer: WordPieceTokenizer, text: str, room: int) -> list[tuple[int, int, int]]:
-    """What may not be divided: words, as (start, end, number of tokens). Longer ones are divided
-    between their pieces.
+    """Divide a text into words, each as (start, end, number of tokens).
+
+    A word of more than `room` tokens is divided between its pieces.
     """
     encoding = tokenizer.backend.encode(text, add_special_tokens=False)
     offsets, words = encoding.offsets, encoding.word_ids

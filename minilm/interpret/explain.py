@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from minilm import inputs, pooling
 from minilm.errors import InputError, MissingPackageError
-from minilm.interpret.trace import Trace, traces
+from minilm.interpret.trace import Trace, state, traces
 from minilm.outputs import write_output
 from minilm.pipeline import Pipeline
 from minilm.report import aligned
@@ -53,11 +53,31 @@ _BY = ("word", "token", "group")
 _GROUPS = ("words", "punctuation", "special")
 
 
+class _Finding:
+    """What all findings have: a table as text, and their attributes for JSON."""
+
+    def table(self) -> str:
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return self.table()
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, as JSON can hold it."""
+        return {name: _for_json(value) for name, value in vars(self).items()}
+
+
+def _for_json(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_for_json(each) for each in value]
+    return value.tolist() if isinstance(value, np.ndarray) else value
+
+
 # --- Token pairs ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, eq=False)
-class Explanation:
+class Explanation(_Finding):
     """A cosine similarity as a sum over pairs of parts of two texts.
 
     Attributes:
@@ -91,10 +111,10 @@ class Explanation:
     is_special: tuple[tuple[bool, ...], tuple[bool, ...]] = field(repr=False)
 
     def table(self) -> str:
-        """For each part of the first text its best match in the second, and its share.
+        """Show for each part of the first text its best match in the second, and its share.
 
-        The share is that without the cells of special tokens, which have a line of their own, so
-        that the column adds up to the similarity; `share_a` is with them.
+        The share leaves out the cells of special tokens, which have a line of their own, so that
+        the column adds up to the similarity; `share_a` has them in it.
         """
         rows = [("", "best match", "value", "share", "of all")]
         ordinary = [j for j, special in enumerate(self.is_special[1]) if not special]
@@ -132,37 +152,21 @@ class Explanation:
                 )
         return "\n".join([*lines, *notes])
 
-    def __str__(self) -> str:
-        return self.table()
-
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON can hold it."""
-        sides = []
-        for side, (share, pull) in enumerate(
-            ((self.share_a, self.pull_a), (self.share_b, self.pull_b))
-        ):
-            sides.append(
-                {
-                    "text": self.texts[side],
-                    "labels": list(self.labels[side]),
-                    "spans": [list(span) for span in self.spans[side]],
-                    "is_special": list(self.is_special[side]),
-                    "share": share.tolist(),
-                    "pull": pull.tolist(),
-                    "unread_tokens": self.unread[side],
-                }
-            )
-        return {
-            "similarity": self.similarity,
-            "a": sides[0],
-            "b": sides[1],
-            "matrix": self.matrix.tolist(),
-            "special": self.special,
-            "residual": self.residual,
-        }
+        flat = super().to_dict()
+        found: dict[str, Any] = {"similarity": self.similarity}
+        for side, letter in enumerate("ab"):
+            found[letter] = {
+                "text": self.texts[side],
+                **{name: flat[name][side] for name in ("labels", "spans", "is_special")},
+                **{kind: flat[f"{kind}_{letter}"] for kind in ("share", "pull")},
+                "unread_tokens": self.unread[side],
+            }
+        return found | {name: flat[name] for name in ("matrix", "special", "residual")}
 
     def to_html(self) -> str:
-        """A `<table>` that needs nothing else: a row and a column for each part, and the sums."""
+        """Return a `<table>` on its own: a row and a column for each part, and the sums."""
         largest = float(np.abs(self.matrix).max(initial=1e-30))
         head = "".join(f'<th scope="col">{html.escape(label)}</th>' for label in self.labels[1])
         caption = " / ".join(map(html.escape, self.texts))
@@ -190,7 +194,7 @@ class Explanation:
 
         Raises:
             MissingPackageError: matplotlib is not installed.
-            OSError: It can't be written; what was there before still is.
+            OSError: The file can't be written; what was there before still is.
         """
         try:
             from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -258,7 +262,7 @@ def explain(
         See `Explanation`; the residual is below 1e-12 in float64.
 
     Raises:
-        InputTypeError, InputError: A text is none, or an argument can't be used.
+        InputTypeError, InputError: A text is not a str, or an argument can't be used.
     """
     inputs.check_choice(by, _BY, "by")
     sides = _sides(encoder, (a, b), ("a", "b"), dtype)
@@ -315,7 +319,7 @@ class Components:
 
 
 @dataclass(frozen=True, eq=False)
-class ComponentExplanation:
+class ComponentExplanation(_Finding):
     """A cosine similarity as a sum over pairs of parts of the network.
 
     Attributes:
@@ -335,26 +339,12 @@ class ComponentExplanation:
     residual: float
 
     def table(self) -> str:
-        """The parts of the network, with their shares by either text."""
+        """Show the parts of the network, with their shares in either text."""
         rows = [("", "share in a", "share in b")]
         for label, a, b in zip(self.labels, self.share_a, self.share_b, strict=True):
             rows.append((label, f"{a:+.4f}", f"{b:+.4f}"))
         rows.append(("similarity", f"{self.similarity:+.4f}", f"{self.similarity:+.4f}"))
         return "\n".join([*aligned(rows, right=(1, 2)), f"residual {self.residual:.1e}"])
-
-    def __str__(self) -> str:
-        return self.table()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it."""
-        return {
-            "similarity": self.similarity,
-            "labels": list(self.labels),
-            "matrix": self.matrix.tolist(),
-            "share_a": self.share_a.tolist(),
-            "share_b": self.share_b.tolist(),
-            "residual": self.residual,
-        }
 
 
 def token_components(
@@ -439,7 +429,7 @@ def _component_group(label: str, by: str) -> str:
 
 
 def _components(encoder: Pipeline) -> list[str]:
-    """What `_split` needs of a trace."""
+    """Return the names of what `_split` needs of a trace."""
     names = ["embeddings.word", "embeddings.position", "embeddings.token_type"]
     names += ["embeddings.layer_norm.scale"]
     names += [
@@ -503,7 +493,7 @@ def _split(encoder: Pipeline, trace: Trace) -> Components:
 
 
 @dataclass(frozen=True, eq=False)
-class Deletions:
+class Deletions(_Finding):
     """What happens to a similarity without a word.
 
     Attributes:
@@ -521,25 +511,12 @@ class Deletions:
     change: _Array
 
     def table(self) -> str:
-        """The words, the similarity without each, and the change."""
+        """Show the words, the similarity without each, and the change."""
         rows = [("without", "similarity", "change")]
         for label, without, change in zip(self.labels, self.without, self.change, strict=True):
             rows.append((label, f"{without:+.4f}", f"{-change:+.4f}"))
         rows.append(("(nothing)", f"{self.similarity:+.4f}", ""))
         return "\n".join(aligned(rows, right=(1, 2)))
-
-    def __str__(self) -> str:
-        return self.table()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it."""
-        return {
-            "similarity": self.similarity,
-            "labels": list(self.labels),
-            "spans": [list(span) for span in self.spans],
-            "without": self.without.tolist(),
-            "change": self.change.tolist(),
-        }
 
 
 def explain_deletions(
@@ -572,7 +549,7 @@ def explain_deletions(
 
 
 @dataclass(frozen=True, eq=False)
-class Contrast:
+class Contrast(_Finding):
     """Why a query is nearer to one text than to another.
 
     Attributes:
@@ -593,7 +570,7 @@ class Contrast:
     residual: float
 
     def table(self) -> str:
-        """The parts of the query, and what each adds to the difference."""
+        """Show the parts of the query, and what each adds to the difference."""
         rows = [("", "share")]
         rows += [(x, f"{y:+.4f}") for x, y in zip(self.labels, self.share, strict=True)]
         rows.append(
@@ -603,21 +580,6 @@ class Contrast:
             )
         )
         return "\n".join([*aligned(rows, right=(1,)), f"residual {self.residual:.1e}"])
-
-    def __str__(self) -> str:
-        return self.table()
-
-    def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it."""
-        return {
-            "similarity_a": self.similarity_a,
-            "similarity_b": self.similarity_b,
-            "difference": self.difference,
-            "labels": list(self.labels),
-            "spans": [list(span) for span in self.spans],
-            "share": self.share.tolist(),
-            "residual": self.residual,
-        }
 
 
 def contrast(
@@ -688,18 +650,18 @@ class _Side:
 
     @property
     def is_special(self) -> _Array:
-        """[CLS] and [SEP] as the tokenizer adds them: the first token and the last."""
+        """Whether a token is [CLS] or [SEP] as the tokenizer adds them: the first or the last."""
         special = np.zeros(len(self.ids), dtype=bool)
         special[[0, -1]] = True
         return special
 
     def projection(self) -> _Array:
-        """pᵢ = wᵢ hᵢ·u / ‖u‖², of sum 1: how much of the pooled vector's length is each token's."""
+        """Return pᵢ = wᵢ hᵢ·u / ‖u‖², of sum 1: each token's part in the pooled vector's length."""
         along: _Array = self.hidden_states @ self.embedding / self.length
         return self.weights * along
 
     def blocks(self, by: str) -> list[_Block]:
-        """What to show as one."""
+        """Divide the tokens into what is shown as one: by token, word or group."""
         last = len(self.ids) - 1
         blocks = [_Block("[CLS]", (0, 0), (0,), True)]
         for i in range(1, last):
@@ -715,7 +677,7 @@ class _Side:
 
 
 def _grouped(blocks: list[_Block]) -> list[_Block]:
-    """Words, punctuation, special tokens: all three, also where there is none of a kind."""
+    """Group blocks into words, punctuation and special tokens: always three, some maybe empty."""
     groups = []
     for group in _GROUPS:
         members = [block for block in blocks if _kind(block) == group]
@@ -741,8 +703,8 @@ _POOLING = ["tokens", "input_ids", "pooled"]  # and `_last`: what `_side` needs 
 
 
 def _last(encoder: Pipeline) -> str:
-    """The name of the token vectors that are pooled."""
-    return f"layers.{len(encoder.bert.layers) - 1}.feed_forward_layer_norm.output"
+    """Return the name of the token vectors that are pooled."""
+    return state(len(encoder.bert.layers))
 
 
 def _sides(
@@ -767,7 +729,7 @@ def _side(encoder: Pipeline, trace: Trace, argument: str) -> _Side:
     pooled = trace["pooled"].double().numpy()
     length = math.sqrt(np.square(pooled).sum())
     if not 0 < length < math.inf:
-        message = f"the vector of {argument} is 0 or no number; it has no cosine"
+        message = f"the vector of {argument} is 0 or not finite; it has no cosine"
         raise InputError(message, argument)
     return _Side(
         text=trace.text,
@@ -783,7 +745,7 @@ def _side(encoder: Pipeline, trace: Trace, argument: str) -> _Side:
 
 
 def _cells(a: _Side, b: _Side) -> _Array:
-    """wᵢ vⱼ hᵢ·gⱼ / (‖u‖ ‖v‖), `[tokens of a, tokens of b]`."""
+    """Return wᵢ vⱼ hᵢ·gⱼ / (‖u‖ ‖v‖), `[tokens of a, tokens of b]`."""
     left = a.weights[:, None] * a.hidden_states / a.length
     right = b.weights[:, None] * b.hidden_states / b.length
     cells: _Array = left @ right.T
@@ -791,7 +753,7 @@ def _cells(a: _Side, b: _Side) -> _Array:
 
 
 def _summing(blocks: list[_Block], count: int) -> _Array:
-    """The matrix of 0 and 1 that adds up the tokens of each block, `[blocks, tokens]`."""
+    """Return the matrix of 0 and 1 that adds up the tokens of each block, `[blocks, tokens]`."""
     matrix = np.zeros((len(blocks), count))
     for row, block in enumerate(blocks):
         matrix[row, list(block.tokens)] = 1
@@ -807,6 +769,6 @@ _PLUS, _MINUS = (0 / 255, 114 / 255, 178 / 255), (230 / 255, 159 / 255, 0 / 255)
 
 
 def _shade(cell: float, largest: float) -> str:
-    """The colour of its sign, as strong as the cell is large."""
+    """Return a cell's style: the colour of its sign, as strong as the cell is large."""
     colour = ",".join(f"{255 * part:.0f}" for part in (_PLUS if cell >= 0 else _MINUS))
     return f' style="background:rgba({colour},{0.6 * abs(cell) / largest:.3f})"'

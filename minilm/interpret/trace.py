@@ -23,6 +23,7 @@ import inspect
 import json
 import linecache
 import math
+import os
 import re
 import sys
 import types
@@ -78,17 +79,22 @@ class Source:
     def __str__(self) -> str:
         return f"{self.file}:{self.line}"
 
+    @property
+    def end(self) -> int:
+        """The first line after it."""
+        return self.line + self.text.count("\n") + 1
+
 
 @dataclass(frozen=True)
 class TraceEntry:
     """One tensor of a trace.
 
     Attributes:
-        name: See the top of this file.
+        name: Its name: see the top of this file.
         tensor: On the CPU, detached, without a batch axis. For `tokens`, a list of str.
         axes: What its axes are: ("head", "query token", "key token").
         parents: The names of what it was made of.
-        formula: How, in words of the names.
+        formula: How it was made of them.
         source: The statement that made it.
     """
 
@@ -110,7 +116,7 @@ class Trace(Mapping[str, Any]):
         text: The text.
         offsets: For each token its (start, end) in the text, in characters; (0, 0) for [CLS] and
             [SEP].
-        unread: How many tokens of the text were cut.
+        unread: How many tokens of the text were cut off.
         entries: `TraceEntry` by name.
         difference: By how much the vector differs at most from what `encode` gives, which takes
             the fast path, in the encoder's own dtype.
@@ -135,10 +141,10 @@ class Trace(Mapping[str, Any]):
         self._rules = rules
 
     def __getitem__(self, name: str) -> Any:
-        """The tensor of that name; with a `*` for the number, those of all layers, stacked.
+        """Return the tensor of that name; with a `*` for the number, those of all layers, stacked.
 
         Raises:
-            KeyError: There is no such name; it names the nearest three.
+            KeyError: There is no such name; the message has the nearest three.
         """
         if name in self.entries:
             return self.entries[name].tensor
@@ -151,7 +157,7 @@ class Trace(Mapping[str, Any]):
         return len(self.entries)
 
     def __str__(self) -> str:
-        """A table: name, shape, mean, standard deviation, norm, source."""
+        """Return a table: name, shape, mean, standard deviation, norm, source."""
         rows: list[tuple[str, ...]] = [("name", "shape", "mean", "std", "norm", "source")]
         for name, entry in self.entries.items():
             if isinstance(entry.tensor, Tensor):
@@ -176,9 +182,9 @@ class Trace(Mapping[str, Any]):
         """Make every entry again from its parents, with NumPy in float64.
 
         Returns:
-            The largest difference, by name, in the order of execution; of the entries whose
-            parents are in the trace. In float64 they are below 1e-13; in float32 they are the
-            rounding of one operation.
+            The largest difference of each entry whose parents are in the trace, by name, in the
+            order of execution. In float64 they are below 1e-13; in float32 they are the rounding
+            of one operation.
         """
         errors = {}
         for name, entry in self.entries.items():
@@ -195,7 +201,7 @@ class Trace(Mapping[str, Any]):
         return errors
 
     def to_numpy(self) -> dict[str, _Array]:
-        """Name -> array; `tokens` is an array of str, and bfloat16 becomes float32."""
+        """Return arrays by name; `tokens` is an array of str, and bfloat16 becomes float32."""
         return {
             name: np.array(entry.tensor)
             if isinstance(entry.tensor, list)
@@ -209,17 +215,13 @@ class Trace(Mapping[str, Any]):
         """Write a safetensors file: the tensors, and as metadata `text`, and in JSON `tokens`,
         `offsets` and, by name, `axes`, `parents`, `formula` and `source`.
         """
+        told = ("axes", "parents", "formula", "source")
         about = {
-            name: {
-                "axes": entry.axes,
-                "parents": entry.parents,
-                "formula": entry.formula,
-                "source": str(entry.source),
-            }
+            name: {each: getattr(entry, each) for each in told}
             for name, entry in self.entries.items()
         }
         metadata = {"text": self.text, "offsets": json.dumps(self.offsets)}
-        metadata |= {"entries": json.dumps(about, ensure_ascii=False)}
+        metadata |= {"entries": json.dumps(about, ensure_ascii=False, default=str)}
         if "tokens" in self.entries:
             metadata["tokens"] = json.dumps(self["tokens"], ensure_ascii=False)
         tensors = {
@@ -250,10 +252,10 @@ def trace(
         See `Trace`.
 
     Raises:
-        InputTypeError: The text is none.
-        InputError: It has a lone surrogate, or the encoder has no tokenizer, or another argument
-            can't be used.
-        KeyError: `names` has a name that there is not; it names the nearest three.
+        InputTypeError: The text is not a str.
+        InputError: The text has a lone surrogate, or the encoder has no tokenizer, or another
+            argument can't be used.
+        KeyError: `names` has a name that does not exist; the message has the nearest three.
     """
     return traces(encoder, [text], names=names, dtype=dtype, arguments=["text"])[0]
 
@@ -267,7 +269,7 @@ def traces(
     arguments: Sequence[str],
     warn: bool = True,
 ) -> list[Trace]:
-    """`trace` for several texts; a copy of the model is made once.
+    """Trace several texts; a copy of the model is made once.
 
     Args:
         encoder, texts, names, dtype: As in `trace`.
@@ -308,9 +310,9 @@ def traces(
 
 
 def in_dtype(encoder: _Encoder, dtype: str | torch.dtype | None) -> _Encoder:
-    """An encoder once more: with the same parameters, or with copies in another dtype.
+    """Copy an encoder: with the same parameters, or with copies of them in another dtype.
 
-    With bfloat16 it is the linear layers that get it, as when a model is loaded so.
+    With bfloat16 only the linear layers get that dtype, as when a model is loaded in it.
     """
     kind = None if dtype is None else inputs.as_dtype(dtype)
     known: dict[int, Any] = {id(encoder.get_tokenizer()): encoder.get_tokenizer()}
@@ -375,7 +377,7 @@ class _Watched(Batch):
 
 
 class _Recorder(TorchFunctionMode):
-    """Sees one forward pass."""
+    """Records one forward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -416,7 +418,7 @@ class _Recorder(TorchFunctionMode):
 
     @contextmanager
     def watching(self, encoder: Pipeline) -> Iterator[None]:
-        """Hooks on the modules of `encoder`, while inside."""
+        """Put hooks on the modules of `encoder`, inside a `with`."""
         handles = []
         try:
             for path, module in [*encoder.bert.named_modules(), ("pooling", encoder.pooling)]:
@@ -436,7 +438,7 @@ class _Recorder(TorchFunctionMode):
         return hook
 
     def _see(self, path: str, module: nn.Module, given: Tensor, output: Tensor) -> None:
-        """What a module got and gave."""
+        """Record what a module got and gave."""
         if isinstance(module, nn.LayerNorm):
             before = "embeddings.sum" if path.startswith("embeddings") else f"{path}.residual"
             self._keep(before, given)
@@ -457,7 +459,7 @@ class _Recorder(TorchFunctionMode):
             self._keep(path, output)
 
     def _keep(self, name: str, tensor: Tensor, made_with: Tensor | None = None) -> None:
-        """Under this name, without the batch axis, with the statement that made it."""
+        """Record a tensor, without the batch axis, and the statement that made it."""
         key = id(tensor if made_with is None else made_with)
         if key not in self._made:  # handed on as it came
             source = _statement_of_caller()
@@ -474,7 +476,7 @@ _SEEN_PATHS = ("attention.output", "feed_forward.intermediate", "feed_forward.ou
 
 
 def _statement_of_caller() -> Source | None:
-    """The innermost statement of `bert.py` or `pooling.py` that is being executed."""
+    """Return the innermost statement of `bert.py` or `pooling.py` that is being executed."""
     frame: types.FrameType | None = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_filename in _WATCHED:
@@ -485,7 +487,7 @@ def _statement_of_caller() -> Source | None:
 
 @functools.lru_cache(maxsize=1024)
 def _statement(filename: str, line: int) -> Source:
-    """The statement around a line."""
+    """Return the statement around a line."""
     lines = linecache.getlines(filename)
     around = [
         node
@@ -494,14 +496,18 @@ def _statement(filename: str, line: int) -> Source:
     ]
     node = max(around, key=lambda node: node.lineno)
     text = inspect.cleandoc("\n" + "".join(lines[node.lineno - 1 : node.end_lineno]))
-    return Source(f"minilm/{Path(filename).name}", node.lineno, text)
+    return Source(place(filename), node.lineno, text)
+
+
+def place(filename: str | None) -> str:
+    """Where a file of this package is, from the package on: "minilm/bert.py"."""
+    return Path(os.path.relpath(filename or "", Path(__file__).parents[2])).as_posix()
 
 
 def _definition(function: Callable[..., Any]) -> Source:
-    """The first line of a function."""
+    """Return the first line of a function."""
     lines, start = inspect.getsourcelines(inspect.unwrap(function))
-    name = Path(inspect.getsourcefile(function) or "").name
-    return Source(f"minilm/{name}", start, lines[0].strip())
+    return Source(place(inspect.getsourcefile(function)), start, lines[0].strip())
 
 
 # --- What each entry is ---------------------------------------------------------------------------
@@ -518,11 +524,11 @@ class _Numbers:
         self._weights = weights
 
     def __call__(self, name: str) -> _Array:
-        """A parameter of `BertModel`."""
+        """Return a parameter of `BertModel`."""
         return _to_numpy(self._weights[name].cpu())
 
     def linear(self, path: str, x: _Array) -> _Array:
-        """`[tokens, ...]` -> `[tokens, out]`."""
+        """Apply a linear layer, `[tokens, ...]` -> `[tokens, out]`."""
         product: _Array = x.reshape(len(x), -1) @ self(f"{path}.weight").T + self(f"{path}.bias")
         return product
 
@@ -546,7 +552,7 @@ _erf = np.vectorize(math.erf, otypes=[np.float64])  # NumPy has none of its own
 
 @dataclass(frozen=True)
 class _Rule:
-    """What entries of one kind are: `make(numbers, path of the module, *parents)`."""
+    """How entries of one kind are made: `make(numbers, path of the module, *parents)`."""
 
     axes: tuple[str, ...]
     formula: str
@@ -637,7 +643,7 @@ _NOT_NORMALIZED = _Rule(("hidden",), "pooled", lambda n, _, x: x)
 
 
 def _plan(encoder: Pipeline) -> dict[str, tuple[tuple[str, ...], _Rule]]:
-    """All entries in the order of execution: name -> (parents, rule)."""
+    """List all entries in the order of execution: name -> (parents, rule)."""
     plan: dict[str, tuple[tuple[str, ...], _Rule]] = {}
 
     def add(name: str, *parents: str, rule: str = "") -> str:
@@ -678,32 +684,34 @@ def _plan(encoder: Pipeline) -> dict[str, tuple[tuple[str, ...], _Rule]]:
     return plan
 
 
+def state(layers: int) -> str:
+    """The name of the token vectors after so many layers; after none, of the embeddings."""
+    if not layers:
+        return "embeddings.layer_norm.output"
+    return f"layers.{layers - 1}.feed_forward_layer_norm.output"
+
+
 def _to_numpy(value: Any) -> _Array:
     return value.double().numpy() if isinstance(value, Tensor) else np.array(value)
 
 
 def _choose(names: Iterable[str] | str | None, known: list[str]) -> set[str]:
-    """The names that are asked for."""
+    """Return the names that are asked for."""
     if names is None:
         return set(known)
-    chosen: set[str] = set()
-    for name in [names] if isinstance(names, str) else names:
-        chosen.update(_matching(name, known))
-    return chosen
+    asked = [names] if isinstance(names, str) else names
+    return {each for name in asked for each in _matching(name, known)}
 
 
 def _matching(name: str, known: Iterable[str]) -> list[str]:
-    """The names that `name` stands for, with `*` for a number.
+    """Return the names that `name` stands for, with `*` for a number.
 
     Raises:
-        KeyError: There is none.
+        KeyError: There is no such name.
     """
     pattern = re.compile(re.escape(str(name)).replace(r"\*", "[0-9]+"))
     found = [each for each in known if pattern.fullmatch(each)]
     if not found:
-        raise TraceKeyError(str(name), _nearest(str(name), known))
+        nearest = difflib.get_close_matches(str(name), list(known), n=3, cutoff=0.0)
+        raise TraceKeyError(str(name), nearest)
     return found
-
-
-def _nearest(name: str, known: Iterable[str]) -> list[str]:
-    return difflib.get_close_matches(name, list(known), n=3, cutoff=0.0)

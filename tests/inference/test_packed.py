@@ -354,7 +354,7 @@ def test_ids_go_to_the_device_packed_or_on_mps_padded(
 ) -> None:
     assert tiny_encoder.tokenizer is not None
     rows = [[2, 5, 3], [2, 3]]
-    packed = make_batch(tiny_encoder, rows)
+    packed = make_batch(rows, None, tiny_encoder.device, tiny_encoder.tokenizer)
     assert packed.input_ids.tolist() == [2, 5, 3, 2, 3, *[0] * 11]  # up to 16 rows
     mps = torch.device("mps")
     monkeypatch.setattr(SentenceEncoder, "device", mps)
@@ -362,7 +362,7 @@ def test_ids_go_to_the_device_packed_or_on_mps_padded(
     monkeypatch.setattr(
         tiny_encoder.tokenizer, "pad", lambda *given: padded if given == (rows, mps, None) else {}
     )
-    batch = make_batch(tiny_encoder, rows)
+    batch = make_batch(rows, None, tiny_encoder.device, tiny_encoder.tokenizer)
     assert batch.input_ids is padded["input_ids"]
     assert batch.attention_mask is padded["attention_mask"]
     assert batch.attend is None
@@ -449,7 +449,7 @@ def test_bad_limit_is_named(
 def test_batches_have_a_multiple_of_16_or_64_rows(
     tiny_encoder: SentenceEncoder, lengths: list[int], total: int
 ) -> None:
-    batch = make_batch(tiny_encoder, random_rows(lengths))
+    batch = make_batch(random_rows(lengths), None, tiny_encoder.device, tiny_encoder.tokenizer)
     assert len(batch.input_ids) == total
     assert int(batch.attention_mask.sum()) == sum(lengths)
 

@@ -443,6 +443,14 @@ def browser() -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
+def context(browser: Any) -> Callable[..., Any]:
+    """One window for all tabs of the same width and options: the page keeps its state in the
+    address, so that no test can see what another did.
+    """
+    return functools.cache(functools.partial(tour_browser.context, browser))
+
+
+@pytest.fixture(scope="module")
 def file(page: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("tour") / "tour.html"
     path.write_text(page, encoding="utf-8")
@@ -450,19 +458,19 @@ def file(page: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def opened(browser: Any, file: Path) -> Iterator[Callable[..., Page]]:
+def opened(context: Callable[..., Any], file: Path) -> Iterator[Callable[..., Page]]:
     """Opens the page; what the browser says about it must be nothing."""
     pages = []
 
     def open_page(width: int = 1440, path: Path = file, **options: Any) -> Page:
-        pages.append(Page(browser, path, width, **options))
+        pages.append(Page(context(width, **options), path))
         pages[-1].open()
         return pages[-1]
 
     yield open_page
     messages = [page.messages for page in pages]
     for page in pages:
-        page.context.close()
+        page.tab.close()
     assert messages == [[] for _ in pages]
 
 
@@ -733,13 +741,15 @@ def test_whole_tour_by_keyboard(shown: Page) -> None:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1440, 360])
-def test_axe_finds_nothing_serious(browser: Any, file: Path, scheme: str, width: int) -> None:
+def test_axe_finds_nothing_serious(
+    context: Callable[..., Any], file: Path, scheme: str, width: int
+) -> None:
     # What the page's policy forbids to all others it forbids to axe.
-    shown = Page(browser, file, width, color_scheme=scheme, bypass_csp=True)
+    shown = Page(context(width, color_scheme=scheme, bypass_csp=True), file)
     shown.open()
     shown.run(tour_browser.axe())
     found = shown.run("() => axe.run(document, {resultTypes: ['violations']})")
-    shown.context.close()
+    shown.tab.close()
     assert len(found["passes"]) > 20
     bad = [
         (each["id"], each["impact"], [node["html"][:160] for node in each["nodes"][:3]])

@@ -34,27 +34,31 @@ def axe() -> str:
     return resources.files(package).joinpath("axe.min.js").read_text(encoding="utf-8")
 
 
-class Page:
-    """The page in a tab of its own, without a network, and what the tests do to it."""
+def context(browser: Any, width: int = 1440, **options: Any) -> Any:
+    """A window without a network, in which pages are opened in tabs.
 
-    def __init__(self, browser: Any, path: Path, width: int = 1440, **options: Any) -> None:
-        """Args:
+    Args:
         browser: See `browser`.
-        path: The page.
-        width: Of the window, in pixels; on less than 500 of a phone.
+        width: Of the window, in pixels; below 500 it is that of a phone.
         options: As of playwright's `new_context`.
-        """
+    """
+    return browser.new_context(
+        viewport={"width": width, "height": 900},
+        is_mobile=width < 500,
+        has_touch=True,
+        offline=True,
+        **options,
+    )
+
+
+class Page:
+    """The page in a tab of its own, and what the tests do to it."""
+
+    def __init__(self, context: Any, path: Path) -> None:
         self.url = path.as_uri()
         self.requests: list[str] = []
         self.messages: list[str] = []
-        self.context = browser.new_context(
-            viewport={"width": width, "height": 900},
-            is_mobile=width < 500,
-            has_touch=True,
-            offline=True,
-            **options,
-        )
-        self.tab = self.context.new_page()
+        self.tab = context.new_page()
         self.tab.on("request", lambda request: self.requests.append(request.url))
         self.tab.on("console", lambda message: self.messages.append(message.text))
         self.tab.on("pageerror", lambda error: self.messages.append(str(error)))
