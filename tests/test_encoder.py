@@ -488,13 +488,13 @@ def test_threads_in_training_mode_get_no_dropout(tiny_encoder: SentenceEncoder) 
 
     def wait_inside(module: nn.Module, args: Any) -> None:
         entered.set()
-        assert leave.wait(30)
+        assert leave.wait(300)
 
     handle = tiny_encoder.bert.layers[0].register_forward_pre_hook(wait_inside)
     results: list[Any] = []
     slow = threading.Thread(target=lambda: results.append(tiny_encoder.encode(TEXTS)))
     slow.start()
-    assert entered.wait(30)  # it is in the middle of the model ...
+    assert entered.wait(300)  # it is in the middle of the model ...
     handle.remove()
     np.testing.assert_array_equal(tiny_encoder.encode(TEXTS), expected)
     leave.set()  # ... and goes on after another call has come and gone

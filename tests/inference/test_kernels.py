@@ -1503,10 +1503,11 @@ def test_no_copy_travels_with_a_clone(clone: Callable[[Any], Any], dtype: str | 
     np.testing.assert_array_equal(encoder.encode(TEXTS), expected)
 
 
+@pytest.mark.process
 def test_encode_in_another_process(tiny_encoder: SentenceEncoder) -> None:
     expected = tiny_encoder.encode(TEXTS)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        result = pool.submit(tiny_encoder.encode, TEXTS).result(timeout=120)
+        result = pool.submit(tiny_encoder.encode, TEXTS).result(timeout=600)
     np.testing.assert_array_equal(result, expected)
 
 
@@ -1682,7 +1683,7 @@ def in_threads(encoder: SentenceEncoder, texts: list[str]) -> list[Any]:
     barrier = threading.Barrier(8)
 
     def run(number: int) -> None:
-        barrier.wait(60)
+        barrier.wait(600)
         results[number] = encoder.encode(texts)
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(8)]

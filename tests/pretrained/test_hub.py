@@ -823,7 +823,7 @@ def test_two_downloads_at_once(
     wheel: dict[str, Any], tmp_path: Path, model_files: Files, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both are in the middle of the same file, seven times."""
-    both, errors = threading.Barrier(2, timeout=20), []
+    both, errors = threading.Barrier(2, timeout=300), []
     monkeypatch.setattr(os, "fsync", lambda descriptor: both.wait())
 
     def download() -> None:

@@ -707,6 +707,7 @@ def test_folder_that_appears_meanwhile(
     assert np.array_equal(embed(load(path)), embed(tiny))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("exists", [True, False])
 def test_killed_in_the_middle(exists: bool, tmp_path: Path) -> None:
     path = write_model_folder(tmp_path / "saved") if exists else tmp_path / "saved"
@@ -723,7 +724,9 @@ def die(file, data):
 save._write_file = die
 save.save_pretrained(compose(), {str(path)!r})
 """
-    paths = os.pathsep.join(map(str, (ROOT, ROOT / "tests", ROOT / "scripts")))
+    paths = os.pathsep.join(
+        map(str, (ROOT, ROOT / "tests", Path(__file__).parent, ROOT / "scripts"))
+    )
     done = subprocess.run(
         [sys.executable, "-c", code], check=False, env=os.environ | {"PYTHONPATH": paths},
         capture_output=True,

@@ -101,6 +101,7 @@ sys.exit(parity.main())
     )
 
 
+@pytest.mark.process
 def test_script_on_own_texts_as_json(published: Path, tmp_path: Path) -> None:
     texts = tmp_path / "texts with blanks.txt"
     texts.write_text("One text a line.\n\nZwölf Boxkämpfer\n", encoding="utf-8")
@@ -113,6 +114,7 @@ def test_script_on_own_texts_as_json(published: Path, tmp_path: Path) -> None:
     assert report["texts"] == 3
 
 
+@pytest.mark.process
 def test_script_fails_and_names_the_stage_and_the_text(published: Path, tmp_path: Path) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_text("a text\n", encoding="utf-8")
@@ -129,6 +131,7 @@ bert.F.gelu = functools.partial(bert.F.gelu, approximate="tanh")
     assert "text that diverges most there: [0] 'a text'" in done.stdout
 
 
+@pytest.mark.process
 def test_script_without_the_model(tmp_path: Path) -> None:
     done = run_script("--model", str(tmp_path / "missing"))
     assert done.returncode == 1
@@ -136,6 +139,7 @@ def test_script_without_the_model(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.process
 def test_script_without_the_reference_uses_golden_values(published: Path) -> None:
     hide = """
 class Hide:
@@ -153,6 +157,7 @@ importlib.util.find_spec = lambda name: None if "transformers" in name else find
     assert "PASS: 4 of 4 rows within their bars" in done.stdout
 
 
+@pytest.mark.process
 def test_script_leaves_the_hub_reachable() -> None:
     """A model that is named must still be fetchable, whatever is imported first."""
     code = f"""
