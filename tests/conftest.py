@@ -50,6 +50,7 @@ MARKS_OF_FIXTURES = {
     "published": ["published"],
     "reference": ["reference", "published"],
     "browser": ["browser"],
+    "small": ["slow"],  # the model of tests/parity/test_causes.py
 }
 # How a program starts another process, in the terms of Python's audit events. A `Process` of
 # `multiprocessing` raises none, so that its `start` is watched as well.
@@ -60,12 +61,16 @@ sys.addaudithook(lambda event, _: started.append(event) if event in STARTS else 
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="compare all texts with the reference")
+    parser.addoption(
+        "--full", action="store_true", help="all texts, where else a choice of them is compared"
+    )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Add the marks that follow from the fixtures of a test."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Add the marks that follow from the fixtures of a test, and skip what is marked `full`."""
     for item in items:
+        if item.get_closest_marker("full") and not config.getoption("--full"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes: scripts/test --full"))
         for fixture, marks in MARKS_OF_FIXTURES.items():
             if fixture in getattr(item, "fixturenames", ()):
                 for mark in marks:
@@ -279,6 +284,12 @@ def tiny_encoder() -> SentenceEncoder:
         tokenizer=WordPieceTokenizer(json.dumps(tiny_tokenizer_json())),
         max_seq_length=12,
     )
+
+
+@pytest.fixture(scope="session")
+def is_full(request: pytest.FixtureRequest) -> bool:
+    """Whether all texts are to be compared, as before a release."""
+    return bool(request.config.getoption("--full"))
 
 
 @pytest.fixture(scope="session")

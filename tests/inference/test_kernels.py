@@ -1553,6 +1553,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=5e-6)
 
 
+@pytest.mark.slow
 @anywhere
 @both_modes
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])

@@ -229,7 +229,7 @@ PORTS: dict[str, Callable[[SentenceEncoder], np.ndarray[Any, Any]]] = {
 def on_models(names: Iterable[str], *published: str) -> list[Any]:
     """All of them on the small model, and these on the published one too."""
     return [
-        *(pytest.param("small", name, id=name) for name in names),
+        *(pytest.param("small", name, marks=pytest.mark.slow, id=name) for name in names),
         *(
             pytest.param("encoder", name, marks=pytest.mark.published, id=f"{name}, published")
             for name in published
