@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -675,8 +676,14 @@ def test_a_job_that_kills_one_after_the_other_is_an_error(workers: ProcessPool) 
 
 def test_memory_is_given_back_where_that_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels.give_back_freed_memory()
+    given_back: list[int] = []
+    library = SimpleNamespace(malloc_trim=given_back.append)
+    monkeypatch.setattr(kernels, "_c_library", lambda: library)
+    kernels.give_back_freed_memory()
+    assert given_back == [0]
     monkeypatch.setattr(kernels, "_c_library", lambda: None)  # as on other systems
     kernels.give_back_freed_memory()
+    assert given_back == [0]
 
 
 def test_what_the_environment_says_of_kernels_stays(monkeypatch: pytest.MonkeyPatch) -> None:

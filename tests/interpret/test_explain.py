@@ -849,11 +849,12 @@ def on_terminal(*arguments: str, **environment: str) -> str:
         patch.delenv("NO_COLOR", raising=False)
         for name, value in ({"TERM": "xterm"} | environment).items():
             patch.setenv(name, value)
-        patch.setattr(sys, "stdout", Terminal())
-        patch.setattr(sys, "stderr", io.StringIO())
+        shown, errors = Terminal(), io.StringIO()
+        patch.setattr(sys, "stdout", shown)
+        patch.setattr(sys, "stderr", errors)
         assert cli.main(["explain", *arguments]) == 0
-        assert sys.stderr.getvalue() == ""
-        return sys.stdout.getvalue()
+    assert errors.getvalue() == ""
+    return shown.getvalue()
 
 
 def test_colour_on_a_terminal_only(model: list[str], loaded: SentenceEncoder) -> None:

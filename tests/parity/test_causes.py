@@ -73,13 +73,13 @@ def small() -> SentenceEncoder:
         torch.manual_seed(1)
         for name, parameter in bert.named_parameters():
             if "layer_norm" in name or name.endswith("bias"):
-                parameter += torch.randn_like(parameter) * 0.1
+                parameter.add_(torch.randn_like(parameter) * 0.1)
             elif "query" in name or "key" in name:
-                parameter *= 4
+                parameter.mul_(4)
             elif "attention" in name:
-                parameter *= 1.5
+                parameter.mul_(1.5)
             else:
-                parameter *= 4 if "feed_forward" in name else 0.1
+                parameter.mul_(4 if "feed_forward" in name else 0.1)
     return SentenceEncoder(
         modules=[bert, MeanPooling(), Normalize()],
         tokenizer=small_tokenizer(),
