@@ -899,6 +899,7 @@ def test_a_folder_that_another_model_took(tmp_path: Path) -> None:
         ours.add(np.ones((1, 16)), ["a"], fingerprint=MODEL)
 
 
+@pytest.mark.slow
 def test_a_search_while_another_thread_adds(index: Index) -> None:
     stop, errors = threading.Event(), []
 

@@ -1572,6 +1572,7 @@ def test_compiled_model(corrupted: SentenceEncoder, backend: str, mode: Any, pla
         torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @anywhere
 @both_modes
 def test_exported_model(corrupted: SentenceEncoder, mode: Any, place: Any) -> None:
