@@ -1,16 +1,26 @@
-"""Models for the tests: a tiny seeded one that needs no file, the published one, the reference.
+"""Models for the tests, and what a test needs.
 
-Most tests use the tiny one. Tests of the published weights are skipped where
-`weights/all-MiniLM-L6-v2` is absent (`scripts/fetch_weights` puts it there).
+There is a tiny seeded model that needs no file, the published one, and the reference. Most tests
+use the tiny one. Tests of the published weights are skipped where `weights/all-MiniLM-L6-v2` is
+absent (`scripts/fetch_weights` puts it there).
+
+A test that needs more than the tiny model and this process has a mark that says what; the marks
+are listed in pyproject.toml. `scripts/test --quick` runs the tests without any.
 """
 
+import contextlib
 import fcntl
+import io
 import json
+import multiprocessing.process
 import os
 import resource
 import signal
+import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +28,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from minilm import BertConfig, BertModel, MeanPooling, Normalize, SentenceEncoder
+from minilm import BertConfig, BertModel, MeanPooling, Normalize, SentenceEncoder, cli
 from minilm.pretrained.checkpoint import published_name
 from minilm.pretrained.hub import SHA256, WEIGHTS_FOLDER
 from minilm.tasks.search import Scores
@@ -34,6 +44,64 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "tests" / "data"
 SHARED = ROOT.parent / "shared" / "data"
+
+# A fixture, and the marks of a test that uses it, directly or through another fixture.
+MARKS_OF_FIXTURES = {
+    "published": ["published"],
+    "reference": ["reference", "published"],
+    "browser": ["browser"],
+    "small": ["slow"],  # the model of tests/parity/test_causes.py
+}
+# How a program starts another process, in the terms of Python's audit events. A `Process` of
+# `multiprocessing` raises none, so that its `start` is watched as well.
+STARTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system"}
+
+started: list[str] = []
+sys.addaudithook(lambda event, _: started.append(event) if event in STARTS else None)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--full", action="store_true", help="all texts, where else a choice of them is compared"
+    )
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Add the marks that follow from the fixtures of a test, and skip what is marked `full`."""
+    for item in items:
+        if item.get_closest_marker("full") and not config.getoption("--full"):
+            item.add_marker(pytest.mark.skip(reason="takes minutes: scripts/test --full"))
+        for fixture, marks in MARKS_OF_FIXTURES.items():
+            if fixture in getattr(item, "fixturenames", ()):
+                for mark in marks:
+                    item.add_marker(mark)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def processes_are_noted() -> Iterator[None]:
+    """A process that `multiprocessing` starts is noted in `started`, as all others are."""
+    start = multiprocessing.process.BaseProcess.start
+
+    def noted(self: multiprocessing.process.BaseProcess) -> None:
+        started.append(f"multiprocessing: {type(self).__name__}")
+        start(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(multiprocessing.process.BaseProcess, "start", noted)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def only_a_marked_test_starts_a_process(
+    request: pytest.FixtureRequest, processes_are_noted: None
+) -> Iterator[None]:
+    """A test that starts a process, and isn't marked so, fails."""
+    is_marked = any(request.node.get_closest_marker(mark) for mark in ("process", "browser"))
+    started.clear()
+    yield
+    if started and not is_marked:
+        pytest.fail(f"starts a process ({started[0]}); mark it with pytest.mark.process")
+
 
 TINY = BertConfig(
     vocab_size=40,
@@ -162,6 +230,46 @@ def edit_json(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps(kept), encoding="utf-8")
 
 
+@dataclass(frozen=True)
+class Done:
+    """What a command line left: its exit code, and the bytes of its two outputs."""
+
+    returncode: int
+    stdout: bytes
+    stderr: bytes
+
+
+def minilm(
+    *arguments: str | Path,
+    stdin: str | bytes = "",
+    cwd: Path | None = None,
+    encoding: str = "utf-8",
+) -> Done:
+    """Run the command `minilm` in this process, with streams, filters of warnings and a folder of
+    its own, as a new process would have them.
+    """
+    data = stdin.encode() if isinstance(stdin, str) else stdin
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        warnings.resetwarnings()
+        for category in (DeprecationWarning, PendingDeprecationWarning, ResourceWarning):
+            warnings.simplefilter("ignore", category)
+        buffers = {"stdin": io.BytesIO(data), "stdout": io.BytesIO(), "stderr": io.BytesIO()}
+        for name, buffer in buffers.items():
+            patch.setattr(sys, name, io.TextIOWrapper(buffer, encoding=encoding))
+        try:
+            with contextlib.chdir(cwd or "."):
+                code: Any = cli.main([str(word) for word in arguments])
+        except SystemExit as stop:  # argparse: wrong usage, --help, --version
+            code = stop.code
+        finally:
+            torch.set_num_threads(threads)
+        assert code is None or isinstance(code, int)
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()
+        return Done(code or 0, buffers["stdout"].getvalue(), buffers["stderr"].getvalue())
+
+
 @pytest.fixture
 def tiny_folder(tmp_path: Path) -> Path:
     """A model folder that a test may damage."""
@@ -176,6 +284,12 @@ def tiny_encoder() -> SentenceEncoder:
         tokenizer=WordPieceTokenizer(json.dumps(tiny_tokenizer_json())),
         max_seq_length=12,
     )
+
+
+@pytest.fixture(scope="session")
+def is_full(request: pytest.FixtureRequest) -> bool:
+    """Whether all texts are to be compared, as before a release."""
+    return bool(request.config.getoption("--full"))
 
 
 @pytest.fixture(scope="session")

@@ -187,7 +187,8 @@ def query_and_key_swapped(encoder: SentenceEncoder, patch: pytest.MonkeyPatch) -
 @mutation
 def heads_in_another_order(encoder: SentenceEncoder, patch: pytest.MonkeyPatch) -> None:
     weight: Any = encoder.bert.layers[3].attention.output.weight  # type: ignore[union-attr]
-    weight.copy_(weight.view(384, 12, 32).flip(1).reshape(384, 384))
+    size = encoder.bert.config.head_size
+    weight.copy_(weight.view(len(weight), -1, size).flip(1).reshape(weight.shape))
 
 
 @mutation

@@ -218,6 +218,7 @@ def refused(folder: Path, match: str) -> None:
     assert str(caught.value).startswith(f"{folder}: ")
 
 
+@pytest.mark.process
 def test_another_process_is_refused(tmp_path: Path) -> None:
     with another_process(tmp_path):
         refused(tmp_path, "another process is writing there; wait until it is done")
@@ -264,7 +265,7 @@ def test_threads_wait_for_each_other(tmp_path: Path) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(300)
     assert (most, done) == (1, 40)
     assert names(tmp_path) == ["link"]
 
@@ -280,7 +281,7 @@ def test_threads_that_would_wait_for_each_other_forever(tmp_path: Path) -> None:
     def work(place: int) -> None:
         try:
             with lock_folder(folders[place], "lock", "output"):
-                all_have.wait(30)
+                all_have.wait(300)
                 with lock_folder(folders[place - 1], "lock", "output"):
                     done.append(place)
         except InputError as error:
@@ -290,12 +291,13 @@ def test_threads_that_would_wait_for_each_other_forever(tmp_path: Path) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(30)
+        thread.join(300)
     assert len(done) == 2
     assert len(refusals) == 1
     assert "the thread that is writing there waits for this one; let one of" in refusals[0]
 
 
+@pytest.mark.process
 def test_a_forked_child_has_nothing_and_takes_nothing(tmp_path: Path) -> None:
     other = tmp_path / "other"
     other.mkdir()
@@ -304,12 +306,12 @@ def test_a_forked_child_has_nothing_and_takes_nothing(tmp_path: Path) -> None:
     def hold() -> None:
         with lock_folder(other, "lock", "output"):
             ready.set()
-            stop.wait(30)
+            stop.wait(300)
 
     ready = threading.Event()
     thread = threading.Thread(target=hold)
     thread.start()
-    ready.wait(30)
+    ready.wait(300)
     with lock_folder(tmp_path, "lock", "output"):
         child = os.fork()
         if child == 0:  # nothing of pytest may run in it
@@ -322,7 +324,7 @@ def test_a_forked_child_has_nothing_and_takes_nothing(tmp_path: Path) -> None:
                 os._exit(code)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     stop.set()
-    thread.join(30)
+    thread.join(300)
     with lock_folder(tmp_path, "lock", "output"):
         child = os.fork()
     if child == 0:  # it has left the block, and the folder is its parent's all the same
@@ -332,6 +334,7 @@ def test_a_forked_child_has_nothing_and_takes_nothing(tmp_path: Path) -> None:
         pass
 
 
+@pytest.mark.process
 def test_a_killed_process_holds_nothing(tmp_path: Path) -> None:
     code = """
 import os, pathlib, sys
@@ -346,6 +349,7 @@ with lock_folder(pathlib.Path(sys.argv[1]), "lock", "output"):
         pass
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("number", MISSING)
 def test_without_flock_there_is_another_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int

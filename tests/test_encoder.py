@@ -283,6 +283,7 @@ def test_strange_text_is_fine(tiny_encoder: SentenceEncoder) -> None:
     np.testing.assert_array_equal(embeddings[0], embeddings[1])  # [CLS] [SEP] both
 
 
+@pytest.mark.slow
 def test_ten_megabytes_of_text(tiny_encoder: SentenceEncoder) -> None:
     with pytest.warns(TruncationWarning, match="100 % of their tokens were not read"):
         embedding = tiny_encoder.encode("the dog sees a cat . " * 500_000)
@@ -488,13 +489,13 @@ def test_threads_in_training_mode_get_no_dropout(tiny_encoder: SentenceEncoder) 
 
     def wait_inside(module: nn.Module, args: Any) -> None:
         entered.set()
-        assert leave.wait(30)
+        assert leave.wait(300)
 
     handle = tiny_encoder.bert.layers[0].register_forward_pre_hook(wait_inside)
     results: list[Any] = []
     slow = threading.Thread(target=lambda: results.append(tiny_encoder.encode(TEXTS)))
     slow.start()
-    assert entered.wait(30)  # it is in the middle of the model ...
+    assert entered.wait(300)  # it is in the middle of the model ...
     handle.remove()
     np.testing.assert_array_equal(tiny_encoder.encode(TEXTS), expected)
     leave.set()  # ... and goes on after another call has come and gone
@@ -846,21 +847,24 @@ BFLOAT16_IS_SLOW = not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @pytest.fixture(scope="module")
-def texts_of_all_lengths(encoder: SentenceEncoder) -> list[str]:
-    """2,000 texts of 2 to 256 tokens, each length among them, most of them short; 48,000 tokens.
+def texts_of_all_lengths(encoder: SentenceEncoder, is_full: bool) -> list[str]:
+    """Texts of 2 to 256 tokens, most of them short, made of words that are one token each.
 
-    Made of words that are one token each.
+    With --full 2,000 of 48,000 tokens, each length among them; else 500, and each fourth length.
     """
     assert encoder.tokenizer is not None
     vocabulary = encoder.tokenizer.backend.get_vocab()
     words = np.array(sorted(word for word in vocabulary if re.fullmatch("[a-z]{2,}", word)))
     random = np.random.default_rng(0)
-    lengths = [*range(2, 257), *(3 + random.exponential(6, size=1745).astype(int).clip(0, 253))]
+    lengths = [*range(2, 257, 1 if is_full else 4), 256][: 255 if is_full else 65]
+    count = 2000 if is_full else 500
+    short = random.exponential(6, size=count - len(lengths)).astype(int).clip(0, 253)
+    lengths += [*(3 + short)]
     texts = [" ".join(random.choice(words, length - 2)) for length in lengths]
     read = encoder.tokenizer(texts).input_ids
     assert list(map(len, read)) == lengths
-    assert len(texts) == 2000
-    return [texts[i] for i in random.permutation(2000)]
+    assert len(texts) == count
+    return [texts[i] for i in random.permutation(count)]
 
 
 PASSES: list[tuple[int, dict[str, int]]] = [  # threads, limits
@@ -904,7 +908,7 @@ def test_same_bits_alone_in_any_batch_and_order(
         for threads, rows in (
             (1, range(0, len(texts), 13)),
             (2, range(5, len(texts), 40)),
-        ):  # 204
+        ):
             torch.set_num_threads(threads)
             for row in rows:
                 alone = encoder.encode(texts[row])

@@ -333,7 +333,7 @@ def test_a_named_pipe(run: Callable[..., int], workplace: Path, suffix: str) -> 
     try:
         assert run("encode", "in.txt", "-o", pipe) == 0
     finally:
-        reader.join(10)
+        reader.join(300)
     assert stat.S_ISFIFO(pipe.stat().st_mode)
     assert run("encode", "in.txt", "-o", f"file{suffix or '.jsonl'}") == 0
     assert got == [(workplace / f"file{suffix or '.jsonl'}").read_bytes()]
@@ -406,6 +406,7 @@ def test_vectors_of_a_full_disk_are_kept_elsewhere(
     assert read_fingerprint(kept) is not None
 
 
+@pytest.mark.process
 def test_a_full_standard_output_is_named(tiny_folder: Path, tmp_path: Path) -> None:
     with Path("/dev/full").open("wb") as full:
         done = subprocess.run(

@@ -163,6 +163,7 @@ def test_public_names_are_those_of_all() -> None:
         minilm.nonsense  # noqa: B018
 
 
+@pytest.mark.process
 def test_names_whose_package_is_missing_are_not_there() -> None:
     code = """
 import inspect, pydoc, sys
@@ -195,6 +196,7 @@ def test_module_all_is_true(path: Path) -> None:
         assert hasattr(module, name)
 
 
+@pytest.mark.process
 def test_import_and_help_load_no_torch() -> None:
     code = """
 import sys, minilm, minilm.cli.parser
@@ -208,6 +210,7 @@ assert not heavy, heavy
     assert "usage: minilm" in run_python(code)
 
 
+@pytest.mark.process
 def test_foreign_libraries_never_enter(published: Path) -> None:
     code = f"""
 import sys, importlib, pathlib, minilm
@@ -226,11 +229,13 @@ assert not foreign, foreign
     run_python(code)
 
 
+@pytest.mark.process
 def test_bare_checkout_knows_its_version() -> None:
     out = run_python("import minilm; print(minilm.__version__, minilm.__file__)")
     assert out.split()[0] == minilm.__version__
 
 
+@pytest.mark.process
 def test_loading_from_a_folder_does_not_import_the_hub_library(published: Path) -> None:
     code = f"""
 import sys
@@ -241,11 +246,13 @@ assert "huggingface_hub" not in sys.modules
     run_python(code)
 
 
+@pytest.mark.process
 def test_logger_is_silent_by_default() -> None:
     code = "import minilm, logging; print(logging.getLogger('minilm').handlers)"
     assert "NullHandler" in run_python(code)
 
 
+@pytest.mark.process
 def test_wheel_works_in_a_fresh_environment(published: Path, tmp_path: Path) -> None:
     source = tmp_path / "source with blanks"
     source.mkdir()

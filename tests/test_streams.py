@@ -97,6 +97,7 @@ def test_progress_bars_without_standard_error(
     tell("nobody hears it")
 
 
+@pytest.mark.process
 @pytest.mark.skipif(os.name == "nt", reason="a shell of POSIX closes the streams")
 @pytest.mark.parametrize(
     ("words", "streams", "code", "out"),

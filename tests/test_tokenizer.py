@@ -211,6 +211,7 @@ def test_lone_surrogate(tokenizer: WordPieceTokenizer, return_offsets: bool) -> 
     )
 
 
+@pytest.mark.slow
 def test_word_of_ten_megabytes(tokenizer: WordPieceTokenizer) -> None:
     assert tokenizer(["x" * 10_000_000], 12) == Tokens([[CLS, UNK, SEP]], [3])
 

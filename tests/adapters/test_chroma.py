@@ -243,6 +243,7 @@ def in_a_new_process(imports: str, database: Path) -> subprocess.CompletedProces
     return subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
 
 
+@pytest.mark.process
 def test_a_collection_survives_a_restart(published: Path, tmp_path: Path) -> None:
     function = MiniLMEmbeddingFunction(published, device="cpu")
     collection = client_of(tmp_path).create_collection("facts", embedding_function=function)
@@ -252,6 +253,7 @@ def test_a_collection_survives_a_restart(published: Path, tmp_path: Path) -> Non
     assert done.stdout.splitlines() == [f"[[{FACTS[1]!r}]]"] * 2 + ["4"]
 
 
+@pytest.mark.process
 def test_without_the_import_chroma_refuses(folder: Path, tmp_path: Path) -> None:
     collection = client_of(tmp_path).create_collection(
         "facts", embedding_function=MiniLMEmbeddingFunction(folder)

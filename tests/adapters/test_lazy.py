@@ -65,6 +65,7 @@ def test_every_adapter_has_its_tests() -> None:
     assert tests == {f"test_{name}" for name in files - {"__init__"}}
 
 
+@pytest.mark.process
 def test_the_command_that_tests_them_lists_them() -> None:
     command = [sys.executable, str(ROOT / "scripts" / "test_adapter"), "nonsense"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -72,6 +73,7 @@ def test_the_command_that_tests_them_lists_them() -> None:
     assert f"no adapter 'nonsense'; pass one of {', '.join(sorted(FRAMEWORKS))}" in done.stderr
 
 
+@pytest.mark.process
 def test_importing_the_package_loads_no_framework() -> None:
     roots = {*FRAMEWORKS.values(), "torch", "numpy"}
     code = f"import sys, minilm.adapters; print(sorted({roots} & set(sys.modules)))"

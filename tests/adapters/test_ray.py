@@ -38,6 +38,7 @@ from minilm.files.arrow import embeddings_of  # noqa: E402
 
 # Ray's own: it sets what it calls deprecated, and leaves processes to themselves and files open.
 pytestmark = [
+    pytest.mark.process,
     pytest.mark.filterwarnings("ignore::DeprecationWarning:ray.*"),
     pytest.mark.filterwarnings("ignore:subprocess .* is still running:ResourceWarning"),
     pytest.mark.filterwarnings("ignore:unclosed:ResourceWarning"),

@@ -367,6 +367,7 @@ def test_a_search_over_its_parameters_loads_it_once(folder: str, loads: list[Any
     assert search.predict(["the dog bites"]).tolist() == [0]
 
 
+@pytest.mark.process
 def test_a_search_in_two_processes_gives_the_same(folder: str) -> None:
     pipeline = make_pipeline(MiniLMVectorizer(folder), LogisticRegression())
     scores = [

@@ -1,4 +1,8 @@
-"""The command line, run as a person runs it: in a process of its own, on the tiny model."""
+"""The command line on the tiny model.
+
+Most tests run it in this process; what only a process of its own shows (streams of the system,
+exit codes, signals) is tested in one.
+"""
 
 import csv
 import io
@@ -10,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +22,9 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 import safetensors
+import torch
 
-from conftest import ROOT, write_model_folder
+from conftest import ROOT, Done, minilm, write_model_folder
 from minilm import SentenceEncoder, cli
 from minilm.cli import parser
 from minilm.errors import InputError
@@ -28,17 +34,23 @@ from minilm.files.tables import SUFFIXES, Table, read_table, write_rows
 from minilm.tasks import community_detection, paraphrase_mining_embeddings
 
 
-def minilm(
-    *arguments: str | Path, stdin: str | bytes = "", cwd: Path | None = None
-) -> "subprocess.CompletedProcess[bytes]":
-    return subprocess.run(
+def in_a_process(*arguments: str | Path, stdin: str = "", encoding: str = "utf-8") -> Done:
+    """As `minilm`, in a process of its own, as a person runs it."""
+    done = subprocess.run(
         [sys.executable, "-m", "minilm", *map(str, arguments)],
-        input=stdin.encode() if isinstance(stdin, str) else stdin,
+        input=stdin.encode(),
         capture_output=True,
         check=False,
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"},
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": encoding},
     )
+    return Done(done.returncode, done.stdout, done.stderr)
+
+
+# Both ways to run it, for what must be the same in each.
+EACH_WAY = pytest.mark.parametrize(
+    "run", [minilm, pytest.param(in_a_process, marks=pytest.mark.process)]
+)
+Run = Callable[..., Done]
 
 
 @pytest.fixture
@@ -51,10 +63,11 @@ def loaded(tiny_folder: Path) -> SentenceEncoder:
     return SentenceEncoder.from_pretrained(tiny_folder, device="cpu")
 
 
+@EACH_WAY
 def test_encode_standard_input_to_standard_output(
-    model: list[str], loaded: SentenceEncoder
+    run: Run, model: list[str], loaded: SentenceEncoder
 ) -> None:
-    done = minilm("encode", *model, stdin="the dog\n\na cat")
+    done = run("encode", *model, stdin="the dog\n\na cat")
     assert done.returncode == 0, done.stderr
     assert done.stderr == b""  # no progress bar where nobody looks
     rows = [json.loads(line) for line in done.stdout.decode().splitlines()]
@@ -114,7 +127,7 @@ def test_dash_is_standard_input_among_files(model: list[str], tmp_path: Path) ->
     assert texts == ["first", "second"]
 
 
-def failed(done: "subprocess.CompletedProcess[bytes]", code: int) -> str:
+def failed(done: Done, code: int) -> str:
     """One line on standard error, no traceback."""
     assert done.returncode == code, done
     message = done.stderr.decode()
@@ -122,8 +135,9 @@ def failed(done: "subprocess.CompletedProcess[bytes]", code: int) -> str:
     return message
 
 
-def test_missing_file_is_an_error_never_a_text(model: list[str]) -> None:
-    message = failed(minilm("encode", "no-such-file.txt", *model), 1)
+@EACH_WAY
+def test_missing_file_is_an_error_never_a_text(run: Run, model: list[str]) -> None:
+    message = failed(run("encode", "no-such-file.txt", *model), 1)
     assert message == "minilm: no-such-file.txt: No such file or directory\n"
 
 
@@ -141,14 +155,10 @@ def test_output_into_a_missing_folder(model: list[str], tmp_path: Path) -> None:
     assert message == f"minilm: {output}: {where}: No such file or directory\n"
 
 
+@EACH_WAY
 @pytest.mark.parametrize("command", ["encode -t", "similarity a"])
-def test_output_in_another_encoding(model: list[str], command: str) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "minilm", *command.split(), "日本", *model],
-        capture_output=True,
-        check=False,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "cp1252"},
-    )
+def test_output_in_another_encoding(run: Run, model: list[str], command: str) -> None:
+    done = run(*command.split(), "日本", *model, encoding="cp1252")
     assert done.returncode == 0, done.stderr
     assert rb"\u65e5\u672c" in done.stdout
 
@@ -236,19 +246,16 @@ def test_truncation_is_a_line_on_standard_error(model: list[str]) -> None:
     )
 
 
-def test_threads(model: list[str]) -> None:
-    code = (
-        "import sys, torch; from minilm import cli;"
-        f"cli.main(['encode', '-t', 'a', '--threads', '1', *{model!r}]);"
-        "sys.exit(torch.get_num_threads() != 1)"
-    )
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, check=False, capture_output=True
-    )
-    assert done.returncode == 0, done.stderr
+def test_threads(model: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    assert cli.main(["encode", "-t", "a", "--threads", "3", *model]) == 0
+    assert given == [3]
+    assert cli.main(["encode", "-t", "a", *model]) == 0
+    assert given == [3]
 
 
+@pytest.mark.process
 def test_closed_pipe_is_quiet(model: list[str]) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "minilm", "encode", *model],
@@ -266,10 +273,11 @@ def test_closed_pipe_is_quiet(model: list[str]) -> None:
     process.stdout.close()
     errors = process.stderr.read()
     process.stderr.close()
-    assert process.wait(60) == 0
+    assert process.wait(600) == 0
     assert errors == b""
 
 
+@pytest.mark.process
 @pytest.mark.skipif(os.name == "nt", reason="SIGINT can't be sent to one process there")
 def test_interrupt_exits_with_130(model: list[str], tmp_path: Path) -> None:
     ready = tmp_path / "ready"
@@ -290,13 +298,14 @@ def test_interrupt_exits_with_130(model: list[str], tmp_path: Path) -> None:
         time.sleep(0.05)
     time.sleep(0.2)  # now it reads standard input, which never ends
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=600)
     assert process.returncode == 130
     assert errors == b"minilm: interrupted\n"
 
 
-def test_python_dash_m_and_version() -> None:
-    done = minilm("--version")
+@EACH_WAY
+def test_python_dash_m_and_version(run: Run) -> None:
+    done = run("--version")
     assert done.stdout.decode().startswith("minilm ")
     assert done.returncode == 0
 
@@ -334,7 +343,14 @@ def workplace(tmp_path: Path, model: list[str]) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("command", [name for name in parser._EXAMPLES if name != "download"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(name, marks=[pytest.mark.process] if name == "encode" else [])
+        for name in parser._EXAMPLES
+        if name != "download"
+    ],
+)
 def test_examples_of_the_help_run(
     command: str, workplace: Path, model: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -721,6 +721,7 @@ print([hits[0]["corpus_id"] for hits in index.search(queries, 5, fingerprint=Non
 """
 
 
+@pytest.mark.process
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit on memory is Linux's")
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_a_corpus_in_a_file_is_not_copied_to_memory(tmp_path: Path, dtype: str) -> None:
@@ -898,6 +899,7 @@ def test_a_folder_that_another_model_took(tmp_path: Path) -> None:
         ours.add(np.ones((1, 16)), ["a"], fingerprint=MODEL)
 
 
+@pytest.mark.slow
 def test_a_search_while_another_thread_adds(index: Index) -> None:
     stop, errors = threading.Event(), []
 

@@ -183,6 +183,7 @@ def test_threads(on_gpu: SentenceEncoder, texts: list[str]) -> None:
     assert all(np.array_equal(each, expected) for each in found)
 
 
+@pytest.mark.process
 def test_process_pool(on_gpu: SentenceEncoder, texts: list[str]) -> None:
     some = texts[:40]
     with on_gpu.start_multi_process_pool(["cuda:0", "cuda:0"]) as pool:

@@ -1503,10 +1503,11 @@ def test_no_copy_travels_with_a_clone(clone: Callable[[Any], Any], dtype: str | 
     np.testing.assert_array_equal(encoder.encode(TEXTS), expected)
 
 
+@pytest.mark.process
 def test_encode_in_another_process(tiny_encoder: SentenceEncoder) -> None:
     expected = tiny_encoder.encode(TEXTS)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        result = pool.submit(tiny_encoder.encode, TEXTS).result(timeout=120)
+        result = pool.submit(tiny_encoder.encode, TEXTS).result(timeout=600)
     np.testing.assert_array_equal(result, expected)
 
 
@@ -1552,6 +1553,7 @@ def close(actual: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(actual, expected, rtol=0, atol=5e-6)
 
 
+@pytest.mark.slow
 @anywhere
 @both_modes
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -1570,6 +1572,7 @@ def test_compiled_model(corrupted: SentenceEncoder, backend: str, mode: Any, pla
         torch._dynamo.reset()
 
 
+@pytest.mark.slow
 @anywhere
 @both_modes
 def test_exported_model(corrupted: SentenceEncoder, mode: Any, place: Any) -> None:
@@ -1682,7 +1685,7 @@ def in_threads(encoder: SentenceEncoder, texts: list[str]) -> list[Any]:
     barrier = threading.Barrier(8)
 
     def run(number: int) -> None:
-        barrier.wait(60)
+        barrier.wait(600)
         results[number] = encoder.encode(texts)
 
     threads = [threading.Thread(target=run, args=(number,)) for number in range(8)]

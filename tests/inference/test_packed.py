@@ -201,6 +201,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head_size", [4, 6, 8, 12, 16, 24, 32, 64])
 def test_heads_of_any_size_keep_their_bits(head_size: int, threads: int) -> None:
     """Several of one length, from an odd place on.
@@ -565,6 +566,7 @@ def test_limits_do_not_change_a_bit(tiny_encoder: SentenceEncoder, dtype: torch.
         assert torch.equal(backwards.flip(0), expected), limits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("hidden_size", "heads"), [(384, 12), (768, 12), (32, 4)], ids=["heads of 32", "of 64", "of 8"]
 )

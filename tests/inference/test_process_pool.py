@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,8 @@ from minilm.errors import (
 from minilm.files.streaming import Answer, embed
 from minilm.inference import kernels, process_pool
 from minilm.inference.process_pool import Job, ProcessPool, sendable
+
+pytestmark = pytest.mark.process
 
 TEXTS = ["the dog bites the man", "", "a cat", "the sun is out .", "man sees dog", "a", "run !"]
 LONG = "the dog sees " * 9
@@ -299,7 +302,7 @@ def died(model: SentenceEncoder, pool: ProcessPool, texts: list[str], chunk_size
     begin = time.monotonic()
     with pytest.raises(WorkerError, match=r"process 0 of the pool, \d+, died unexpectedly"):
         model.encode(texts, pool=pool, chunk_size=chunk_size)
-    assert time.monotonic() - begin < 20  # no endless wait
+    assert time.monotonic() - begin < 300  # no endless wait
 
 
 def test_worker_killed_while_idle(tiny_encoder: SentenceEncoder) -> None:
@@ -436,7 +439,7 @@ def test_workers_end_with_a_parent_that_is_killed(tiny_folder: Path) -> None:
     parent.kill()
     parent.wait()
     parent.stdout.close()
-    until = time.monotonic() + 20
+    until = time.monotonic() + 300
     while any(map(is_running, pids)) and time.monotonic() < until:
         time.sleep(0.05)
     assert not any(map(is_running, pids))
@@ -457,7 +460,7 @@ def test_threads_share_a_pool(model: SentenceEncoder, pool: ProcessPool) -> None
         return model.encode(calls[number], pool=pool, chunk_size=5)
 
     with ThreadPoolExecutor(6) as threads:
-        for found, alone in zip(threads.map(call, range(6), timeout=120), expected, strict=True):
+        for found, alone in zip(threads.map(call, range(6), timeout=600), expected, strict=True):
             same(found, alone)
 
 
@@ -481,8 +484,8 @@ def test_stopped_while_threads_wait_for_it(tiny_encoder: SentenceEncoder) -> Non
         pool.stop()
         for call in waiting:
             with pytest.raises(WorkerError, match="the pool was stopped"):
-                call.result(20)
-    assert time.monotonic() - begin < 20
+                call.result(300)
+    assert time.monotonic() - begin < 300
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
@@ -574,7 +577,7 @@ def test_scripts_whose_workers_die_as_they_start(published: Path, tmp_path: Path
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=600,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 1
@@ -673,8 +676,14 @@ def test_a_job_that_kills_one_after_the_other_is_an_error(workers: ProcessPool) 
 
 def test_memory_is_given_back_where_that_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
     kernels.give_back_freed_memory()
+    given_back: list[int] = []
+    library = SimpleNamespace(malloc_trim=given_back.append)
+    monkeypatch.setattr(kernels, "_c_library", lambda: library)
+    kernels.give_back_freed_memory()
+    assert given_back == [0]
     monkeypatch.setattr(kernels, "_c_library", lambda: None)  # as on other systems
     kernels.give_back_freed_memory()
+    assert given_back == [0]
 
 
 def test_what_the_environment_says_of_kernels_stays(monkeypatch: pytest.MonkeyPatch) -> None:

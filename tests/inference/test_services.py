@@ -26,7 +26,7 @@ needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has
 TEXTS = ["the dog bites the man", "", "a cat", "the sun is out . " * 3]
 
 
-def run_python(code: str, *arguments: str, timeout: float = 60) -> str:
+def run_python(code: str, *arguments: str, timeout: float = 600) -> str:
     """What a program prints that runs in a process of its own."""
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],
@@ -65,16 +65,19 @@ print(torch.get_num_threads(), np.array_equal(encoder.encode(texts), before))
 """
 
 
+@pytest.mark.process
 @needs_fork
 def test_fork_after_use_works_in_the_child(tiny_folder: Path) -> None:
     assert run_python(FORKED, str(tiny_folder)).split("\n")[:2] == ["[0, 0, 0]", "2 True"]
 
 
+@pytest.mark.process
 @needs_fork
 def test_fork_after_use_of_the_published_model(published: Path) -> None:
     assert run_python(FORKED, str(published)).split("\n")[:2] == ["[0, 0, 0]", "2 True"]
 
 
+@pytest.mark.process
 @needs_fork
 def test_fork_before_use_keeps_the_threads(tiny_folder: Path) -> None:
     # A server that loads, forks its workers and only then serves: they may use their cores.
@@ -110,7 +113,7 @@ def child(*does):
             status = 0
         finally:
             os._exit(status)
-    until = time.monotonic() + 60
+    until = time.monotonic() + 300
     while time.monotonic() < until:
         done, status = os.waitpid(pid, os.WNOHANG)
         if done:
@@ -156,6 +159,7 @@ thread.join()
 """
 
 
+@pytest.mark.process
 @needs_fork
 @pytest.mark.parametrize("parallelism", ["true", "false", None])
 def test_a_forked_child_never_waits_for_threads_of_its_parent(
@@ -164,18 +168,19 @@ def test_a_forked_child_never_waits_for_threads_of_its_parent(
     monkeypatch.delenv("TOKENIZERS_PARALLELISM", raising=False)
     if parallelism is not None:
         monkeypatch.setenv("TOKENIZERS_PARALLELISM", parallelism)
-    found = run_python(ROUTES, str(tiny_folder), timeout=500).splitlines()
+    found = run_python(ROUTES, str(tiny_folder), timeout=3000).splitlines()
     routes = ["loaded", "tokenized", "computed", "has a pool", "had a pool", "embedded", "embeds"]
     assert found == [f"{route} 0" for route in routes]
 
 
+@pytest.mark.process
 @needs_fork
 def test_locks_are_free_in_a_forked_child() -> None:
     lock = Lock()
     with lock:
         child = os.fork()
         if not child:
-            os._exit(0 if lock.acquire(timeout=5) else 1)
+            os._exit(0 if lock.acquire(timeout=60) else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
@@ -186,6 +191,7 @@ def _embed_in_worker(encoder: SentenceEncoder, texts: list[str], answers: Any) -
     answers.put(encoder.encode(texts))
 
 
+@pytest.mark.process
 def test_spawned_process_gets_a_copy(tiny_encoder: SentenceEncoder) -> None:
     context = torch.multiprocessing.get_context("spawn")
     answers = context.SimpleQueue()
@@ -193,7 +199,7 @@ def test_spawned_process_gets_a_copy(tiny_encoder: SentenceEncoder) -> None:
     process = context.Process(target=_embed_in_worker, args=(tiny_encoder, texts, answers))
     process.start()
     np.testing.assert_allclose(answers.get(), tiny_encoder.encode(texts), rtol=0, atol=1e-6)
-    process.join(30)
+    process.join(300)
     assert process.exitcode == 0
 
 
@@ -210,6 +216,7 @@ class Embedded(torch.utils.data.Dataset[Any]):
         return self.encoder.encode(TEXTS[index % 3], convert_to_tensor=True)
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("method", ["fork", "spawn"])
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_data_loader_workers(tiny_encoder: SentenceEncoder, method: str) -> None:
@@ -225,6 +232,7 @@ def test_data_loader_workers(tiny_encoder: SentenceEncoder, method: str) -> None
 # threads
 
 
+@pytest.mark.slow
 def test_eight_threads_get_the_bits_of_one(tiny_encoder: SentenceEncoder) -> None:
     pick = random.Random(0)
     words = ["the", "dog", "cat", "sees", "sun", "walking", ".", "café"]
@@ -329,18 +337,21 @@ print(np.array_equal(encoder.encode(few), expected), encoder.training)
 """
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("after", [0.05, 0.6, 2.0])
 def test_interrupt_is_heard_soon_and_leaves_no_trace(published: Path, after: float) -> None:
     # 0.05 s: while the texts are tokenized; later: between two products.
     out = run_python(
-        INTERRUPTED, str(published), "50000", "the weather is lovely " * 20, str(after)
+        INTERRUPTED, str(published), "20000", "the weather is lovely " * 20, str(after)
     )
     waited, rest = out.split("\n")[:2]
     assert rest == "True False"
-    # A tenth of a second on a quiet machine; no timing is asserted, but that it is not the end.
-    assert float(waited) < 5
+    # A tenth of a second on a quiet machine; no timing is asserted, but that it is not the end,
+    # which is minutes away.
+    assert float(waited) < 30
 
 
+@pytest.mark.process
 def test_an_interrupt_ends_an_encode_in_a_pool(tiny_folder: Path) -> None:
     code = """
 import os, signal, sys, threading, time
@@ -369,7 +380,7 @@ if __name__ == "__main__":
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=600,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert done.stdout == "interrupted\nTrue\n0\n", done.stderr

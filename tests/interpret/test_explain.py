@@ -2,6 +2,7 @@
 
 import html.parser
 import inspect
+import io
 import json
 import linecache
 import os
@@ -16,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import ROOT, TINY, seeded_bert
+from conftest import ROOT, TINY, minilm, seeded_bert
 from minilm import (
     BertConfig,
     ClsPooling,
@@ -656,6 +657,7 @@ def png_size(data: bytes) -> tuple[int, int]:
     return int.from_bytes(data[16:20], "big"), int.from_bytes(data[20:24], "big")
 
 
+@pytest.mark.slow
 def test_png(double: SentenceEncoder, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'minilm[plot]'")
     path = tmp_path / "pairs.png"
@@ -769,15 +771,6 @@ def test_docstrings_say_what_kind_it_is() -> None:
 # --- The command ----------------------------------------------------------------------------------
 
 
-def minilm(*arguments: str | Path, **environment: str) -> "subprocess.CompletedProcess[bytes]":
-    return subprocess.run(
-        [sys.executable, "-m", "minilm", "explain", *map(str, arguments)],
-        capture_output=True,
-        check=False,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"} | environment,
-    )
-
-
 @pytest.fixture
 def model(tiny_folder: Path) -> list[str]:
     return ["--model", str(tiny_folder), "--device", "cpu"]
@@ -800,8 +793,14 @@ def test_command_prints_the_table(
     assert "\n".join(table) == loaded.explain(a, b, by=by).table()
 
 
+@pytest.mark.process
 def test_command_in_a_process_of_its_own(model: list[str], loaded: SentenceEncoder) -> None:
-    done = minilm("dog", "", *model)
+    done = subprocess.run(
+        [sys.executable, "-m", "minilm", "explain", "dog", "", *model],
+        capture_output=True,
+        check=False,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"},
+    )
     assert (done.returncode, done.stderr) == (0, b"")
     expected = 'dog / ""\n' + loaded.explain("dog", "").table() + "\n"
     assert done.stdout.decode() == expected
@@ -840,37 +839,27 @@ def test_command_writes_files(
     assert {path.suffix for path in tmp_path.iterdir() if path.is_file()} == {".png", ".html"}
 
 
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
 def on_terminal(*arguments: str, **environment: str) -> str:
     """What the command prints where somebody looks on."""
-    import pty
-
-    ours, theirs = pty.openpty()
-    clean = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "minilm", "explain", *arguments],
-        stdout=theirs,
-        stderr=subprocess.PIPE,
-        env=clean | {"PYTHONPATH": str(ROOT), "TERM": "xterm"} | environment,
-    )
-    os.close(theirs)
-    data = b""
-    while True:
-        try:
-            block = os.read(ours, 65536)
-        except OSError:  # Linux says so that the other side is closed
-            break
-        if not block:
-            break
-        data += block
-    os.close(ours)
-    _, errors = process.communicate(timeout=60)
-    assert (process.returncode, errors) == (0, b"")
-    return data.decode().replace("\r\n", "\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("NO_COLOR", raising=False)
+        for name, value in ({"TERM": "xterm"} | environment).items():
+            patch.setenv(name, value)
+        shown, errors = Terminal(), io.StringIO()
+        patch.setattr(sys, "stdout", shown)
+        patch.setattr(sys, "stderr", errors)
+        assert cli.main(["explain", *arguments]) == 0
+    assert errors.getvalue() == ""
+    return shown.getvalue()
 
 
-@pytest.mark.skipif(os.name == "nt", reason="there is no pty there")
 def test_colour_on_a_terminal_only(model: list[str], loaded: SentenceEncoder) -> None:
-    plain = minilm("dog", "a cat", *model).stdout.decode()
+    plain = minilm("explain", "dog", "a cat", *model).stdout.decode()
     coloured = on_terminal("dog", "a cat", *model)
     assert "\x1b" not in plain
     assert coloured.startswith("\x1b[1mdog / a cat\x1b[0m\n")
@@ -883,8 +872,37 @@ def test_colour_on_a_terminal_only(model: list[str], loaded: SentenceEncoder) ->
     assert "\x1b" not in on_terminal("dog", "a cat", "--json", *model)
 
 
+@pytest.mark.process
+@pytest.mark.skipif(os.name == "nt", reason="there is no pty there")
+def test_colour_on_a_terminal_of_the_system(model: list[str]) -> None:
+    import pty
+
+    ours, theirs = pty.openpty()
+    clean = {key: value for key, value in os.environ.items() if key != "NO_COLOR"}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "minilm", "explain", "dog", "a cat", *model],
+        stdout=theirs,
+        stderr=subprocess.PIPE,
+        env=clean | {"PYTHONPATH": str(ROOT), "TERM": "xterm"},
+    )
+    os.close(theirs)
+    data = b""
+    while True:
+        try:
+            block = os.read(ours, 65536)
+        except OSError:  # Linux says so that the other side is closed
+            break
+        if not block:
+            break
+        data += block
+    os.close(ours)
+    _, errors = process.communicate(timeout=600)
+    assert (process.returncode, errors) == (0, b"")
+    assert data.decode().replace("\r\n", "\n") == on_terminal("dog", "a cat", *model)
+
+
 def test_truncation_is_a_line_on_standard_error(model: list[str]) -> None:
-    done = minilm(LONG, "dog", *model)
+    done = minilm("explain", LONG, "dog", *model)
     assert done.returncode == 0
     assert done.stderr.decode() == (
         "minilm: warning: a was cut at 12 tokens; 71% of its tokens were not read\n"
@@ -905,7 +923,7 @@ def test_truncation_is_a_line_on_standard_error(model: list[str]) -> None:
 def test_command_fails_in_one_line(
     model: list[str], arguments: list[str], code: int, message: str
 ) -> None:
-    done = minilm(*model, *arguments)
+    done = minilm("explain", *model, *arguments)
     assert done.returncode == code
     errors = done.stderr.decode()
     assert message.replace("/", os.sep) in errors or message in errors

@@ -341,10 +341,10 @@ def test_threads_may_use_the_encoder_meanwhile(tiny_encoder: SentenceEncoder) ->
         encoding = [pool.submit(encode) for _ in range(2)]
         try:
             for done in [pool.submit(trace, text) for text in texts * 6]:
-                done.result(60)
+                done.result(600)
         finally:
             stop.set()
-        assert all(future.result(60) > 0 for future in encoding)
+        assert all(future.result(600) > 0 for future in encoding)
     assert state_of(tiny_encoder) == before
 
 

@@ -144,6 +144,7 @@ def test_a_byte_that_flipped_is_a_problem_wherever_it_is(
         assert found.result.verdict == "same"  # of the other parts
 
 
+@pytest.mark.slow
 def test_a_damaged_folder_of_another_program(tiny_encoder: SentenceEncoder, tmp_path: Path) -> None:
     path = tmp_path / "x.parquet"
     texts = ["a cat", "the dog"] * 50

@@ -361,6 +361,7 @@ def test_broken_bytes(data: bytes) -> None:
 # What only shows in a process of its own.
 
 
+@pytest.mark.process
 def test_the_file_is_not_needed_after_loading(tmp_path: Path) -> None:
     """A memory-mapped parameter would end the process with SIGBUS here, or change its values."""
     config = BertConfig(vocab_size=40, hidden_size=256, num_hidden_layers=2, num_attention_heads=4)
@@ -380,6 +381,7 @@ print("equal")
     assert run_python(code, folder) == "equal\n"
 
 
+@pytest.mark.process
 def test_loading_imports_no_compiler(tiny_folder: Path) -> None:
     code = """
 import sys

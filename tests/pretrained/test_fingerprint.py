@@ -137,6 +137,7 @@ def test_broken_records_list_every_problem() -> None:
         Fingerprint.from_json("{")
 
 
+@pytest.mark.process
 def test_two_loads_two_folders_and_two_processes_agree(
     tiny: Any, tiny_folder: Path, tmp_path: Path
 ) -> None:

@@ -707,6 +707,7 @@ def test_folder_that_appears_meanwhile(
     assert np.array_equal(embed(load(path)), embed(tiny))
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("exists", [True, False])
 def test_killed_in_the_middle(exists: bool, tmp_path: Path) -> None:
     path = write_model_folder(tmp_path / "saved") if exists else tmp_path / "saved"

@@ -22,7 +22,28 @@ reference_module = pytest.importorskip("reference")
 if not reference_module.is_installed():
     pytest.skip("needs the reference: pip install 'minilm[reference]'", allow_module_level=True)
 
-TEXTS = parity.read_texts(DATA / "parity_texts.jsonl")
+FILE = DATA / "parity_texts.jsonl"
+TEXTS = parity.read_texts(FILE)
+
+
+def chosen() -> list[dict[str, str]]:
+    """Sixty rows of the file: of each kind the shortest, the longest and five between them.
+
+    All languages of article 1 are one kind; of the other declarations but the English ones there
+    is one text of middle length in each language.
+    """
+    kinds: dict[str, list[dict[str, str]]] = {}
+    every = map(json.loads, FILE.read_text(encoding="utf-8").splitlines())
+    for row in {row["text"]: row for row in every}.values():
+        kind = "article 1" if row["kind"].startswith("article 1") else row["kind"]
+        kinds.setdefault(kind, []).append(row)
+    rows = []
+    for kind, found in kinds.items():
+        found.sort(key=lambda row: (len(row["text"]), row["text"]))
+        is_one = kind.startswith("declaration") and kind != "declaration en"
+        shares = [3] if is_one else range(7)
+        rows += [found[share * (len(found) - 1) // 6] for share in shares]
+    return rows
 
 
 def test_texts_are_many_and_varied(encoder: SentenceEncoder) -> None:
@@ -33,12 +54,34 @@ def test_texts_are_many_and_varied(encoder: SentenceEncoder) -> None:
     assert len(lengths) > 100
 
 
-def test_full_report_passes(published: Path) -> None:
-    """Ids, float64 and float32 stages, gradients and invariance, as scripts/parity.py runs it."""
-    report, about = parity.run(str(published), None, None)
+def test_the_choice_is_as_varied(encoder: SentenceEncoder) -> None:
+    rows = chosen()
+    assert len({row["text"] for row in rows}) == len(rows) == 60
+    assert {row["kind"].split()[0] for row in rows} == {
+        "special", "everyday", "code", "declaration", "article", "naughty", "emoji",
+    }  # fmt: skip
+    assert len({row["kind"] for row in rows if row["kind"].startswith("declaration")}) == 12
+    assert encoder.tokenizer is not None
+    lengths = {len(ids) for ids in encoder.tokenizer([row["text"] for row in rows], 256).input_ids}
+    assert {2, 3, 256} <= lengths
+    assert len(lengths) > 25
+
+
+def test_full_report_passes(
+    published: Path, is_full: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ids, float64 and float32 stages, gradients and invariance, as scripts/parity.py runs it.
+
+    With --full on all texts.
+    """
+    file = tmp_path / "chosen.jsonl"
+    if not is_full:
+        monkeypatch.setattr(parity, "MAX_INVARIANCE_TEXTS", 20)
+        file.write_text("".join(json.dumps(row) + "\n" for row in chosen()), encoding="utf-8")
+    report, about = parity.run(str(published), None if is_full else file, None)
     print(report.to_text())
     assert report.passed, report.to_text()
-    assert about["texts"].startswith(f"{len(TEXTS)} of 2 to 256 tokens")
+    assert about["texts"].startswith(f"{len(TEXTS) if is_full else 60} of 2 to 256 tokens")
     headings = [heading.split(":")[0] for heading, _ in report.sections]
     assert headings == ["token ids", "float64", "float64", "float32", "float32"]
 
@@ -101,6 +144,7 @@ sys.exit(parity.main())
     )
 
 
+@pytest.mark.process
 def test_script_on_own_texts_as_json(published: Path, tmp_path: Path) -> None:
     texts = tmp_path / "texts with blanks.txt"
     texts.write_text("One text a line.\n\nZwölf Boxkämpfer\n", encoding="utf-8")
@@ -113,6 +157,7 @@ def test_script_on_own_texts_as_json(published: Path, tmp_path: Path) -> None:
     assert report["texts"] == 3
 
 
+@pytest.mark.process
 def test_script_fails_and_names_the_stage_and_the_text(published: Path, tmp_path: Path) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_text("a text\n", encoding="utf-8")
@@ -129,6 +174,7 @@ bert.F.gelu = functools.partial(bert.F.gelu, approximate="tanh")
     assert "text that diverges most there: [0] 'a text'" in done.stdout
 
 
+@pytest.mark.process
 def test_script_without_the_model(tmp_path: Path) -> None:
     done = run_script("--model", str(tmp_path / "missing"))
     assert done.returncode == 1
@@ -136,6 +182,7 @@ def test_script_without_the_model(tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.process
 def test_script_without_the_reference_uses_golden_values(published: Path) -> None:
     hide = """
 class Hide:
@@ -153,6 +200,7 @@ importlib.util.find_spec = lambda name: None if "transformers" in name else find
     assert "PASS: 4 of 4 rows within their bars" in done.stdout
 
 
+@pytest.mark.process
 def test_script_leaves_the_hub_reachable() -> None:
     """A model that is named must still be fetchable, whatever is imported first."""
     code = f"""

@@ -27,7 +27,7 @@ from minilm.tasks import (
     paraphrase_mining_embeddings,
 )
 
-pytestmark = [pytest.mark.reference, pytest.mark.slow]
+pytestmark = [pytest.mark.reference, pytest.mark.slow, pytest.mark.full]
 
 # A float32 product is off by this: 384 roundings, half of them the other way. Seen: 1.0e-6.
 CLOSE = 2e-6

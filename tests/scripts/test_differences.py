@@ -40,6 +40,7 @@ def test_row_is_as_its_policy_says(comparison: Comparison, row: Row) -> None:
     check(comparison, row)
 
 
+@pytest.mark.process
 @pytest.mark.reference
 @pytest.mark.slow
 @pytest.mark.parametrize("row", IN_PROCESSES, ids=lambda row: f"{row.policy}: {row.call}")

@@ -91,6 +91,7 @@ def test_an_answer_may_be_written_in_other_ways() -> None:
     assert not EXERCISES[7].accepts("layers.1.attention.scores")
 
 
+@pytest.mark.process
 @numbered
 def test_command_to_begin_with(
     number: int, exercise: Exercise, encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch
@@ -156,6 +157,7 @@ def test_missing_model_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert errors.count("\n") == 1
 
 
+@pytest.mark.process
 def test_as_a_script() -> None:
     done = subprocess.run(
         [sys.executable, ROOT / "scripts" / "exercises.py", "7", "--answer", "0.907"],

@@ -25,6 +25,7 @@ def test_it_has_at_most_100_lines() -> None:
     assert len((ROOT / "scripts/finetune.py").read_text(encoding="utf-8").splitlines()) <= 100
 
 
+@pytest.mark.slow
 def test_the_loss_falls_and_the_result_is_saved(
     tiny_folder: Path, pairs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

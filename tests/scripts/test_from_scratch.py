@@ -51,6 +51,7 @@ def test_at_most_120_lines_of_at_most_100_characters() -> None:
     assert max(map(len, lines)) <= 100
 
 
+@pytest.mark.process
 def test_numpy_alone() -> None:
     standard = {"json", "math", "struct", "unicodedata", "pathlib", "typing"}
     names = set()
@@ -101,6 +102,7 @@ def test_vectors_are_those_of_the_model(
         np.testing.assert_allclose(actual, vector, rtol=0, atol=1e-5, err_msg=ascii(text))
 
 
+@pytest.mark.process
 def test_prints_the_matrix_of_the_readme(published: Path) -> None:
     done = subprocess.run([sys.executable, FILE], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")

@@ -140,6 +140,7 @@ def test_a_run(tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert torch.get_num_threads() == threads
 
 
+@pytest.mark.process
 def test_several_processes(tiny_encoder: SentenceEncoder) -> None:
     threads = torch.get_num_threads()
     with ExitStack() as stack:

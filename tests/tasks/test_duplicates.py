@@ -118,6 +118,7 @@ def clustered(seed: int, rows: int, width: int) -> Tensor:
     return torch.from_numpy(vectors + noise.astype(np.float32))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_the_definition_whatever_the_blocks(

@@ -618,6 +618,7 @@ def test_autocast_changes_nothing() -> None:
     assert found == expected
 
 
+@pytest.mark.process
 def test_precision_that_was_set_for_each_backend() -> None:
     code = """
 import torch
