@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["FILES", "SCIFACT", "TOP", "Retrieval", "ndcg", "read_jsonl", "read_retrieval"]
+__all__ = ["DATA", "FILES", "SCIFACT", "TOP", "Retrieval", "ndcg", "read_jsonl", "read_retrieval"]
 
-SCIFACT = Path("retrieval") / "scifact-small"  # in the folder of data
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"  # beside this checkout
+SCIFACT = Path("retrieval") / "scifact-small"  # in a folder of data
 FILES = ("corpus.jsonl", "queries.jsonl", "qrels.tsv")
 TOP = 10
 

@@ -8,7 +8,7 @@
 
 In: the batches of a `ray.data.Dataset`. Out: the same with a column of vectors. Reading, sending,
 writing, and doing again what was lost with a process or a machine, is Ray's part.
-`scripts/encode_on_ray.py` is this as a command, with all that goes around it.
+`scripts/learn/encode_on_ray.py` is this as a command, with all that goes around it.
 
 Each actor reads the model for itself, once, and verifies it as `from_pretrained` does. So this
 package, and the model, must be on every machine of the cluster: a name on the Hub is fetched there,

@@ -1,4 +1,4 @@
-"""What is equal to the reference and what differs: every row of scripts/differences.py."""
+"""What is equal to the reference and what differs: every row of scripts/quality/differences.py."""
 
 import re
 from collections.abc import Iterator

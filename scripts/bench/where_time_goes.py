@@ -1,8 +1,8 @@
 """Print where the time of `encode` on a CPU goes, and what each trick of the fast path is worth.
 
-    python scripts/where_time_goes.py [--model PATH_OR_NAME] [--rounds N] [--scale SHARE]
+    python scripts/bench/where_time_goes.py [--model PATH_OR_NAME] [--rounds N] [--scale SHARE]
 
-Four tables, on the workloads of scripts/bench.py: the matrix products alone, at the model's
+Four tables, on the workloads of scripts/bench/bench.py: the matrix products alone, at the model's
 shapes, by dtype; what they round in float32; the share of each kind of operation in the time, as
 torch's profiler counts it; and the time with one trick switched off, over the time with all of
 them: 1.10 means that it saves a tenth. On and off run in turn, in one process, with another number
@@ -26,8 +26,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # a bare checkout is enough
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a bare checkout is enough
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -78,7 +78,7 @@ def main() -> None:
 
 
 def workloads(encoder: SentenceEncoder, scale: float) -> dict[str, list[str]]:
-    """Some of scripts/bench.py's texts."""
+    """Some of scripts/bench/bench.py's texts."""
     tokenizer = encoder.tokenizer
     assert tokenizer is not None
     return make_texts(lambda words: tokenizer(words).token_counts, scale)

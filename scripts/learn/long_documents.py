@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """What is lost of long documents, and what reading them in windows regains: retrieval on SciFact.
 
-    python scripts/long_documents.py [--data FOLDER] [--model NAME_OR_FOLDER]
+    python scripts/learn/long_documents.py [--data FOLDER] [--model NAME_OR_FOLDER]
 
 150 scientific claims look for their abstracts among 1,000, a third of which have more than 256
 tokens. The folder holds `corpus.jsonl` (id, title, text), `queries.jsonl` (id, text) and
@@ -14,16 +14,16 @@ from pathlib import Path
 
 import numpy as np
 
-from minilm import SentenceEncoder
-from retrieval import SCIFACT, TOP, ndcg, read_retrieval
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a bare checkout is enough
 
-ROOT = Path(__file__).resolve().parents[1]
-DATA = ROOT.parent / "shared" / "data" / SCIFACT
+from minilm import SentenceEncoder  # noqa: E402
+from retrieval import DATA, SCIFACT, TOP, ndcg, read_retrieval  # noqa: E402
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, default=DATA)
+    parser.add_argument("--data", type=Path, default=DATA / SCIFACT)
     parser.add_argument("--model", default="sentence-transformers/all-MiniLM-L6-v2")
     options = parser.parse_args()
     if not (options.data / "corpus.jsonl").is_file():

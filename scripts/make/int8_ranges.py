@@ -1,6 +1,6 @@
 """Choose the fixed ranges of int8 vectors, and measure what smaller vectors cost.
 
-    python scripts/int8_ranges.py [--model FOLDER] [--data FOLDER] [--write]
+    python scripts/make/int8_ranges.py [--model FOLDER] [--data FOLDER] [--write]
 
 The published model's vectors have length 1, so one step for all numbers may do: an int8 code is
 round(x / step). The candidates are several steps, and the ranges per dimension that one would take
@@ -25,13 +25,13 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # a bare checkout is enough
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a bare checkout is enough
 
 from minilm import SentenceEncoder  # noqa: E402
 from minilm.pretrained import hub  # noqa: E402
 from minilm.quantize import dequantize, model_ranges, quantize_embeddings  # noqa: E402
-from retrieval import FILES, SCIFACT, ndcg, read_jsonl, read_retrieval  # noqa: E402
+from retrieval import DATA, FILES, SCIFACT, ndcg, read_jsonl, read_retrieval  # noqa: E402
 
 Array = np.ndarray[Any, Any]
 TARGET = ROOT / "minilm" / "int8_ranges.json"
@@ -45,7 +45,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default=hub.DEFAULT_MODEL, metavar="FOLDER")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--write", action="store_true", help="into minilm/int8_ranges.json")
     options = parser.parse_args()
     needed = CALIBRATION + MEASUREMENT
@@ -198,7 +198,7 @@ def report(steps: dict[str, float], texts: int, weights: Path) -> dict[str, Any]
     return {
         "about": "int8 ranges of all-MiniLM-L6-v2 for minilm.quantize.model_ranges: a code is "
         "round(x / step), so ranges are -128.5 to 126.5 steps in every dimension",
-        "script": "scripts/int8_ranges.py --write",
+        "script": "scripts/make/int8_ranges.py --write",
         "corpus": f"{texts} texts: STS17 en-en, its words alone, article 1 of the Universal "
         "Declaration of Human Rights in 531 languages, the big list of naughty strings",
         "rule": "the least root mean square error of similarities on the worst of these four kinds",

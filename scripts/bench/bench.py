@@ -1,8 +1,8 @@
 """Measure how fast minilm is, beside the other ways to run this model that are installed here.
 
-    python scripts/bench.py [--systems NAME,...] [--workloads W1,...] [--rounds N] [--threads N]
-                            [--device cuda] [--json FILE] [--plot FILE] [--cache FOLDER]
-    python scripts/bench.py --from-json FILE [--plot FILE]
+    python scripts/bench/bench.py [--systems NAME,...] [--workloads W1,...] [--rounds N]
+        [--threads N] [--device cuda] [--markdown FILE] [--json FILE] [--plot FILE] [--cache FOLDER]
+    python scripts/bench/bench.py --from-json FILE [--plot FILE]
 
 Every system runs in a fresh process of its own, on the same texts with the same number of threads,
 in turn: A B C, A B C, ... What is compared is the ratio within a round, so that a machine that is
@@ -39,8 +39,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # a bare checkout is enough
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a bare checkout is enough
 
 import minilm  # noqa: E402
 from minilm import MinilmError  # noqa: E402

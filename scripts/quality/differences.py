@@ -1,6 +1,6 @@
 """Show what is equal to the reference, sentence-transformers, what differs, and why.
 
-    python scripts/differences.py [--markdown] [--group NAME] [--no-processes]
+    python scripts/quality/differences.py [--markdown] [--group NAME] [--no-processes]
 
 Every row is one call, written once and made on both. Its policy says what has to come of it:
 
@@ -34,8 +34,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # a bare checkout is enough
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a bare checkout is enough
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """How good are the vectors? Similarity, retrieval, classification and clustering, in one table.
 
-    python scripts/evaluate.py                                    # all four, on ../shared/data
-    python scripts/evaluate.py --reference                        # the same of the reference
-    python scripts/evaluate.py --task sts --data STS17.en-en.tsv
-    python scripts/evaluate.py --task classification --data texts.jsonl --json
+    python scripts/quality/evaluate.py              # all four tasks, on ../shared/data
+    python scripts/quality/evaluate.py --reference  # and what the reference reaches
+    python scripts/quality/evaluate.py --task sts --data STS17.en-en.tsv
+    python scripts/quality/evaluate.py --task classification --data texts.jsonl --json
 
 Each task reads one plain form, and measures as MTEB does (Muennighoff et al. 2023, section 3.2):
 
@@ -39,18 +39,17 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # a bare checkout is enough
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a bare checkout is enough
 
 from minilm import SentenceEncoder  # noqa: E402
 from minilm.errors import InputError, MinilmError, MissingPackageError  # noqa: E402
 from minilm.pretrained import hub  # noqa: E402
 from minilm.tasks import semantic_search  # noqa: E402
-from retrieval import FILES, SCIFACT, TOP, ndcg, read_jsonl, read_retrieval  # noqa: E402
+from retrieval import DATA, FILES, SCIFACT, TOP, ndcg, read_jsonl, read_retrieval  # noqa: E402
 
 Array = np.ndarray[Any, Any]
 Encode = Callable[[list[str]], Array]
-DATA = ROOT.parent / "shared" / "data"
 STS = Path("sts") / "STS17.en-en.tsv"
 EXPERIMENTS, PER_LABEL, SENTENCES = 10, 8, 16
 
@@ -301,7 +300,8 @@ def run(tasks: dict[str, Path], model: str, with_reference: bool) -> list[Figure
     try:
         import sklearn  # noqa: F401  # and scipy, which it needs
     except ImportError as error:
-        raise MissingPackageError("scripts/evaluate.py", "scikit-learn", "sklearn") from error
+        script = "scripts/quality/evaluate.py"
+        raise MissingPackageError(script, "scikit-learn", "sklearn") from error
     encoder = SentenceEncoder.from_pretrained(model)
     files = encoder.source
     is_published = files is not None and hub.SHA256["model.safetensors"] in files.sha256.values()

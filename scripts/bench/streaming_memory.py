@@ -1,6 +1,6 @@
 """Does the memory of `minilm encode FILE -o FOLDER` grow with the file? 200,000 lines, embedded.
 
-    python scripts/streaming_memory.py [--rows 8000] [--dtype bfloat16] [--form jsonl]
+    python scripts/bench/streaming_memory.py [--rows 8000] [--dtype bfloat16] [--form jsonl]
 
 Makes a file of seeded sentences, embeds it into a folder of Parquet files, and meanwhile looks at
 the memory of this process, which is all that works. Prints for each tenth of the rows the largest
@@ -11,6 +11,7 @@ import argparse
 import csv
 import json
 import random
+import sys
 import tempfile
 import threading
 import time
@@ -20,11 +21,14 @@ from typing import IO
 
 import torch
 
-from minilm import SentenceEncoder, TruncationWarning
-from minilm.files.shards import part_paths
-from minilm.files.streaming import encode_files
-from minilm.inference.kernels import keep_few_kernels
-from minilm.pretrained.hub import WEIGHTS_FOLDER
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a bare checkout is enough
+
+from minilm import SentenceEncoder, TruncationWarning  # noqa: E402
+from minilm.files.shards import part_paths  # noqa: E402
+from minilm.files.streaming import encode_files  # noqa: E402
+from minilm.inference.kernels import keep_few_kernels  # noqa: E402
+from minilm.pretrained.hub import WEIGHTS_FOLDER  # noqa: E402
 
 FLAT = 0.05  # of the first tenth's memory: what later ones may need more, to be called flat
 POLL = 0.02  # seconds

@@ -1,6 +1,6 @@
 """all-MiniLM-L6-v2 in NumPy alone: from the bytes of two files to a matrix of similarities.
 
-    python scripts/from_scratch.py
+    python scripts/learn/from_scratch.py
 
 The shortest complete statement of the architecture, one sentence at a time: no batch, no padding.
 `minilm/bert.py` is the same in PyTorch. Not here: [MASK] and the like, written out in a text.
@@ -17,7 +17,7 @@ import numpy as np
 
 Array = Any  # np.ndarray: the types of its operators say less than the shapes below
 
-FOLDER = Path(__file__).resolve().parents[1] / "weights" / "all-MiniLM-L6-v2"
+FOLDER = Path(__file__).resolve().parents[2] / "weights" / "all-MiniLM-L6-v2"
 SENTENCES = ["The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."]
 LAYERS, HEADS, LIMIT, EPSILON = 6, 12, 256, 1e-12
 CHINESE = ("CJK UNIFIED IDEOGRAPH", "CJK COMPATIBILITY IDEOGRAPH")
