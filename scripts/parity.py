@@ -1,6 +1,7 @@
 """Prove that minilm computes the published model: compare it with the reference, stage by stage.
 
     python scripts/parity.py [--model FOLDER] [--texts FILE] [--dtype DTYPE] [--json]
+                             [--markdown FILE]
 
 Without --dtype two comparisons are made. In float64, ours against the reference: any wrong detail
 shows there by eight orders. In float32, ours against the reference's float64 as the truth, and
@@ -24,6 +25,7 @@ sys.path.insert(0, str(ROOT))  # a bare checkout is enough
 import torch  # noqa: E402
 
 import minilm  # noqa: E402
+import results  # noqa: E402
 from minilm import SentenceEncoder  # noqa: E402
 from minilm.errors import InputError, MinilmError  # noqa: E402
 from minilm.inputs import as_dtype  # noqa: E402
@@ -61,6 +63,7 @@ def main() -> int:
     )
     parser.add_argument("--dtype", help="compare in this dtype only: float64, float32, ...")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    results.add_option(parser)
     options = parser.parse_args()
     try:
         report, about = run(options.model, options.texts, options.dtype)
@@ -70,8 +73,9 @@ def main() -> int:
     if options.json:
         print(json.dumps({"about": about} | report.to_dict(), indent=2))
     else:
-        print("\n".join(f"{name}: {value}" for name, value in about.items()), end="\n\n")
-        print(report.to_text())
+        with results.recorded(options.markdown, "Parity with the reference, stage by stage"):
+            print("\n".join(f"{name}: {value}" for name, value in about.items()), end="\n\n")
+            print(report.to_text())
     return 0 if report.passed else 1
 
 

@@ -44,7 +44,7 @@ def add_option(parser: argparse.ArgumentParser) -> None:
 def recorded(path: Path | None, title: str, *, fenced: bool = True) -> Iterator[None]:
     """Write to a file, too, what is printed within a `with` statement.
 
-    Nothing is written if that ends with an exception.
+    No file is written if that ends with an exception, or prints nothing.
 
     Args:
         path: Where to; None for nowhere.
@@ -58,16 +58,16 @@ def recorded(path: Path | None, title: str, *, fenced: bool = True) -> Iterator[
     with contextlib.redirect_stdout(copy):
         yield
     text = "".join(copy.texts).strip("\n")
-    write(path, title, f"```text\n{text}\n```" if fenced else text)
+    if text:
+        write(path, title, f"```text\n{text}\n```" if fenced else text)
 
 
-def write(path: Path, title: str, body: str) -> None:
-    """Write a result in Markdown, below its heading."""
-    lines = [
-        f"# {title}",
-        f"`{command()}` printed this on {time.strftime('%Y-%m-%d')}, on {describe_machine()}.",
-        body.strip("\n"),
-    ]
+def write(
+    path: Path, title: str, body: str, *, date: str | None = None, machine: str | None = None
+) -> None:
+    """Write a result in Markdown, below its heading; `date` and `machine` are by default these."""
+    when, where = date or time.strftime("%Y-%m-%d"), machine or describe_machine()
+    lines = [f"# {title}", f"`{command()}` printed this on {when}, on {where}.", body.strip("\n")]
     path.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
 
 

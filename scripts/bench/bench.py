@@ -28,7 +28,6 @@ import math
 import os
 import platform
 import random
-import re
 import statistics
 import subprocess
 import sys
@@ -43,6 +42,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a bare checkout is enough
 
 import minilm  # noqa: E402
+import results  # noqa: E402
 from minilm import MinilmError  # noqa: E402
 
 # Neither torch nor NumPy is imported here (and minilm does so only when asked for an encoder): on
@@ -113,6 +113,7 @@ def main() -> int:
     add("--cache", type=Path, metavar="FOLDER", help="keep exports and float64 vectors there")
     add("--scale", type=float, default=1.0, help="make this part of the texts; to try things out")
     add("--child", action="store_true", help=argparse.SUPPRESS)
+    results.add_option(parser)
     options = parser.parse_args()
     if options.child:
         return child()
@@ -124,6 +125,11 @@ def main() -> int:
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     print(to_text(report))
+    if options.markdown:
+        about = report["machine"]
+        machine = f"{about['threads']} threads of {about.get('gpu') or about['cpu']}"
+        body, date = to_text(report), about["date"]
+        results.write(options.markdown, "Speed", body, date=date, machine=machine)
     if options.plot:
         plot(report, options.plot)
     return 0 if measured(report) else 1
@@ -225,13 +231,9 @@ def describe_machine(options: argparse.Namespace) -> Result:
     for name in ("torch", "numpy", "tokenizers", *sorted(peers)):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    fields = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in lines if ":" in line)
-    told = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
     return {
-        "cpu": fields.get("model name") or platform.processor() or platform.machine(),
-        "instructions": [flag for flag in told if flag in fields.get("flags", "").split()],
+        "cpu": results.processor(),
+        "instructions": results.instructions(),
         "threads": options.threads,
         "device": options.device,
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,

@@ -34,6 +34,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a bare checkout is enough
 
+import results  # noqa: E402
 from minilm import SentenceEncoder  # noqa: E402
 from minilm.index import Index  # noqa: E402
 from minilm.pretrained import hub  # noqa: E402
@@ -67,12 +68,15 @@ def main() -> int:
     add("--recall", action="store_true", help="measure what is lost, not how fast it is")
     add("--model", default=hub.DEFAULT_MODEL, metavar="FOLDER")
     add("--data", type=Path, default=DATA)
+    results.add_option(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.recall:
-        return recall(options)
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        return speed(options, Path(folder))
+    title = "What search by smaller codes loses" if options.recall else "Speed of exact search"
+    with results.recorded(options.markdown, title, fenced=False):
+        if options.recall:
+            return recall(options)
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            return speed(options, Path(folder))
 
 
 # --- how fast

@@ -1,6 +1,7 @@
 """Does the memory of `minilm encode FILE -o FOLDER` grow with the file? 200,000 lines, embedded.
 
     python scripts/bench/streaming_memory.py [--rows 8000] [--dtype bfloat16] [--form jsonl]
+                                              [--markdown FILE]
 
 Makes a file of seeded sentences, embeds it into a folder of Parquet files, and meanwhile looks at
 the memory of this process, which is all that works. Prints for each tenth of the rows the largest
@@ -24,6 +25,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a bare checkout is enough
 
+import results  # noqa: E402
 from minilm import SentenceEncoder, TruncationWarning  # noqa: E402
 from minilm.files.shards import part_paths  # noqa: E402
 from minilm.files.streaming import encode_files  # noqa: E402
@@ -85,11 +87,18 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--form", choices=("jsonl", "csv"), default="jsonl")
     parser.add_argument("--model", default=str(WEIGHTS_FOLDER))
+    results.add_option(parser)
     options = parser.parse_args()
     shard_rows = options.shard_rows or max(1, min(4096, options.rows // 40))
     parts = -(-options.rows // shard_rows)
     if parts < 10:
         parser.error("argument --shard-rows: leaves less than 10 parts, too few for tenths")
+    with results.recorded(options.markdown, "Memory while files of any size are embedded"):
+        measure(options, shard_rows, parts)
+
+
+def measure(options: argparse.Namespace, shard_rows: int, parts: int) -> None:
+    """Embed a file and print what memory it took."""
     keep_few_kernels()  # as the command does
     encoder = SentenceEncoder.from_pretrained(options.model, dtype=options.dtype, device="cpu")
     with tempfile.TemporaryDirectory() as place:

@@ -1,6 +1,7 @@
 """Print where the time of `encode` on a CPU goes, and what each trick of the fast path is worth.
 
     python scripts/bench/where_time_goes.py [--model PATH_OR_NAME] [--rounds N] [--scale SHARE]
+                                             [--markdown FILE]
 
 Four tables, on the workloads of scripts/bench/bench.py: the matrix products alone, at the model's
 shapes, by dtype; what they round in float32; the share of each kind of operation in the time, as
@@ -33,6 +34,7 @@ import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+import results  # noqa: E402
 from bench import MFLOP_PER_TOKEN, SHAPES, make_texts  # noqa: E402
 from minilm import BertFeedForward, SentenceEncoder  # noqa: E402
 from minilm.inference import kernels, packed  # noqa: E402
@@ -60,11 +62,17 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=0.3, help="share of each workload")
     parser.add_argument("--seconds-only", metavar="DTYPE", help=argparse.SUPPRESS)
     parser.add_argument("--no-kept-memory", action="store_true", help=argparse.SUPPRESS)
+    results.add_option(parser)
     options = parser.parse_args()
     if options.seconds_only:
         print(seconds_in_a_fresh_process(options))
         return
+    with results.recorded(options.markdown, "Where the time of encode goes", fenced=False):
+        measure_all(options)
 
+
+def measure_all(options: argparse.Namespace) -> None:
+    """Print all tables."""
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     rates = print_products(options.rounds)
     times = {}

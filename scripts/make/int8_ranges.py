@@ -1,6 +1,6 @@
 """Choose the fixed ranges of int8 vectors, and measure what smaller vectors cost.
 
-    python scripts/make/int8_ranges.py [--model FOLDER] [--data FOLDER] [--write]
+    python scripts/make/int8_ranges.py [--model FOLDER] [--data FOLDER] [--write] [--markdown FILE]
 
 The published model's vectors have length 1, so one step for all numbers may do: an int8 code is
 round(x / step). The candidates are several steps, and the ranges per dimension that one would take
@@ -28,6 +28,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a bare checkout is enough
 
+import results  # noqa: E402
 from minilm import SentenceEncoder  # noqa: E402
 from minilm.pretrained import hub  # noqa: E402
 from minilm.quantize import dequantize, model_ranges, quantize_embeddings  # noqa: E402
@@ -47,12 +48,19 @@ def main() -> int:
     parser.add_argument("--model", default=hub.DEFAULT_MODEL, metavar="FOLDER")
     parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--write", action="store_true", help="into minilm/int8_ranges.json")
+    results.add_option(parser)
     options = parser.parse_args()
     needed = CALIBRATION + MEASUREMENT
     if missing := [name for name in needed if not (options.data / name).is_file()]:
         print(f"error: {options.data} lacks {missing[0]}; see --data", file=sys.stderr)
         return 2
+    with results.recorded(options.markdown, "Ranges of int8, and what smaller vectors cost"):
+        measure(options)
+    return 0
 
+
+def measure(options: argparse.Namespace) -> None:
+    """Choose the steps and print what vectors in few bits lose."""
     encoder = SentenceEncoder.from_pretrained(options.model)
     pooling = SentenceEncoder(
         modules=list(encoder)[:2],
@@ -94,7 +102,6 @@ def main() -> int:
     for name, scores, share in forms(whole):
         found = ndcg(best_ten(scores), data.grades)
         print(f"{name:<40}  {found:.4f}  {overlap(scores, truth):10.3f}  {share}")
-    return 0
 
 
 def calibration_texts(data: Path) -> dict[str, list[str]]:

@@ -1,6 +1,6 @@
 """Show what is equal to the reference, sentence-transformers, what differs, and why.
 
-    python scripts/quality/differences.py [--markdown] [--group NAME] [--no-processes]
+    python scripts/quality/differences.py [--group NAME] [--markdown FILE] [--no-processes]
 
 Every row is one call, written once and made on both. Its policy says what has to come of it:
 
@@ -8,8 +8,9 @@ Every row is one call, written once and made on both. Its policy says what has t
     B  better: the reference fails or is wrong there, so nobody can rely on what it does
     D  documented difference: there is a reason
 
-Exit status: 0 if every row is as its policy says, else 1. --markdown prints the reasons for
-the README, each with an example. Needs the weights, and pip install "minilm[reference]".
+Exit status: 0 if every row is as its policy says, else 1. --markdown FILE writes a table of the
+reasons of all B and D, each with an example. Needs the weights and
+pip install "minilm[reference]".
 """
 
 import argparse
@@ -43,8 +44,14 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+import results  # noqa: E402
 from minilm.pretrained import hub  # noqa: E402
 
+INTRODUCTION = """Each row is one reason, with a call as an example. A difference is either on \
+purpose (D), or because the reference fails or is wrong there (B). All other calls that the script \
+makes give the same type, shape, dtype and values on both sides.
+
+"""
 ATOL = 4e-7  # of float32 results, unless a row says more
 
 # "== group"; "M", or "B" or "D" with the reason; then calls. Behind one, "  # 6" says of which
@@ -839,15 +846,14 @@ def main() -> int:
     )
     parser.add_argument("--model", type=Path, default=ROOT / hub.WEIGHTS_FOLDER, metavar="FOLDER")
     parser.add_argument("--group", help="only this one, such as input, prompts, similarity")
-    parser.add_argument("--markdown", action="store_true", help="the reasons, for the README")
     parser.add_argument("--no-processes", action="store_true", help="leave their rows out")
+    results.add_option(parser)
     options = parser.parse_args()
     chosen = [
         row
         for row in rows()
         if options.group in (None, row.group)
         and not (options.no_processes and row.group == "processes")
-        and not (options.markdown and row.policy == "M")
         and not why_not(row)
     ]
     comparison = Comparison(options.model)
@@ -856,12 +862,11 @@ def main() -> int:
     finally:
         comparison.close()
     if options.markdown:
-        print(_markdown(compared))
+        body = INTRODUCTION + _markdown(compared)
+        results.write(options.markdown, "Differences from sentence-transformers", body)
     group = ""
     for one in compared:
         row = one.row
-        if options.markdown:
-            break
         if row.group != group:
             group = row.group
             print(f"\n{group}")

@@ -42,6 +42,7 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a bare checkout is enough
 
+import results  # noqa: E402
 from minilm import SentenceEncoder  # noqa: E402
 from minilm.errors import InputError, MinilmError, MissingPackageError  # noqa: E402
 from minilm.pretrained import hub  # noqa: E402
@@ -272,6 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default=hub.DEFAULT_MODEL, metavar="NAME_OR_FOLDER")
     parser.add_argument("--reference", action="store_true", help="also of sentence-transformers")
     parser.add_argument("--json", action="store_true")
+    results.add_option(parser)
     options = parser.parse_args(arguments)
     if options.data is not None and options.task is None:
         parser.error("argument --data: goes with --task")
@@ -285,9 +287,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MinilmError, OSError, ValueError, KeyError, AttributeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(
-        json.dumps([asdict(each) for each in figures], indent=2) if options.json else table(figures)
-    )
+    if options.json:
+        print(json.dumps([asdict(each) for each in figures], indent=2))
+        return 0
+    with results.recorded(options.markdown, "How good the vectors are", fenced=False):
+        print(table(figures))
     return 0
 
 
