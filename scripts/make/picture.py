@@ -2,10 +2,10 @@
 
     python scripts/make/picture.py [--folder .assets]
 
-Makes the tour of two sentences and takes of it, by Chromium (`apt-get install chromium`) and
-playwright (`pip install "minilm[test]"`), the way through the model, the attention of all heads, and
-the table of word pairs whose cells add up to the similarity: `tour-light.png` and `tour-dark.png`,
-in 256 colours, which takes a third of the bytes.
+Makes the tour of two sentences and photographs parts of it: the way through the model, what each
+head looks at, and the table of word pairs whose cells add up to the similarity. That is done with
+Chromium (`apt-get install chromium`) and playwright (`pip install "minilm[test]"`). Writes
+`tour-light.png` and `tour-dark.png`, in 256 colours, which takes a third of the bytes.
 """
 
 import argparse
@@ -65,9 +65,7 @@ def main() -> None:
             tab.evaluate(HIDE_ALL_ELSE, SHOWN)
             path = options.folder / f"tour-{scheme}.png"
             image = Image.open(io.BytesIO(tab.screenshot(full_page=True))).convert("RGB")
-            image.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(
-                path, optimize=True
-            )
+            image.quantize(256, dither=Image.Dither.NONE).save(path, optimize=True)
             print(f"{path.name}: {path.stat().st_size / 1e3:.0f} KB")
         browser.close()
 
