@@ -121,7 +121,7 @@ def run(model: str, texts_file: Path | None, dtype: str | None) -> tuple[Report,
 def compare(
     encoders: dict[torch.dtype, SentenceEncoder], texts: list[str], about: dict[str, str]
 ) -> Report:
-    """Every comparison with the reference; `about` gets what it was made with."""
+    """Make every comparison with the reference; `about` gets what it was made with."""
     from reference import load_reference
 
     first = next(iter(encoders.values()))
@@ -158,7 +158,7 @@ def compare(
 
 
 def invariance(encoder: SentenceEncoder, texts: list[str]) -> list[Row]:
-    """The rows of `compare_invariance` on an even choice of the texts."""
+    """Return the rows of `compare_invariance` on an even choice of the texts."""
     import warnings
 
     step = max(1, len(texts) // MAX_INVARIANCE_TEXTS)
@@ -171,7 +171,7 @@ def invariance(encoder: SentenceEncoder, texts: list[str]) -> list[Row]:
 def gradients(
     encoder: SentenceEncoder, reference: Any, texts: list[str]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Gradients of the mean cosine of all pairs, ours and theirs, under the published names."""
+    """Return our and their gradients of the mean cosine of all pairs, by published name."""
     assert encoder.tokenizer is not None
     tokens = encoder.tokenizer(texts, encoder.max_seq_length)
     features = encoder.tokenizer.pad(tokens.input_ids)

@@ -177,7 +177,7 @@ def measure(systems: dict[str, Search], queries: Array, rounds: int) -> None:
 
 
 class Memory:
-    """How much memory of its own a process takes at most while this is open, in MB; Linux only.
+    """The largest memory of its own that this process has inside a `with` statement, in MB (Linux).
 
     What is mapped from a file doesn't count: the system takes it back when it needs it.
     """
@@ -210,7 +210,7 @@ def own_memory() -> float:
 
 
 def made(count: int) -> Iterator[Array]:
-    """Random vectors of length 1, block by block."""
+    """Yield random vectors of length 1, block by block."""
     generator = np.random.default_rng(0)
     for start in range(0, count, BLOCK):
         yield unit(generator.standard_normal((min(BLOCK, count - start), WIDTH), np.float32))

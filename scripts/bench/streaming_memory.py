@@ -41,7 +41,7 @@ PLACES = ("by the sea", "in the old town", "at night", "before the rain", "on Mo
 
 
 def sentence(generator: random.Random) -> str:
-    """From 4 to some 100 words."""
+    """Return a sentence of 4 to some 100 words."""
     clauses = []
     for _ in range(generator.choice([1, 1, 1, 2, 2, 3, 5, 12])):
         subject, object_ = generator.choice(NOUNS), generator.choice(NOUNS)
@@ -52,7 +52,7 @@ def sentence(generator: random.Random) -> str:
 
 
 def write_rows(file: IO[str], form: str, rows: int) -> None:
-    """So many rows with a number and a text each."""
+    """Write rows with a number and a text each."""
     generator = random.Random(0)
     writer = csv.writer(file)
     if form == "csv":
@@ -66,7 +66,7 @@ def write_rows(file: IO[str], form: str, rows: int) -> None:
 
 
 def resident() -> int:
-    """Bytes of memory that this process has now (Linux)."""
+    """Return the bytes of memory that this process has now (Linux)."""
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024

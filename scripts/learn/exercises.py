@@ -216,7 +216,7 @@ EXERCISES = [
         f"minilm explain {_BOTH} --by token",
         "[CLS] [CLS]",
         "The vectors of two tokens can be alike and add little: a cell is a dot product, so that "
-        "the lengths count as well. A picture of cosines is no picture of the similarity.",
+        "the lengths count as well. A picture of cosines does not show the similarity.",
         cosine_is_not_contribution,
     ),
     Exercise(
@@ -263,7 +263,7 @@ EXERCISES = [
         f'features = encoder.tokenize("{WEATHER}")  # input_ids, attention_mask\n'
         'vector = encoder(features)["sentence_embedding"][0]\n',
         0.3176,
-        "Padding is no blank: its tokens are attended to and averaged like all others, unless the "
+        "Padding is not empty: its tokens are attended to and averaged like all others unless the "
         "mask says so in both places. With it, the vector is the same at any length.",
         the_mask,
     ),

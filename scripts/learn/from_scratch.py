@@ -24,7 +24,7 @@ CHINESE = ("CJK UNIFIED IDEOGRAPH", "CJK COMPATIBILITY IDEOGRAPH")
 
 
 def read_tensors(data: bytes) -> dict[str, Array]:
-    """safetensors: 8 bytes say how long the JSON is that says where in the rest each tensor is."""
+    """Read safetensors: 8 bytes give the length of the JSON that says where each tensor is."""
     (length,) = struct.unpack("<Q", data[:8])
     header, rest = json.loads(data[8 : 8 + length]), data[8 + length :]
     return {
@@ -35,7 +35,7 @@ def read_tensors(data: bytes) -> dict[str, Array]:
 
 
 def split(text: str) -> list[str]:
-    """No control characters, accents or capitals; words, punctuation and Chinese apart."""
+    """Drop control characters, accents and capitals; split words, punctuation and Chinese apart."""
     spaced = ""
     for c in text:
         kind = unicodedata.category(c)
@@ -49,12 +49,12 @@ def split(text: str) -> list[str]:
 
 
 def is_punctuation(c: str) -> bool:
-    """What Unicode calls so, and all of ASCII that is no letter, no digit and no blank."""
+    """True for what Unicode calls punctuation, and for ASCII but letters, digits and blanks."""
     return unicodedata.category(c)[0] == "P" or ("!" <= c <= "~" and not c.isalnum())
 
 
 def word_pieces(word: str, vocabulary: dict[str, int]) -> list[int]:
-    """The longest piece that the vocabulary knows, then the longest of the rest, and so on."""
+    """Take the longest piece that the vocabulary knows, then the longest of the rest, and so on."""
     ids: list[int] = []
     rest = word
     while rest:
@@ -68,13 +68,13 @@ def word_pieces(word: str, vocabulary: dict[str, int]) -> list[int]:
 
 
 def tokenize(text: str, vocabulary: dict[str, int]) -> list[int]:
-    """[CLS], as many pieces as there is room for, [SEP]."""
+    """Return the ids of [CLS], as many pieces as there is room for, and [SEP]."""
     ids = [i for word in split(text) for i in word_pieces(word, vocabulary)]
     return [vocabulary["[CLS]"], *ids[: LIMIT - 2], vocabulary["[SEP]"]]
 
 
 def softmax(x: Array) -> Array:
-    """Positive numbers of sum 1; the largest is taken away first, so that none is infinite."""
+    """Return positive numbers of sum 1; the largest is subtracted so that none is infinite."""
     powers = np.exp(x - x.max(-1, keepdims=True))
     return powers / powers.sum(-1, keepdims=True)
 

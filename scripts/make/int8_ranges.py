@@ -146,7 +146,7 @@ def one_step(step: float) -> Array:
 
 
 def forms(whole: tuple[Array, Array]) -> list[tuple[str, Array, str]]:
-    """Ways to keep the vectors: name, similarities, share of saturated numbers."""
+    """Return ways to keep the vectors: name, similarities, share of saturated numbers."""
     queries, documents = map(unit, whole)
     found: list[tuple[str, Array, str]] = []
 
@@ -177,7 +177,7 @@ def forms(whole: tuple[Array, Array]) -> list[tuple[str, Array, str]]:
 
 
 def saturated(vectors: Array, ranges: Array) -> float:
-    """The share of numbers further than half a bucket outside of the range."""
+    """Return the share of numbers further than half a bucket outside of the range."""
     half = (ranges[1] - ranges[0]) / 510
     return float(np.mean((vectors < ranges[0] - half) | (vectors > ranges[1] + 3 * half)))
 

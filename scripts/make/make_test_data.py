@@ -76,7 +76,7 @@ lambda x: {k: v for k, v in sorted(x.items())}
 
 
 def main() -> None:
-    """Run one of the parts."""
+    """Make one of the files."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("part", choices=("texts", "golden", "settings"))
     parser.add_argument("directory", nargs="?", type=Path)
@@ -125,7 +125,7 @@ def make_texts(directory: Path) -> None:
 
 
 def make_golden() -> None:
-    """20 texts with the reference's token ids and float64 embeddings."""
+    """Write 20 texts with the reference's token ids and float64 embeddings."""
     import torch
 
     from reference import load_reference
@@ -179,7 +179,7 @@ SETTINGS_TEXT = "The dog CAFE caf\u00e9 \u72acdog"
 
 
 def settings_cases() -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """All combinations: what tokenizer_config.json says, and what the normalizer is changed to."""
+    """Return all combinations of what tokenizer_config.json says and what the normalizer says."""
     for *values, normalizer in itertools.product(*SETTINGS.values(), NORMALIZERS):
         pairs = zip(SETTINGS, values, strict=True)
         yield {name: value for name, value in pairs if value is not ...}, normalizer
@@ -188,7 +188,7 @@ def settings_cases() -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
 def reference_ids(
     folder: Path, config: dict[str, Any], normalizer: dict[str, Any]
 ) -> list[int] | None:
-    """The ids of `SETTINGS_TEXT` by the transformers that is installed; None for an error.
+    """Return the ids of `SETTINGS_TEXT` by the installed transformers; None for an error.
 
     Args:
         folder: Where the three files of a tokenizer can be written.
@@ -215,7 +215,7 @@ def reference_ids(
 
 
 def make_settings() -> None:
-    """What becomes of one text with every combination of settings, one letter for each result."""
+    """Write what becomes of a text with every combination of settings, a letter for each result."""
     import transformers
 
     sys.path.insert(0, str(ROOT / "tests"))

@@ -78,7 +78,7 @@ class Figure:
 
 
 def sts(encode: Encode, path: Path) -> dict[str, float]:
-    """Spearman's and Pearson's correlation of human scores with cosines."""
+    """Return Spearman's and Pearson's correlation of human scores with cosines."""
     from scipy.stats import pearsonr, spearmanr
 
     with path.open(encoding="utf-8", newline="") as file:
@@ -94,7 +94,7 @@ def sts(encode: Encode, path: Path) -> dict[str, float]:
 
 
 def retrieval(encode: Encode, path: Path) -> dict[str, float]:
-    """nDCG@10 of exact search."""
+    """Return nDCG@10 of exact search."""
     data = read_retrieval(path)
     hits = semantic_search(encode(data.queries), encode(data.documents), top_k=TOP)
     places = [[int(hit["corpus_id"]) for hit in found] for found in hits]
@@ -102,7 +102,7 @@ def retrieval(encode: Encode, path: Path) -> dict[str, float]:
 
 
 def classification(encode: Encode, path: Path) -> dict[str, float]:
-    """The mean accuracy of logistic regressions on few texts of each label."""
+    """Return the mean accuracy of logistic regressions on few texts of each label."""
     from sklearn.linear_model import LogisticRegression
 
     rows = read_labelled(path)
@@ -125,7 +125,7 @@ def classification(encode: Encode, path: Path) -> dict[str, float]:
 
 
 def clustering(encode: Encode, path: Path) -> dict[str, float]:
-    """The mean v-measure (Rosenberg and Hirschberg 2007) of k-means."""
+    """Return the mean v-measure (Rosenberg and Hirschberg 2007) of k-means."""
     from sklearn.cluster import MiniBatchKMeans
     from sklearn.metrics import v_measure_score
 
@@ -147,14 +147,14 @@ TASKS: dict[str, Callable[[Encode, Path], dict[str, float]]] = {
 
 
 def unit(vectors: Array) -> Array:
-    """Length 1, in float64."""
+    """Return the vectors in float64, with length 1."""
     wide = vectors.astype(np.float64)
     of_length_one: Array = wide / np.linalg.norm(wide, axis=1, keepdims=True)
     return of_length_one
 
 
 def few_of_each(labels: Array, order: Array) -> Array:
-    """The first few rows of each label, in an order."""
+    """Return the first few rows of each label, in the given order."""
     seen: Counter[str] = Counter()
     chosen = []
     for row in order:
@@ -168,7 +168,7 @@ def few_of_each(labels: Array, order: Array) -> Array:
 
 
 def read_labelled(path: Path) -> list[dict[str, str]]:
-    """Rows with text and label; of a folder of SciFact, the sentences of its long abstracts.
+    """Read rows with text and label; of a folder of SciFact, the sentences of its long abstracts.
 
     Raises:
         InputError: A row lacks one of the two, or all have the same label.
@@ -196,7 +196,7 @@ def default_data(task: str) -> Path:
 
 
 def published_scores(task: str, path: Path) -> tuple[str, dict[str, float]]:
-    """The name of the data, and its published figures, as `scores.json` above it knows them."""
+    """Return the name of the data and its published figures, from a `scores.json` above it."""
     for folder in path.resolve().parents:
         if (folder / "scores.json").is_file():
             tasks = json.loads((folder / "scores.json").read_text(encoding="utf-8"))["tasks"]
@@ -214,7 +214,7 @@ def published_scores(task: str, path: Path) -> tuple[str, dict[str, float]]:
 def evaluate(
     tasks: dict[str, Path], encode: Encode, reference: Encode | None, is_published: bool
 ) -> list[Figure]:
-    """Measure.
+    """Measure each task.
 
     Args:
         tasks: The path of the data, by the name of the task.
@@ -239,7 +239,7 @@ def evaluate(
 
 
 def verdict(ours: float, other: float | None) -> str:
-    """`87.587791, agrees`, or how far off."""
+    """Return `87.587791, agrees`, or how far off it is."""
     if other is None:
         return ""
     same = f"{ours:.6f}" == f"{other:.6f}"
@@ -247,7 +247,7 @@ def verdict(ours: float, other: float | None) -> str:
 
 
 def table(figures: Sequence[Figure]) -> str:
-    """Markdown; a column that is empty is left out."""
+    """Return a Markdown table without the columns that are empty."""
     columns: dict[str, list[str]] = defaultdict(list)
     for each in figures:
         for name in ("task", "data", "measure"):
@@ -326,7 +326,7 @@ def run(tasks: dict[str, Path], model: str, with_reference: bool) -> list[Figure
 
 
 def once_each(encode: Encode) -> Encode:
-    """The same, remembering what it gave: two tasks have the same texts."""
+    """Return `encode` with a memory of its results: two tasks have the same texts."""
     remembered = cache(lambda texts: encode(list(texts)))
     return lambda texts: remembered(tuple(texts))
 
