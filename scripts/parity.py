@@ -89,7 +89,7 @@ def run(model: str, texts_file: Path | None, dtype: str | None) -> tuple[Report,
     source = first.source
     assert source is not None
     about = {
-        "model": f"{source.name}, {source.location}",
+        "model": f"{source.name}, {str(source.location).removeprefix(f'{ROOT}/')}",
         "weights": next(h for name, h in source.sha256.items() if name.endswith(".safetensors")),
         "minilm": f"{minilm.__version__}, torch {torch.__version__}",
     }
