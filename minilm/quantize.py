@@ -13,7 +13,7 @@ same in all dimensions and symmetric::
     quantize_embeddings(encoder.encode(texts), "int8", ranges)  # round(384 x), from -128 to 127
 
 The dot product of two such vectors of int8 is 384² times that of the embeddings, rounding apart, so
-any index for int8 ranks by it directly. `scripts/int8_ranges.py` measures what that costs.
+any index for int8 ranks by it directly. `scripts/make/int8_ranges.py` measures what that costs.
 """
 
 import json

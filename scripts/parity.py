@@ -1,6 +1,7 @@
 """Prove that minilm computes the published model: compare it with the reference, stage by stage.
 
     python scripts/parity.py [--model FOLDER] [--texts FILE] [--dtype DTYPE] [--json]
+                             [--markdown FILE]
 
 Without --dtype two comparisons are made. In float64, ours against the reference: any wrong detail
 shows there by eight orders. In float32, ours against the reference's float64 as the truth, and
@@ -24,6 +25,7 @@ sys.path.insert(0, str(ROOT))  # a bare checkout is enough
 import torch  # noqa: E402
 
 import minilm  # noqa: E402
+import results  # noqa: E402
 from minilm import SentenceEncoder  # noqa: E402
 from minilm.errors import InputError, MinilmError  # noqa: E402
 from minilm.inputs import as_dtype  # noqa: E402
@@ -61,6 +63,7 @@ def main() -> int:
     )
     parser.add_argument("--dtype", help="compare in this dtype only: float64, float32, ...")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    results.add_option(parser)
     options = parser.parse_args()
     try:
         report, about = run(options.model, options.texts, options.dtype)
@@ -70,8 +73,9 @@ def main() -> int:
     if options.json:
         print(json.dumps({"about": about} | report.to_dict(), indent=2))
     else:
-        print("\n".join(f"{name}: {value}" for name, value in about.items()), end="\n\n")
-        print(report.to_text())
+        with results.recorded(options.markdown, "Parity with the reference, stage by stage"):
+            print("\n".join(f"{name}: {value}" for name, value in about.items()), end="\n\n")
+            print(report.to_text())
     return 0 if report.passed else 1
 
 
@@ -85,7 +89,7 @@ def run(model: str, texts_file: Path | None, dtype: str | None) -> tuple[Report,
     source = first.source
     assert source is not None
     about = {
-        "model": f"{source.name}, {source.location}",
+        "model": f"{source.name}, {str(source.location).removeprefix(f'{ROOT}/')}",
         "weights": next(h for name, h in source.sha256.items() if name.endswith(".safetensors")),
         "minilm": f"{minilm.__version__}, torch {torch.__version__}",
     }
@@ -117,7 +121,7 @@ def run(model: str, texts_file: Path | None, dtype: str | None) -> tuple[Report,
 def compare(
     encoders: dict[torch.dtype, SentenceEncoder], texts: list[str], about: dict[str, str]
 ) -> Report:
-    """Every comparison with the reference; `about` gets what it was made with."""
+    """Make every comparison with the reference; `about` gets what it was made with."""
     from reference import load_reference
 
     first = next(iter(encoders.values()))
@@ -154,7 +158,7 @@ def compare(
 
 
 def invariance(encoder: SentenceEncoder, texts: list[str]) -> list[Row]:
-    """The rows of `compare_invariance` on an even choice of the texts."""
+    """Return the rows of `compare_invariance` on an even choice of the texts."""
     import warnings
 
     step = max(1, len(texts) // MAX_INVARIANCE_TEXTS)
@@ -167,7 +171,7 @@ def invariance(encoder: SentenceEncoder, texts: list[str]) -> list[Row]:
 def gradients(
     encoder: SentenceEncoder, reference: Any, texts: list[str]
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Gradients of the mean cosine of all pairs, ours and theirs, under the published names."""
+    """Return our and their gradients of the mean cosine of all pairs, by published name."""
     assert encoder.tokenizer is not None
     tokens = encoder.tokenizer(texts, encoder.max_seq_length)
     features = encoder.tokenizer.pad(tokens.input_ids)

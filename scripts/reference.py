@@ -34,7 +34,7 @@ class Reference:
         }
 
     def tokenize(self, text: str) -> list[int]:
-        """The token ids of one text, cut as the reference cuts."""
+        """Return the token ids of one text, cut as the reference cuts."""
         features = self._preprocess([text])
         ids: list[int] = features["input_ids"][0].tolist()
         return ids
@@ -45,7 +45,7 @@ class Reference:
 
     @torch.no_grad()
     def __call__(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Features -> stages, as `minilm.parity.stages.record_stages` gives ours."""
+        """Return the stages of features, as `minilm.parity.stages.record_stages` gives ours."""
         bert = self.model[0].auto_model
         types = features.get("token_type_ids", torch.zeros_like(features["input_ids"]))
         output = bert(
@@ -73,7 +73,7 @@ class Reference:
 
 
 def is_installed() -> bool:
-    """Whether both libraries of the reference can be imported."""
+    """Return whether both libraries of the reference can be imported."""
     from importlib.util import find_spec
 
     return all(find_spec(name) for name in ("sentence_transformers", "transformers"))

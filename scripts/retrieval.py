@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["FILES", "SCIFACT", "TOP", "Retrieval", "ndcg", "read_jsonl", "read_retrieval"]
+__all__ = ["DATA", "FILES", "SCIFACT", "TOP", "Retrieval", "ndcg", "read_jsonl", "read_retrieval"]
 
-SCIFACT = Path("retrieval") / "scifact-small"  # in the folder of data
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"  # beside this checkout
+SCIFACT = Path("retrieval") / "scifact-small"  # in a folder of data
 FILES = ("corpus.jsonl", "queries.jsonl", "qrels.tsv")
 TOP = 10
 
@@ -36,13 +37,13 @@ class Retrieval:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The objects of a file, one a line."""
+    """Read the objects of a .jsonl file."""
     with path.open(encoding="utf-8") as file:  # splitlines() would split within some texts
         return [json.loads(line) for line in file if line.strip()]
 
 
 def read_retrieval(folder: Path) -> Retrieval:
-    """Read a folder of that form. A query that nothing was graded for is left out.
+    """Read a folder of retrieval data. A query for which nothing was graded is left out.
 
     Raises:
         OSError: A file is missing.
@@ -66,7 +67,7 @@ def read_retrieval(folder: Path) -> Retrieval:
 def ndcg(
     found: Sequence[Sequence[int]] | np.ndarray[Any, Any], grades: Sequence[dict[int, float]]
 ) -> float:
-    """nDCG@10: the mean over queries of DCG / the best DCG possible, of the first ten documents.
+    """Return nDCG@10: the mean of DCG / the best possible DCG of the first ten documents.
 
     A document in place p, from 1, adds its grade / log2(p + 1), as in trec_eval (Järvelin and
     Kekäläinen 2002, ACM TOIS 20(4), with the grade itself as the gain).

@@ -8,7 +8,7 @@
 
 In: the batches of a `ray.data.Dataset`. Out: the same with a column of vectors. Ray reads, sends
 and writes the rows, and repeats what is lost with a process or a machine.
-`scripts/encode_on_ray.py` is this as a command.
+`scripts/learn/encode_on_ray.py` is this as a command.
 
 Each actor reads and verifies the model for itself, once, as `from_pretrained` does. So this
 package, and the model, must be on every machine of the cluster: a name on the Hub is fetched there,

@@ -12,8 +12,8 @@ its arithmetic there. A pass reads all weights once, 42 MB in float32, whether i
 or of two thousand: long batches are limited by arithmetic, a single query by memory, and by the
 some 250 calls from Python between its products.
 
-Where the time goes, in µs a token, as `scripts/where_time_goes.py` printed it for sentences of 8 to
-25 tokens on two cores with AMX, the matrix units of Intel's processors:
+Where the time goes, in µs a token, as `scripts/bench/where_time_goes.py` printed it for sentences
+of 8 to 25 tokens on two cores with AMX, the matrix units of Intel's processors:
 
                       whole   products   attention   norms, sums, copies   other, Python
     float32              77        78%          6%                    5%             11%
@@ -45,8 +45,8 @@ have a kernel of their own for a handful of rows, which adds up in another order
 sum between threads: the same text then gets other bits in another batch. And they differ in how
 much they round. A chain of multiply-adds rounds at each step, in proportion to what it has so far:
 two chains of half the length, added up, round less by a third. Relative rounding errors of one
-product (root mean square), on the published weights, as `scripts/where_time_goes.py` printed them
-on an AMD EPYC (Zen 5), with its AVX-512 and as with AVX2:
+product (root mean square), on the published weights, as `scripts/bench/where_time_goes.py` printed
+them on an AMD EPYC (Zen 5), with its AVX-512 and as with AVX2:
 
                                        384 -> 384   384 -> 1536   1536 -> 384
     `F.linear`, and so the reference      2.5e-07       2.5e-07       2.5e-07

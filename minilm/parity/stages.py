@@ -498,7 +498,7 @@ class Golden:
 
     @classmethod
     def load(cls, path: str | Path) -> "Golden":
-        """Read the JSON file that `scripts/make_test_data.py` writes."""
+        """Read the JSON file that `scripts/make/make_test_data.py` writes."""
         values = json.loads(Path(path).read_text(encoding="utf-8"))["texts"]
         embeddings = [value["embedding"] for value in values]
         return cls(

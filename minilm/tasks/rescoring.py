@@ -5,8 +5,8 @@ scores, as from `search.py`. The codes are read instead of the vectors: a quarte
 a thirty-second. They rank nearly as the vectors do, so more than `top_k` candidates are taken, and
 these are scored again, by vectors that may lie on a disk.
 
-`scripts/bench_search.py --recall` measures what is lost. Next: `index.py`, which keeps vectors and
-codes in files.
+`scripts/bench/bench_search.py --recall` measures what is lost. Next: `index.py`, which keeps
+vectors and codes in files.
 """
 
 from typing import Any

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -18,7 +17,7 @@ import torch
 
 from conftest import DATA, needs
 from minilm import SentenceEncoder, TruncationWarning
-from minilm.errors import InputError, InputTypeError, TruncationError
+from minilm.errors import InputError, InputTypeError, MissingPackageError, TruncationError
 from minilm.files.records import read_fingerprint
 
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # reads it when it is imported
@@ -354,68 +353,49 @@ def test_killed_in_the_middle(
 
 
 @pytest.mark.slow
-def test_script(tiny_folder: Path, tmp_path: Path) -> None:
+def test_script(
+    machines: Machines, tiny_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     source, target = tmp_path / "in", tmp_path / "out"
     source.mkdir()
     texts = [WORDS[number % 5] if number % 7 else None for number in range(60)]
-    pyarrow.parquet.write_table(table(texts[:40]), source / "a.parquet")
-    pyarrow.parquet.write_table(table(texts[40:]), source / "b.parquet")
-    script = [sys.executable, str(Path(encode_on_ray.__file__)), "--model", str(tiny_folder)]
-    script += ["--object-store-mb", "100", "--rows-per-file", "16", "--keep-order"]
-    script += ["--precision", "float16", "in"]
+    pyarrow.parquet.write_table(table(texts)[:40], source / "a.parquet")
+    pyarrow.parquet.write_table(table(texts)[40:], source / "b.parquet")
+    command = [str(source), "--model", str(tiny_folder), "--precision", "float16", "--actors", "1"]
 
-    def run(*arguments: str) -> "subprocess.CompletedProcess[str]":
-        return subprocess.run(
-            [*script, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
-        )
+    with pytest.raises(Exception, match="is None; pass a string, or choose on_bad_row"):
+        encode_on_ray.main([*command, str(tmp_path / "failed")])
+    assert not (tmp_path / "failed" / "_SUCCESS").exists()
 
-    failed = run("failed")
-    assert failed.returncode == 1
-    assert failed.stderr.splitlines()[-1].startswith("encode_on_ray: text[")
-    assert "is None; pass a string, or choose on_bad_row" in failed.stderr.splitlines()[-1]
-    assert not (tmp_path / "failed" / encode_on_ray.SUCCESS).exists()
-
-    done = run("out", "--on-bad-row", "skip")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines()[-1].startswith("out: 51 rows in ")
+    encode_on_ray.main([*command, str(target), "--on-bad-row", "skip"])
+    assert capsys.readouterr().out.splitlines()[-1] == f"{target}: 51 rows"
     kept = [text for text in texts if text is not None]
-    written = pyarrow.dataset.dataset(target, format="parquet").to_table()
-    assert written["text"].to_pylist() == kept
+    written = pyarrow.dataset.dataset(sorted(target.glob("*.parquet"))).to_table()
+    order = np.argsort(written["id"].to_numpy())
+    assert written["text"].take(order).to_pylist() == kept
     encoder = SentenceEncoder.from_pretrained(tiny_folder, device="cpu")
-    vectors = embeddings_of(written["embedding"])
+    vectors = embeddings_of(written["embedding"].combine_chunks())[order]
     np.testing.assert_array_equal(vectors, encoder.encode(kept).astype(np.float16))
-    record = json.loads((target / encode_on_ray.SUCCESS).read_text(encoding="utf-8"))
+    record = json.loads((target / "_SUCCESS").read_text(encoding="utf-8"))
     assert (record["rows"], record["read_rows"]) == (51, 60)
     assert record["fingerprint"] == [encoder.fingerprint().to_dict()]
 
-
-def test_script_looks_first(tmp_path: Path) -> None:
-    source, target = str(tmp_path / "in.parquet"), str(tmp_path / "out")
-    with pytest.raises(FileNotFoundError):
-        encode_on_ray.look(source, target, "text", "embedding")
-    pyarrow.parquet.write_table(table(WORDS), source)
-    assert encode_on_ray.look(source, target, "text", "embedding") == 5
-    with pytest.raises(InputError, match=r"has no 'body'; choose with --column, of 'id', 'text'"):
-        encode_on_ray.look(source, target, "body", "embedding")
-    with pytest.raises(InputError, match="has 'id' already"):
-        encode_on_ray.look(source, target, "text", "id")
-    with pytest.raises(InputError, match="is not empty"):
-        encode_on_ray.look(source, str(tmp_path), "text", "embedding")
-    with pytest.raises(InputError, match="is not empty"):
-        encode_on_ray.look(source, source, "text", "embedding")
+    with pytest.raises(InputError, match="is not empty; choose a new folder"):
+        encode_on_ray.main([*command, str(target)])
 
 
 def test_script_verifies(tiny_folder: Path, tmp_path: Path) -> None:
     out = MiniLMActor(tiny_folder, device="cpu")(table(WORDS))
     pyarrow.parquet.write_table(out, tmp_path / "a.parquet")
     pyarrow.parquet.write_table(out, tmp_path / "b.parquet")
-    success = tmp_path / encode_on_ray.SUCCESS
+    success = tmp_path / "_SUCCESS"
     for rows, may_skip in ((11, False), (9, False), (9, True)):
         with pytest.raises(InputError, match=f"has 10 rows where there were {rows}"):
             encode_on_ray.verify(str(tmp_path), rows, may_skip)
     assert not success.exists()
-    done = {"rows": 10, "read_rows": 11, "files": 2}
-    assert encode_on_ray.verify(str(tmp_path), 11, True) == done
+    assert encode_on_ray.verify(str(tmp_path), 11, True) == 10
+    record = json.loads(success.read_text(encoding="utf-8"))
+    assert (record["rows"], record["read_rows"], record["files"]) == (10, 11, 2)
     success.unlink()
     other = MiniLMActor(tiny_folder, device="cpu", prompt="a ")(table(WORDS))
     for wrong in (other, other.replace_schema_metadata(None)):
@@ -425,8 +405,14 @@ def test_script_verifies(tiny_folder: Path, tmp_path: Path) -> None:
     assert not success.exists()
 
 
-def test_script_without_ray(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+def test_places_are_those_of_every_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert encode_on_ray.place("in") == str(tmp_path / "in")
+    assert encode_on_ray.place("s3://bucket/in") == "s3://bucket/in"
+
+
+def test_script_without_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    monkeypatch.setitem(sys.modules, "ray.exceptions", None)
-    assert encode_on_ray.main(["in", "out"]) == 1
-    assert 'pip install "minilm[ray]"' in capsys.readouterr().err
+    monkeypatch.delitem(sys.modules, "minilm.adapters.ray")
+    with pytest.raises(MissingPackageError, match=r'pip install "minilm\[ray\]"'):
+        encode_on_ray.main(["in", "out"])

@@ -1,4 +1,4 @@
-"""scripts/evaluate.py and scripts/retrieval.py, on data made here and the tiny model."""
+"""scripts/quality/evaluate.py and scripts/retrieval.py, on data made here and the tiny model."""
 
 import json
 import math

@@ -160,7 +160,7 @@ def test_missing_model_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.process
 def test_as_a_script() -> None:
     done = subprocess.run(
-        [sys.executable, ROOT / "scripts" / "exercises.py", "7", "--answer", "0.907"],
+        [sys.executable, ROOT / "scripts" / "learn" / "exercises.py", "7", "--answer", "0.907"],
         capture_output=True,
         text=True,
         check=False,

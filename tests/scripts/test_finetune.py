@@ -1,4 +1,4 @@
-"""scripts/finetune.py on the tiny model: the loss falls, and what was learnt is saved."""
+"""scripts/learn/finetune.py on the tiny model: the loss falls, and what was learnt is saved."""
 
 import re
 from pathlib import Path
@@ -22,7 +22,7 @@ def pairs(tmp_path: Path) -> Path:
 
 
 def test_it_has_at_most_100_lines() -> None:
-    assert len((ROOT / "scripts/finetune.py").read_text(encoding="utf-8").splitlines()) <= 100
+    assert len((ROOT / "scripts/learn/finetune.py").read_text(encoding="utf-8").splitlines()) <= 100
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""scripts/from_scratch.py is what it says: short, NumPy alone, and the same model."""
+"""scripts/learn/from_scratch.py is what it says: short, NumPy alone, and the same model."""
 
 import ast
 import json
@@ -14,7 +14,7 @@ import pytest
 from conftest import DATA, ROOT
 from minilm import SentenceEncoder, TruncationWarning
 
-FILE = ROOT / "scripts" / "from_scratch.py"
+FILE = ROOT / "scripts" / "learn" / "from_scratch.py"
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 TEXTS = [
     json.loads(line)["text"]

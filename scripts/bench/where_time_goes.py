@@ -1,8 +1,9 @@
 """Print where the time of `encode` on a CPU goes, and what each trick of the fast path is worth.
 
-    python scripts/where_time_goes.py [--model PATH_OR_NAME] [--rounds N] [--scale SHARE]
+    python scripts/bench/where_time_goes.py [--model PATH_OR_NAME] [--rounds N] [--scale SHARE]
+                                             [--markdown FILE]
 
-Four tables, on the workloads of scripts/bench.py: the matrix products alone, at the model's
+Four tables, on the workloads of scripts/bench/bench.py: the matrix products alone, at the model's
 shapes, by dtype; what they round in float32; the share of each kind of operation in the time, as
 torch's profiler counts it; and the time with one trick switched off, over the time with all of
 them: 1.10 means that it saves a tenth. On and off run in turn, in one process, with another number
@@ -26,13 +27,14 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # a bare checkout is enough
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a bare checkout is enough
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+import results  # noqa: E402
 from bench import MFLOP_PER_TOKEN, SHAPES, make_texts  # noqa: E402
 from minilm import BertFeedForward, SentenceEncoder  # noqa: E402
 from minilm.inference import compute, kernels, packed  # noqa: E402
@@ -61,11 +63,17 @@ def main() -> None:
     parser.add_argument("--scale", type=float, default=0.3, help="share of each workload")
     parser.add_argument("--seconds-only", metavar="DTYPE", help=argparse.SUPPRESS)
     parser.add_argument("--no-kept-memory", action="store_true", help=argparse.SUPPRESS)
+    results.add_option(parser)
     options = parser.parse_args()
     if options.seconds_only:
         print(seconds_in_a_fresh_process(options))
         return
+    with results.recorded(options.markdown, "Where the time of encode goes", fenced=False):
+        measure_all(options)
 
+
+def measure_all(options: argparse.Namespace) -> None:
+    """Print all tables."""
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
     rates = print_products(options.rounds)
     times = {}
@@ -79,7 +87,7 @@ def main() -> None:
 
 
 def workloads(encoder: SentenceEncoder, scale: float) -> dict[str, list[str]]:
-    """Some of scripts/bench.py's texts."""
+    """Return a share of the texts of `bench.py`."""
     tokenizer = encoder.tokenizer
     assert tokenizer is not None
     return make_texts(lambda words: tokenizer(words).token_counts, scale)
@@ -89,7 +97,7 @@ def workloads(encoder: SentenceEncoder, scale: float) -> dict[str, list[str]]:
 
 
 def print_products(rounds: int) -> dict[str, float]:
-    """GFLOP/s of the products of a pass of 2,048 tokens.
+    """Print GFLOP/s of the products of a pass of 2,048 tokens.
 
     Returns:
         Microseconds a token, by the name of the way.
@@ -141,7 +149,7 @@ def fast(dtype: torch.dtype, columns: int, outputs: int) -> Callable[[], Tensor]
 
 
 def int8(columns: int, outputs: int, quantize: bool = False) -> Callable[[], Tensor]:
-    """The product that torch's compiler emits for a quantized model: 8-bit rows and weight.
+    """Return the product that torch's compiler emits for a quantized model: 8-bit rows and weight.
 
     The result is what the next operation takes: 8 bits before the second product of the
     feed-forward layer, else bfloat16. With `quantize` the rows come in bfloat16 where they do in
@@ -185,7 +193,7 @@ def activated(output: Tensor, gelu: bool) -> Tensor:
 
 
 def print_errors(model: str) -> None:
-    """Relative rounding errors of the float32 products of all layers, by layout."""
+    """Print relative rounding errors of the float32 products of all layers, by layout."""
     encoder = SentenceEncoder.from_pretrained(model, device="cpu")
     parts = ("attention.query", "feed_forward.intermediate", "feed_forward.output")
     layouts = {
@@ -209,7 +217,7 @@ def print_errors(model: str) -> None:
 
 @torch.inference_mode()
 def rounding(encoder: SentenceEncoder, part: str, layout: kernels.Layout) -> float:
-    """Of random rows by the weights of one part of each layer, root mean square."""
+    """Return the error of random rows times one weight of each layer, root mean square."""
     random = torch.Generator().manual_seed(0)
     off = whole = 0.0
     for layer in encoder.bert.layers:
@@ -226,7 +234,7 @@ def rounding(encoder: SentenceEncoder, part: str, layout: kernels.Layout) -> flo
 
 
 def print_shares(encoder: SentenceEncoder, texts: dict[str, list[str]]) -> dict[str, float]:
-    """What each kind of operation takes.
+    """Print the share of each kind of operation in the time.
 
     Returns:
         Microseconds a token, by workload.
@@ -284,7 +292,7 @@ TRICKS: dict[str, list[Any]] = {
 
 @contextlib.contextmanager
 def switched_off(trick: str, encoder: SentenceEncoder) -> Iterator[None]:
-    """The encoder without one trick, and with it again afterwards."""
+    """Switch one trick of the encoder off inside a `with` statement."""
     forget_copies(encoder)
     with contextlib.ExitStack() as stack:
         for patch in TRICKS[trick]:
@@ -305,7 +313,7 @@ def forget_copies(encoder: SentenceEncoder) -> None:
 def print_tricks(
     encoder: SentenceEncoder, texts: dict[str, list[str]], options: argparse.Namespace
 ) -> None:
-    """The time without a trick over the time with it, median and range of the rounds."""
+    """Print the time without a trick over the time with it, median and range of the rounds."""
     names = ["W1", "W2", "W3"]
     print(f"| {str(encoder.dtype)[6:]} without | {' | '.join(names)} |")
     print("| --- |" + " ---: |" * len(names))
@@ -342,7 +350,7 @@ def child(options: argparse.Namespace, dtype: str, extra: list[str]) -> dict[str
 
 
 def seconds_in_a_fresh_process(options: argparse.Namespace) -> str:
-    """What `child` reads."""
+    """Return the seconds of each workload, separated by blanks, for `child` to read."""
     if options.no_kept_memory:
         kernels._keep_freed_memory = lambda: None  # type: ignore[assignment]
     encoder = SentenceEncoder.from_pretrained(options.model, dtype=options.seconds_only)
@@ -358,7 +366,7 @@ def seconds_in_a_fresh_process(options: argparse.Namespace) -> str:
 
 
 def print_int8(rates: dict[str, float], times: dict[str, float]) -> None:
-    """How much faster bfloat16 would be if its products took the time of the 8-bit ones."""
+    """Print how much faster bfloat16 would be if its products took the time of the 8-bit ones."""
     if "int8 with quantization" not in rates or "bfloat16, as minilm" not in rates:
         return
     for name in ("W1", "W2", "W3"):

@@ -1,10 +1,10 @@
 #!/usr/bin/env python
 """How good are the vectors? Similarity, retrieval, classification and clustering, in one table.
 
-    python scripts/evaluate.py                                    # all four, on ../shared/data
-    python scripts/evaluate.py --reference                        # the same of the reference
-    python scripts/evaluate.py --task sts --data STS17.en-en.tsv
-    python scripts/evaluate.py --task classification --data texts.jsonl --json
+    python scripts/quality/evaluate.py              # all four tasks, on ../shared/data
+    python scripts/quality/evaluate.py --reference  # and what the reference reaches
+    python scripts/quality/evaluate.py --task sts --data STS17.en-en.tsv
+    python scripts/quality/evaluate.py --task classification --data texts.jsonl --json
 
 Each task reads one plain form, and measures as MTEB does (Muennighoff et al. 2023, section 3.2):
 
@@ -39,18 +39,18 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # a bare checkout is enough
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a bare checkout is enough
 
+import results  # noqa: E402
 from minilm import SentenceEncoder  # noqa: E402
 from minilm.errors import InputError, MinilmError, MissingPackageError  # noqa: E402
 from minilm.pretrained import hub  # noqa: E402
 from minilm.tasks import semantic_search  # noqa: E402
-from retrieval import FILES, SCIFACT, TOP, ndcg, read_jsonl, read_retrieval  # noqa: E402
+from retrieval import DATA, FILES, SCIFACT, TOP, ndcg, read_jsonl, read_retrieval  # noqa: E402
 
 Array = np.ndarray[Any, Any]
 Encode = Callable[[list[str]], Array]
-DATA = ROOT.parent / "shared" / "data"
 STS = Path("sts") / "STS17.en-en.tsv"
 EXPERIMENTS, PER_LABEL, SENTENCES = 10, 8, 16
 
@@ -78,7 +78,7 @@ class Figure:
 
 
 def sts(encode: Encode, path: Path) -> dict[str, float]:
-    """Spearman's and Pearson's correlation of human scores with cosines."""
+    """Return Spearman's and Pearson's correlation of human scores with cosines."""
     from scipy.stats import pearsonr, spearmanr
 
     with path.open(encoding="utf-8", newline="") as file:
@@ -94,7 +94,7 @@ def sts(encode: Encode, path: Path) -> dict[str, float]:
 
 
 def retrieval(encode: Encode, path: Path) -> dict[str, float]:
-    """nDCG@10 of exact search."""
+    """Return nDCG@10 of exact search."""
     data = read_retrieval(path)
     hits = semantic_search(encode(data.queries), encode(data.documents), top_k=TOP)
     places = [[int(hit["corpus_id"]) for hit in found] for found in hits]
@@ -102,7 +102,7 @@ def retrieval(encode: Encode, path: Path) -> dict[str, float]:
 
 
 def classification(encode: Encode, path: Path) -> dict[str, float]:
-    """The mean accuracy of logistic regressions on few texts of each label."""
+    """Return the mean accuracy of logistic regressions on few texts of each label."""
     from sklearn.linear_model import LogisticRegression
 
     rows = read_labelled(path)
@@ -125,7 +125,7 @@ def classification(encode: Encode, path: Path) -> dict[str, float]:
 
 
 def clustering(encode: Encode, path: Path) -> dict[str, float]:
-    """The mean v-measure (Rosenberg and Hirschberg 2007) of k-means."""
+    """Return the mean v-measure (Rosenberg and Hirschberg 2007) of k-means."""
     from sklearn.cluster import MiniBatchKMeans
     from sklearn.metrics import v_measure_score
 
@@ -147,14 +147,14 @@ TASKS: dict[str, Callable[[Encode, Path], dict[str, float]]] = {
 
 
 def unit(vectors: Array) -> Array:
-    """Length 1, in float64."""
+    """Return the vectors in float64, with length 1."""
     wide = vectors.astype(np.float64)
     of_length_one: Array = wide / np.linalg.norm(wide, axis=1, keepdims=True)
     return of_length_one
 
 
 def few_of_each(labels: Array, order: Array) -> Array:
-    """The first few rows of each label, in an order."""
+    """Return the first few rows of each label, in the given order."""
     seen: Counter[str] = Counter()
     chosen = []
     for row in order:
@@ -168,7 +168,7 @@ def few_of_each(labels: Array, order: Array) -> Array:
 
 
 def read_labelled(path: Path) -> list[dict[str, str]]:
-    """Rows with text and label; of a folder of SciFact, the sentences of its long abstracts.
+    """Read rows with text and label; of a folder of SciFact, the sentences of its long abstracts.
 
     Raises:
         InputError: A row lacks one of the two, or all have the same label.
@@ -196,7 +196,7 @@ def default_data(task: str) -> Path:
 
 
 def published_scores(task: str, path: Path) -> tuple[str, dict[str, float]]:
-    """The name of the data, and its published figures, as `scores.json` above it knows them."""
+    """Return the name of the data and its published figures, from a `scores.json` above it."""
     for folder in path.resolve().parents:
         if (folder / "scores.json").is_file():
             tasks = json.loads((folder / "scores.json").read_text(encoding="utf-8"))["tasks"]
@@ -214,7 +214,7 @@ def published_scores(task: str, path: Path) -> tuple[str, dict[str, float]]:
 def evaluate(
     tasks: dict[str, Path], encode: Encode, reference: Encode | None, is_published: bool
 ) -> list[Figure]:
-    """Measure.
+    """Measure each task.
 
     Args:
         tasks: The path of the data, by the name of the task.
@@ -239,7 +239,7 @@ def evaluate(
 
 
 def verdict(ours: float, other: float | None) -> str:
-    """`87.587791, agrees`, or how far off."""
+    """Return `87.587791, agrees`, or how far off it is."""
     if other is None:
         return ""
     same = f"{ours:.6f}" == f"{other:.6f}"
@@ -247,7 +247,7 @@ def verdict(ours: float, other: float | None) -> str:
 
 
 def table(figures: Sequence[Figure]) -> str:
-    """Markdown; a column that is empty is left out."""
+    """Return a Markdown table without the columns that are empty."""
     columns: dict[str, list[str]] = defaultdict(list)
     for each in figures:
         for name in ("task", "data", "measure"):
@@ -273,6 +273,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--model", default=hub.DEFAULT_MODEL, metavar="NAME_OR_FOLDER")
     parser.add_argument("--reference", action="store_true", help="also of sentence-transformers")
     parser.add_argument("--json", action="store_true")
+    results.add_option(parser)
     options = parser.parse_args(arguments)
     if options.data is not None and options.task is None:
         parser.error("argument --data: goes with --task")
@@ -286,9 +287,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (MinilmError, OSError, ValueError, KeyError, AttributeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(
-        json.dumps([asdict(each) for each in figures], indent=2) if options.json else table(figures)
-    )
+    if options.json:
+        print(json.dumps([asdict(each) for each in figures], indent=2))
+        return 0
+    with results.recorded(options.markdown, "How good the vectors are", fenced=False):
+        print(table(figures))
     return 0
 
 
@@ -301,7 +304,8 @@ def run(tasks: dict[str, Path], model: str, with_reference: bool) -> list[Figure
     try:
         import sklearn  # noqa: F401  # and scipy, which it needs
     except ImportError as error:
-        raise MissingPackageError("scripts/evaluate.py", "scikit-learn", "sklearn") from error
+        script = "scripts/quality/evaluate.py"
+        raise MissingPackageError(script, "scikit-learn", "sklearn") from error
     encoder = SentenceEncoder.from_pretrained(model)
     files = encoder.source
     is_published = files is not None and hub.SHA256["model.safetensors"] in files.sha256.values()
@@ -322,7 +326,7 @@ def run(tasks: dict[str, Path], model: str, with_reference: bool) -> list[Figure
 
 
 def once_each(encode: Encode) -> Encode:
-    """The same, remembering what it gave: two tasks have the same texts."""
+    """Return `encode` with a memory of its results: two tasks have the same texts."""
     remembered = cache(lambda texts: encode(list(texts)))
     return lambda texts: remembered(tuple(texts))
 

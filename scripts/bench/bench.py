@@ -1,8 +1,8 @@
 """Measure how fast minilm is, beside the other ways to run this model that are installed here.
 
-    python scripts/bench.py [--systems NAME,...] [--workloads W1,...] [--rounds N] [--threads N]
-                            [--device cuda] [--json FILE] [--plot FILE] [--cache FOLDER]
-    python scripts/bench.py --from-json FILE [--plot FILE]
+    python scripts/bench/bench.py [--systems NAME,...] [--workloads W1,...] [--rounds N]
+        [--threads N] [--device cuda] [--markdown FILE] [--json FILE] [--plot FILE] [--cache FOLDER]
+    python scripts/bench/bench.py --from-json FILE [--plot FILE]
 
 Every system runs in a fresh process of its own, on the same texts with the same number of threads,
 in turn: A B C, A B C, ... What is compared is the ratio within a round, so that a machine that is
@@ -28,7 +28,6 @@ import math
 import os
 import platform
 import random
-import re
 import statistics
 import subprocess
 import sys
@@ -39,10 +38,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # a bare checkout is enough
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a bare checkout is enough
 
 import minilm  # noqa: E402
+import results  # noqa: E402
 from minilm import MinilmError  # noqa: E402
 
 # Neither torch nor NumPy is imported here (and minilm does so only when asked for an encoder): on
@@ -113,6 +113,7 @@ def main() -> int:
     add("--cache", type=Path, metavar="FOLDER", help="keep exports and float64 vectors there")
     add("--scale", type=float, default=1.0, help="make this part of the texts; to try things out")
     add("--child", action="store_true", help=argparse.SUPPRESS)
+    results.add_option(parser)
     options = parser.parse_args()
     if options.child:
         return child()
@@ -124,6 +125,11 @@ def main() -> int:
     if options.json:
         options.json.write_text(json.dumps(report, indent=1) + "\n")
     print(to_text(report))
+    if options.markdown:
+        about = report["machine"]
+        machine = f"{about['threads']} threads of {about.get('gpu') or about['cpu']}"
+        body, date = to_text(report), about["date"]
+        results.write(options.markdown, "Speed", body, date=date, machine=machine)
     if options.plot:
         plot(report, options.plot)
     return 0 if measured(report) else 1
@@ -187,7 +193,7 @@ def run(options: argparse.Namespace) -> Result:
 
 
 def choose(text: str, known: Iterable[str]) -> list[str]:
-    """The names in a comma-separated list."""
+    """Return the names in a comma-separated list, in the order of `known`."""
     chosen = [name.strip() for name in text.split(",")]
     if unknown := [name for name in chosen if name not in known]:
         raise ValueError(f"{unknown[0]!r} is none of {', '.join(known)}")
@@ -195,12 +201,12 @@ def choose(text: str, known: Iterable[str]) -> list[str]:
 
 
 def say(text: str) -> None:
-    """Tell how far things are, apart from the report."""
+    """Print how far things are, on standard error."""
     print(text, file=sys.stderr, flush=True)
 
 
 def spawn(task: str, job: Result, variables: dict[str, str] | None = None) -> Result:
-    """Do a job in a fresh process; a ChildError if it fails."""
+    """Do a job in a fresh process; raise a ChildError if it fails."""
     threads = str(job["threads"])  # for OpenMP, and for the tokenizer
     variables = (variables or {}) | {"OMP_NUM_THREADS": threads, "RAYON_NUM_THREADS": threads}
     done = subprocess.run(
@@ -219,19 +225,15 @@ def spawn(task: str, job: Result, variables: dict[str, str] | None = None) -> Re
 
 
 def describe_machine(options: argparse.Namespace) -> Result:
-    """What the numbers depend on."""
+    """Return what the figures depend on: processor, threads, versions, date."""
     versions = {"minilm": minilm.__version__}
     peers = {package for packages, _ in SYSTEMS.values() for package in packages}
     for name in ("torch", "numpy", "tokenizers", *sorted(peers)):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    fields = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in lines if ":" in line)
-    told = ("avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
     return {
-        "cpu": fields.get("model name") or platform.processor() or platform.machine(),
-        "instructions": [flag for flag in told if flag in fields.get("flags", "").split()],
+        "cpu": results.processor(),
+        "instructions": results.instructions(),
         "threads": options.threads,
         "device": options.device,
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
@@ -246,23 +248,23 @@ def describe_machine(options: argparse.Namespace) -> Result:
 
 
 def measured(report: Result) -> list[str]:
-    """The systems that were measured at least once, in the order of the table."""
+    """Return the systems that were measured at least once, in the order of the table."""
     return [name for name in SYSTEMS if any(name in results for results in report["rounds"])]
 
 
 def ratios(report: Result, name: str, other: str, workload: str) -> list[float]:
-    """How many times as fast as `other` a system was, in each round that has both."""
+    """Return how many times as fast as `other` a system was, in each round that has both."""
     pairs = [(_speed(r, name, workload), _speed(r, other, workload)) for r in report["rounds"]]
     return [ours / theirs for ours, theirs in pairs if ours and theirs]
 
 
 def dtype_of(report: Result, name: str) -> str:
-    """What a system computed in, by its own account."""
+    """Return the dtype that a system says it computed in."""
     return next(str(results[name]["dtype"]) for results in report["rounds"] if name in results)
 
 
 def _speed(results: Result, name: str, workload: str) -> float:
-    """Tokens a second, or queries a second; 0 if it was not measured."""
+    """Return tokens a second, or queries a second; 0 if it was not measured."""
     result = results.get(name, {}).get(workload)
     if not result:
         return 0.0
@@ -276,7 +278,7 @@ def _spread(values: list[float]) -> str:
 
 
 def to_text(report: Result) -> str:
-    """The whole report, in Markdown."""
+    """Return the whole report, in Markdown."""
     machine = report["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     where = [machine.get("gpu") or machine["cpu"], *machine["instructions"]]
@@ -292,7 +294,7 @@ def to_text(report: Result) -> str:
 
 
 def table(report: Result) -> list[str]:
-    """One row for each system."""
+    """Return the lines of a table with a row for each system."""
     workloads = report["workloads"]
     heads = [("W4 ms (p99)" if w == "W4" else f"{w} tokens/s", "×") for w in workloads]
     head = ["system", *(cell for pair in heads for cell in pair), "cold s over import torch"]
@@ -321,7 +323,7 @@ def _middle(values: list[float], form: str) -> str:
 
 
 def peak_lines(report: Result) -> list[str]:
-    """How fast the matrix products alone are, and how much of that minilm reaches."""
+    """Return how fast matrix products alone are, and what share of that minilm reaches."""
     rounds = [r for r in report["rounds"] if "GEMM" in r]
     lines = []
     for dtype, ways in rounds[0]["GEMM"].items() if rounds else ():
@@ -342,7 +344,7 @@ def peak_lines(report: Result) -> list[str]:
 
 
 def verdict_lines(report: Result) -> list[str]:
-    """For each dtype of minilm, the fastest peer and how many times as fast we are."""
+    """Return the fastest peer in each dtype of minilm, and how many times as fast we are."""
     lines = []
     for name in measured(report):
         if not name.startswith("minilm") or name in ONLY_IF_NAMED:
@@ -404,7 +406,7 @@ def plot(report: Result, path: Path) -> None:
 
 
 def _module(name: str) -> Any:
-    """A module that need not be installed where the types are checked."""
+    """Import a module that need not be installed where types are checked."""
     return importlib.import_module(name)
 
 
@@ -412,7 +414,7 @@ def _module(name: str) -> Any:
 
 
 def child() -> int:
-    """Do the job on stdin; one line of JSON on stdout. What libraries print goes to stderr."""
+    """Do the job given on stdin and print one line of JSON; what libraries print is on stderr."""
     job = json.load(sys.stdin)
     tasks = {"prepare": prepare, "import torch": import_torch, "GEMM": gemm, "measure": measure}
     with os.fdopen(os.dup(1), "w") as answer:
@@ -425,7 +427,7 @@ def child() -> int:
 
 
 def peak_memory() -> float:
-    """The most memory this process has had so far, in MB."""
+    """Return the most memory that this process has had so far, in MB."""
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -433,7 +435,7 @@ def peak_memory() -> float:
 
 
 def import_torch(job: Result) -> Result:
-    """What there is to pay before anything else."""
+    """Return the time and memory that `import torch` alone takes."""
     import torch  # noqa: F401
 
     return {"cold_s": time.time() - job["started"], "memory_mb": peak_memory()}
@@ -482,7 +484,7 @@ def prepare(job: Result) -> Result:
 
 
 def make_texts(count: Callable[[list[str]], list[int]], scale: float) -> dict[str, list[str]]:
-    """The workloads: stretches of English from the test data, each of an exact number of tokens.
+    """Make the workloads: stretches of English of the test data, each of an exact number of tokens.
 
     Args:
         count: Gives the numbers of tokens of texts, [CLS] and [SEP] included.
@@ -555,7 +557,7 @@ def measure(job: Result) -> Result:
 
 
 def gemm(job: Result) -> Result:
-    """GFLOP/s of the model's matrix products alone, by dtype and by the way to compute them."""
+    """Measure GFLOP/s of the model's matrix products alone, by dtype and way to compute them."""
     import torch
 
     def rate(products: Sequence[Callable[[], object]]) -> float:
@@ -587,7 +589,7 @@ def gemm(job: Result) -> Result:
 
 
 def in_batches(job: Result, run: Run) -> Encode:
-    """What a bare model lacks: tokenizer, batches of like lengths, mean over real tokens, length 1.
+    """Add what a bare model lacks: tokenizer, batches of like lengths, mean, length 1.
 
     The mean is taken of what `run` gives for the padded ids, the mask and the ids unpadded.
     """
@@ -617,7 +619,7 @@ def in_batches(job: Result, run: Run) -> Encode:
 
 
 def make_encode(job: Result) -> Encode:
-    """A system, loaded."""
+    """Load a system; return the function that embeds texts."""
     if job["system"].startswith("minilm") and job["system"] != "minilm plain":
         from minilm import SentenceEncoder
 
@@ -635,7 +637,7 @@ def make_encode(job: Result) -> Encode:
 
 
 def make_run(job: Result) -> Run:
-    """A system that maps ids to token vectors and leaves the rest to us, loaded."""
+    """Load a system that maps ids to token vectors and leaves the rest to us."""
     folder, threads = Path(job["folder"]), job["threads"]
     family = job["system"].split()[0]
     if family == "OpenVINO":
@@ -683,7 +685,7 @@ def make_run(job: Result) -> Run:
 
 
 def _bert(model: str, attention: str) -> Any:
-    """The reference's model: ids and mask -> token vectors."""
+    """Load the reference's model: ids and mask -> token vectors."""
     import torch
     from transformers import AutoModel
 
@@ -706,7 +708,7 @@ def _example() -> dict[str, Any]:
 
 
 def export_onnx(model: str, folder: Path) -> None:
-    """One file in float32, and one with int8 products."""
+    """Write one ONNX file in float32, and one with int8 products."""
     names, path = ["ids", "mask", "hidden"], folder / "float32.onnx"
     axes = {name: {0: "batch", 1: "tokens"} for name in names}
     about = {"input_names": names[:2], "output_names": names[2:], "dynamic_axes": axes}
@@ -718,14 +720,14 @@ def export_onnx(model: str, folder: Path) -> None:
 
 
 def export_openvino(model: str, folder: Path) -> None:
-    """OpenVINO's format, in float32."""
+    """Write OpenVINO's format, in float32."""
     openvino = _module("openvino")
     exported = openvino.convert_model(_bert(model, "sdpa"), example_input=_example())
     openvino.save_model(exported, folder / "openvino.xml", compress_to_fp16=False)
 
 
 def export_ctranslate2(model: str, folder: Path) -> None:
-    """CTranslate2's format, in float32; it quantizes when it loads."""
+    """Write CTranslate2's format, in float32; it quantizes when it loads."""
     converter = _module("ctranslate2.converters").TransformersConverter(model)
     converter.convert(str(folder / "ctranslate2"), force=True)
 

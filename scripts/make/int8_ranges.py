@@ -1,6 +1,6 @@
 """Choose the fixed ranges of int8 vectors, and measure what smaller vectors cost.
 
-    python scripts/int8_ranges.py [--model FOLDER] [--data FOLDER] [--write]
+    python scripts/make/int8_ranges.py [--model FOLDER] [--data FOLDER] [--write] [--markdown FILE]
 
 The published model's vectors have length 1, so one step for all numbers may do: an int8 code is
 round(x / step). The candidates are several steps, and the ranges per dimension that one would take
@@ -25,13 +25,14 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # a bare checkout is enough
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a bare checkout is enough
 
+import results  # noqa: E402
 from minilm import SentenceEncoder  # noqa: E402
 from minilm.pretrained import hub  # noqa: E402
 from minilm.quantize import dequantize, model_ranges, quantize_embeddings  # noqa: E402
-from retrieval import FILES, SCIFACT, ndcg, read_jsonl, read_retrieval  # noqa: E402
+from retrieval import DATA, FILES, SCIFACT, ndcg, read_jsonl, read_retrieval  # noqa: E402
 
 Array = np.ndarray[Any, Any]
 TARGET = ROOT / "minilm" / "int8_ranges.json"
@@ -45,14 +46,21 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default=hub.DEFAULT_MODEL, metavar="FOLDER")
-    parser.add_argument("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    parser.add_argument("--data", type=Path, default=DATA)
     parser.add_argument("--write", action="store_true", help="into minilm/int8_ranges.json")
+    results.add_option(parser)
     options = parser.parse_args()
     needed = CALIBRATION + MEASUREMENT
     if missing := [name for name in needed if not (options.data / name).is_file()]:
         print(f"error: {options.data} lacks {missing[0]}; see --data", file=sys.stderr)
         return 2
+    with results.recorded(options.markdown, "Ranges of int8, and what smaller vectors cost"):
+        measure(options)
+    return 0
 
+
+def measure(options: argparse.Namespace) -> None:
+    """Choose the steps and print what vectors in few bits lose."""
     encoder = SentenceEncoder.from_pretrained(options.model)
     pooling = SentenceEncoder(
         modules=list(encoder)[:2],
@@ -94,7 +102,6 @@ def main() -> int:
     for name, scores, share in forms(whole):
         found = ndcg(best_ten(scores), data.grades)
         print(f"{name:<40}  {found:.4f}  {overlap(scores, truth):10.3f}  {share}")
-    return 0
 
 
 def calibration_texts(data: Path) -> dict[str, list[str]]:
@@ -139,7 +146,7 @@ def one_step(step: float) -> Array:
 
 
 def forms(whole: tuple[Array, Array]) -> list[tuple[str, Array, str]]:
-    """Ways to keep the vectors: name, similarities, share of saturated numbers."""
+    """Return ways to keep the vectors: name, similarities, share of saturated numbers."""
     queries, documents = map(unit, whole)
     found: list[tuple[str, Array, str]] = []
 
@@ -170,7 +177,7 @@ def forms(whole: tuple[Array, Array]) -> list[tuple[str, Array, str]]:
 
 
 def saturated(vectors: Array, ranges: Array) -> float:
-    """The share of numbers further than half a bucket outside of the range."""
+    """Return the share of numbers further than half a bucket outside of the range."""
     half = (ranges[1] - ranges[0]) / 510
     return float(np.mean((vectors < ranges[0] - half) | (vectors > ranges[1] + 3 * half)))
 
@@ -198,7 +205,7 @@ def report(steps: dict[str, float], texts: int, weights: Path) -> dict[str, Any]
     return {
         "about": "int8 ranges of all-MiniLM-L6-v2 for minilm.quantize.model_ranges: a code is "
         "round(x / step), so ranges are -128.5 to 126.5 steps in every dimension",
-        "script": "scripts/int8_ranges.py --write",
+        "script": "scripts/make/int8_ranges.py --write",
         "corpus": f"{texts} texts: STS17 en-en, its words alone, article 1 of the Universal "
         "Declaration of Human Rights in 531 languages, the big list of naughty strings",
         "rule": "the least root mean square error of similarities on the worst of these four kinds",

@@ -1,9 +1,11 @@
 """Make the files in tests/data: the texts of the parity check, and golden values.
 
-    python scripts/make_test_data.py texts DIR    parity_texts.jsonl from the data described in
-                                                  tests/data/SOURCE.md, which lies in DIR
-    python scripts/make_test_data.py golden       golden.json from the reference library
-    python scripts/make_test_data.py settings     tokenizer_settings.json from transformers 4.57
+    python scripts/make/make_test_data.py texts DIR
+        parity_texts.jsonl from the data described in tests/data/SOURCE.md, which lies in DIR
+    python scripts/make/make_test_data.py golden
+        golden.json from the reference library
+    python scripts/make/make_test_data.py settings
+        tokenizer_settings.json from transformers 4.57
 
 All are deterministic. Some of the texts are snippets of minilm/ as it is when the first is run, so
 that it gives other texts once those files have changed; the golden values stay the same.
@@ -19,7 +21,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a bare checkout is enough
+
 DATA = ROOT / "tests" / "data"
 PARITY_TEXTS = DATA / "parity_texts.jsonl"
 GOLDEN = DATA / "golden.json"
@@ -72,7 +76,7 @@ lambda x: {k: v for k, v in sorted(x.items())}
 
 
 def main() -> None:
-    """Run one of the parts."""
+    """Make one of the files."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("part", choices=("texts", "golden", "settings"))
     parser.add_argument("directory", nargs="?", type=Path)
@@ -93,8 +97,7 @@ def make_texts(directory: Path) -> None:
     rows: list[tuple[str, str]] = [("special", text) for text in SPECIAL]
     rows += [("everyday", text) for line in EVERYDAY.splitlines() for text in line.split("|")]
     rows += [("code", line) for line in CODE.splitlines()]
-    source = sorted((ROOT / "minilm").glob("*.py"))
-    for path in source:
+    for path in sorted((ROOT / "minilm").rglob("*.py")):
         lines = path.read_text(encoding="utf-8").splitlines()
         for _ in range(4):
             start = rng.randrange(len(lines))
@@ -122,7 +125,7 @@ def make_texts(directory: Path) -> None:
 
 
 def make_golden() -> None:
-    """20 texts with the reference's token ids and float64 embeddings."""
+    """Write 20 texts with the reference's token ids and float64 embeddings."""
     import torch
 
     from reference import load_reference
@@ -148,7 +151,9 @@ def make_golden() -> None:
         for text in texts
     ]
     lines = ",\n".join(json.dumps(row, ensure_ascii=True) for row in golden)
-    header = json.dumps({"made_by": "scripts/make_test_data.py golden", "from": model.versions})
+    header = json.dumps(
+        {"made_by": "scripts/make/make_test_data.py golden", "from": model.versions}
+    )
     GOLDEN.write_text(f'{header[:-1]}, "texts": [\n{lines}\n]}}\n', encoding="utf-8")
     print(f"{GOLDEN.name}: {len(golden)} texts")
 
@@ -174,7 +179,7 @@ SETTINGS_TEXT = "The dog CAFE caf\u00e9 \u72acdog"
 
 
 def settings_cases() -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """All combinations: what tokenizer_config.json says, and what the normalizer is changed to."""
+    """Return all combinations of what tokenizer_config.json says and what the normalizer says."""
     for *values, normalizer in itertools.product(*SETTINGS.values(), NORMALIZERS):
         pairs = zip(SETTINGS, values, strict=True)
         yield {name: value for name, value in pairs if value is not ...}, normalizer
@@ -183,7 +188,7 @@ def settings_cases() -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
 def reference_ids(
     folder: Path, config: dict[str, Any], normalizer: dict[str, Any]
 ) -> list[int] | None:
-    """The ids of `SETTINGS_TEXT` by the transformers that is installed; None for an error.
+    """Return the ids of `SETTINGS_TEXT` by the installed transformers; None for an error.
 
     Args:
         folder: Where the three files of a tokenizer can be written.
@@ -210,7 +215,7 @@ def reference_ids(
 
 
 def make_settings() -> None:
-    """What becomes of one text with every combination of settings, one letter for each result."""
+    """Write what becomes of a text with every combination of settings, a letter for each result."""
     import transformers
 
     sys.path.insert(0, str(ROOT / "tests"))
@@ -219,7 +224,7 @@ def make_settings() -> None:
     results = [ids for ids, _ in itertools.groupby(sorted(map(str, found)))]
     letters = "".join(chr(ord("a") + results.index(str(ids))) for ids in found)
     table = {
-        "made_by": "scripts/make_test_data.py settings",
+        "made_by": "scripts/make/make_test_data.py settings",
         "transformers": transformers.__version__,
         "results": {chr(ord("a") + i): json.loads(r.replace("None", "null"))
                     for i, r in enumerate(results)},

@@ -1,6 +1,6 @@
 """Show what is equal to the reference, sentence-transformers, what differs, and why.
 
-    python scripts/differences.py [--markdown] [--group NAME] [--no-processes]
+    python scripts/quality/differences.py [--group NAME] [--markdown FILE] [--no-processes]
 
 Every row is one call, written once and made on both. Its policy says what has to come of it:
 
@@ -8,8 +8,9 @@ Every row is one call, written once and made on both. Its policy says what has t
     B  better: the reference fails or is wrong there, so nobody can rely on what it does
     D  documented difference: there is a reason
 
-Exit status: 0 if every row is as its policy says, else 1. --markdown prints the reasons for
-the README, each with an example. Needs the weights, and pip install "minilm[reference]".
+Exit status: 0 if every row is as its policy says, else 1. --markdown FILE writes a table of the
+reasons of all B and D, each with an example. Needs the weights and
+pip install "minilm[reference]".
 """
 
 import argparse
@@ -34,8 +35,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # a bare checkout is enough
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a bare checkout is enough
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -43,8 +44,14 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
+import results  # noqa: E402
 from minilm.pretrained import hub  # noqa: E402
 
+INTRODUCTION = """Each row is one reason, with a call as an example. A difference is either on \
+purpose (D), or because the reference fails or is wrong there (B). All other calls that the script \
+makes give the same type, shape, dtype and values on both sides.
+
+"""
 ATOL = 4e-7  # of float32 results, unless a row says more
 
 # "== group"; "M", or "B" or "D" with the reason; then calls. Behind one, "  # 6" says of which
@@ -103,7 +110,7 @@ model.encode(pd.Index(TEXTS))  # 6
 model.encode(pd.DataFrame({"t": TEXTS})["t"].values)  # 6
 model.encode(pl.Series(TEXTS))  # 6
 model.encode(pa.array(TEXTS))
-B what is no text is refused, with its row; nothing is turned into a string
+B anything that is not text is refused, with its row; nothing is turned into a string
 model.encode({A, B})
 model.encode({"a": A})
 model.encode(None)
@@ -462,7 +469,7 @@ model.encode(TEXTS, device=[])
 
 @dataclass(frozen=True)
 class Row:
-    """A call, and what has to come of it.
+    """A call, and the policy that says what has to come of it.
 
     Attributes:
         group: What it is about.
@@ -482,7 +489,7 @@ class Row:
 
 
 def rows() -> list[Row]:
-    """All of them, in order."""
+    """Return all rows of `CALLS`, in order."""
     found: list[Row] = []
     group, policy, reason = "", "M", ""
     for line in CALLS.strip().splitlines():
@@ -500,7 +507,7 @@ def rows() -> list[Row]:
 
 
 def _combinations() -> list[Row]:
-    """The arguments of the result's form, all with all."""
+    """Return every combination of the arguments that choose the form of the result."""
     found = []
     forms = ("", ", convert_to_numpy=False", ", convert_to_tensor=True")
     widths = ("", ", truncate_dim=64", ", truncate_dim=100", ", truncate_dim=1000")
@@ -524,7 +531,7 @@ def _combinations() -> list[Row]:
 
 
 class Text(str):
-    """A str that is one by inheritance."""
+    """A subclass of `str`."""
 
 
 A, B, C = "The cat sits outside", "A man is playing guitar", "The new movie is awesome, isn't it?"
@@ -624,7 +631,7 @@ class Side:
         return where
 
     def __call__(self, call: str) -> Any:
-        """What a call gives, or raises."""
+        """Return what a call gives, or the exception that it raises."""
         values = dict(self.values)
         for name, module in (("pd", "pandas"), ("pl", "polars"), ("pa", "pyarrow")):
             if f"{name}." in call:
@@ -679,7 +686,7 @@ def _logged(call: Callable[[], Any]) -> list[str]:
 
 
 def _threads(count: int, call: Callable[[], Any]) -> bool:
-    """Whether all give the same bits as one after the other."""
+    """Return whether calls in threads give the same bits as one call alone."""
     expected, found = call(), []
     every = [threading.Thread(target=lambda: found.append(call())) for _ in range(count)]
     for thread in every:
@@ -697,7 +704,7 @@ def _flags(array: np.ndarray[Any, Any]) -> tuple[bool, ...]:
 
 
 def describe(value: Any) -> str:
-    """A result in a few words."""
+    """Return a result in a few words."""
     if isinstance(value, np.ndarray | Tensor):
         return f"{type(value).__name__} {list(value.shape)} {value.dtype}".replace("torch.", "")
     if isinstance(value, Mapping):
@@ -713,7 +720,7 @@ def describe(value: Any) -> str:
 
 
 def difference(reference: Any, ours: Any, atol: float) -> str:
-    """What is not the same; "" if all is."""
+    """Return what is not the same; "" if all is."""
     if isinstance(reference, BaseException):
         return "" if isinstance(ours, type(reference)) else "another error"
     if isinstance(ours, BaseException):
@@ -750,7 +757,7 @@ def difference(reference: Any, ours: Any, atol: float) -> str:
 
 
 def _without_padding(features: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What comes out at padding positions means nothing."""
+    """Return features without what comes out at padding positions, which means nothing."""
     if not {"token_embeddings", "attention_mask"} <= set(features):
         return features
     real = features["token_embeddings"] * features["attention_mask"][..., None]
@@ -763,7 +770,7 @@ def _wide(values: Any) -> np.ndarray[Any, Any]:
 
 @dataclass(frozen=True)
 class Compared:
-    """A row, and what came of it on both sides."""
+    """A row, and what came of it in both libraries."""
 
     row: Row
     reference: str
@@ -772,7 +779,7 @@ class Compared:
 
     @property
     def problem(self) -> str:
-        """What is not as the row's policy says; "" if all is."""
+        """Return what is not as the row's policy says; "" if all is."""
         if self.row.policy == "M":
             return self.difference and f"differs ({self.difference}) without a reason"
         is_same = self.reference == self.ours and not self.difference
@@ -780,7 +787,7 @@ class Compared:
 
 
 class Comparison:
-    """Both sides, and the rows made on them."""
+    """Both libraries, and a function that makes a row in each."""
 
     def __init__(self, folder: Path) -> None:
         with warnings.catch_warnings():
@@ -799,7 +806,7 @@ class Comparison:
 
 
 def why_not(row: Row) -> str:
-    """Why a row can't be made here; "" if it can."""
+    """Return why a row can't be made here; "" if it can."""
     version = int(metadata.version("sentence-transformers").split(".")[0])
     if row.version not in (None, version):
         return f"is about version {row.version} of the reference"
@@ -815,7 +822,7 @@ def why_not(row: Row) -> str:
 
 
 def _markdown(compared: "list[Compared]") -> str:
-    """For each reason its first call, and how many more there are."""
+    """Return a table with the first call of each reason, and how many more there are."""
     by_reason: dict[tuple[str, str], list[Compared]] = {}
     for one in compared:
         by_reason.setdefault((one.row.policy, one.row.reason), []).append(one)
@@ -839,15 +846,14 @@ def main() -> int:
     )
     parser.add_argument("--model", type=Path, default=ROOT / hub.WEIGHTS_FOLDER, metavar="FOLDER")
     parser.add_argument("--group", help="only this one, such as input, prompts, similarity")
-    parser.add_argument("--markdown", action="store_true", help="the reasons, for the README")
     parser.add_argument("--no-processes", action="store_true", help="leave their rows out")
+    results.add_option(parser)
     options = parser.parse_args()
     chosen = [
         row
         for row in rows()
         if options.group in (None, row.group)
         and not (options.no_processes and row.group == "processes")
-        and not (options.markdown and row.policy == "M")
         and not why_not(row)
     ]
     comparison = Comparison(options.model)
@@ -856,12 +862,11 @@ def main() -> int:
     finally:
         comparison.close()
     if options.markdown:
-        print(_markdown(compared))
+        body = INTRODUCTION + _markdown(compared)
+        results.write(options.markdown, "Differences from sentence-transformers", body)
     group = ""
     for one in compared:
         row = one.row
-        if options.markdown:
-            break
         if row.group != group:
             group = row.group
             print(f"\n{group}")

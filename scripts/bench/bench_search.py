@@ -1,8 +1,8 @@
 """Measure how fast exact search is, beside faiss; and what search by smaller codes loses.
 
-    python scripts/bench_search.py [--vectors N] [--threads N] [--rounds N] [--queries 1,16,256]
-                                   [--folder FOLDER]
-    python scripts/bench_search.py --recall [--model FOLDER] [--data FOLDER]
+    python scripts/bench/bench_search.py [--vectors N] [--threads N] [--rounds N]
+                                         [--queries 1,16,256] [--folder FOLDER] [--markdown FILE]
+    python scripts/bench/bench_search.py --recall [--model FOLDER] [--data FOLDER] [--markdown FILE]
 
 The first needs `pip install "minilm[bench]"` (faiss-cpu) and, for the million vectors of the
 default, 4 GB of memory and 2 GB of disk. The vectors are random, of length 1 and width 384, from a
@@ -31,15 +31,16 @@ from typing import Any
 import numpy as np
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # a bare checkout is enough
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a bare checkout is enough
 
+import results  # noqa: E402
 from minilm import SentenceEncoder  # noqa: E402
 from minilm.index import Index  # noqa: E402
 from minilm.pretrained import hub  # noqa: E402
 from minilm.quantize import model_ranges, quantize_embeddings  # noqa: E402
 from minilm.tasks import quantized_search, semantic_search  # noqa: E402
-from retrieval import FILES, SCIFACT, ndcg, read_retrieval  # noqa: E402
+from retrieval import DATA, FILES, SCIFACT, ndcg, read_retrieval  # noqa: E402
 
 Array = np.ndarray[Any, Any]
 Ids = list[list[int]]
@@ -66,13 +67,16 @@ def main() -> int:
     add("--folder", type=Path, help="make the index in here (default: a temporary folder)")
     add("--recall", action="store_true", help="measure what is lost, not how fast it is")
     add("--model", default=hub.DEFAULT_MODEL, metavar="FOLDER")
-    add("--data", type=Path, default=ROOT.parent / "shared" / "data")
+    add("--data", type=Path, default=DATA)
+    results.add_option(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    if options.recall:
-        return recall(options)
-    with tempfile.TemporaryDirectory(dir=options.folder) as folder:
-        return speed(options, Path(folder))
+    title = "What search by smaller codes loses" if options.recall else "Speed of exact search"
+    with results.recorded(options.markdown, title, fenced=False):
+        if options.recall:
+            return recall(options)
+        with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            return speed(options, Path(folder))
 
 
 # --- how fast
@@ -173,7 +177,7 @@ def measure(systems: dict[str, Search], queries: Array, rounds: int) -> None:
 
 
 class Memory:
-    """How much memory of its own a process takes at most while this is open, in MB; Linux only.
+    """The largest memory of its own that this process has inside a `with` statement, in MB (Linux).
 
     What is mapped from a file doesn't count: the system takes it back when it needs it.
     """
@@ -206,7 +210,7 @@ def own_memory() -> float:
 
 
 def made(count: int) -> Iterator[Array]:
-    """Random vectors of length 1, block by block."""
+    """Yield random vectors of length 1, block by block."""
     generator = np.random.default_rng(0)
     for start in range(0, count, BLOCK):
         yield unit(generator.standard_normal((min(BLOCK, count - start), WIDTH), np.float32))

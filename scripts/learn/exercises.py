@@ -1,9 +1,9 @@
 """Eight exercises: find out by trying how a sentence encoder works, and check your answer.
 
-    python scripts/exercises.py                   # what there is
-    python scripts/exercises.py 3                 # one of them
-    python scripts/exercises.py 3 --answer 0.42   # is that right? Exit status 0 if so, 1 if not
-    python scripts/exercises.py 3 --solution      # worked out, run on the published weights
+    python scripts/learn/exercises.py                  # the list
+    python scripts/learn/exercises.py 3                # one of them
+    python scripts/learn/exercises.py 3 --answer 0.42  # right? Exit status 0 if so, 1 if not
+    python scripts/learn/exercises.py 3 --solution     # worked out, run on the published weights
 
 Each asks one question and says which command to begin with. Numbers may be rounded to three digits.
 """
@@ -21,8 +21,8 @@ from functools import partial
 from pathlib import Path
 from unittest import mock
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))  # a bare checkout is enough
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a bare checkout is enough
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
@@ -216,7 +216,7 @@ EXERCISES = [
         f"minilm explain {_BOTH} --by token",
         "[CLS] [CLS]",
         "The vectors of two tokens can be alike and add little: a cell is a dot product, so that "
-        "the lengths count as well. A picture of cosines is no picture of the similarity.",
+        "the lengths count as well. A picture of cosines does not show the similarity.",
         cosine_is_not_contribution,
     ),
     Exercise(
@@ -263,7 +263,7 @@ EXERCISES = [
         f'features = encoder.tokenize("{WEATHER}")  # input_ids, attention_mask\n'
         'vector = encoder(features)["sentence_embedding"][0]\n',
         0.3176,
-        "Padding is no blank: its tokens are attended to and averaged like all others, unless the "
+        "Padding is not empty: its tokens are attended to and averaged like all others unless the "
         "mask says so in both places. With it, the vector is the same at any length.",
         the_mask,
     ),
@@ -293,7 +293,7 @@ EXERCISES = [
     ),
     Exercise(
         "From scratch: a line less",
-        "minilm/bert.py, attention; scripts/from_scratch.py; Trace.check in minilm/interpret/trace.py",  # noqa: E501
+        "minilm/bert.py, attention; scripts/learn/from_scratch.py; Trace.check in minilm/interpret/trace.py",  # noqa: E501
         f'Delete the division by math.sqrt(query.shape[-1]) in attention and trace "{WEATHER}". '
         "Which is the first number of the trace that changes, in the order of execution? Answer "
         "with its name. Then look at what check() reports, and say why that is less.",
@@ -353,7 +353,7 @@ def _asked(number: int, exercise: Exercise) -> str:
             _wrapped(exercise.question),
             f"Read: {exercise.read}",
             f"Begin with:\n\n{textwrap.indent(exercise.command.strip(), '    ')}",
-            f"Check: python scripts/exercises.py {number} --answer ...",
+            f"Check: python scripts/learn/exercises.py {number} --answer ...",
         ]
     )
 

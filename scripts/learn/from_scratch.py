@@ -1,6 +1,6 @@
 """all-MiniLM-L6-v2 in NumPy alone: from the bytes of two files to a matrix of similarities.
 
-    python scripts/from_scratch.py
+    python scripts/learn/from_scratch.py
 
 The shortest complete statement of the architecture, one sentence at a time: no batch, no padding.
 `minilm/bert.py` is the same in PyTorch. Not here: [MASK] and the like, written out in a text.
@@ -17,14 +17,14 @@ import numpy as np
 
 Array = Any  # np.ndarray: the types of its operators say less than the shapes below
 
-FOLDER = Path(__file__).resolve().parents[1] / "weights" / "all-MiniLM-L6-v2"
+FOLDER = Path(__file__).resolve().parents[2] / "weights" / "all-MiniLM-L6-v2"
 SENTENCES = ["The weather is lovely today.", "It's so sunny outside!", "He drove to the stadium."]
 LAYERS, HEADS, LIMIT, EPSILON = 6, 12, 256, 1e-12
 CHINESE = ("CJK UNIFIED IDEOGRAPH", "CJK COMPATIBILITY IDEOGRAPH")
 
 
 def read_tensors(data: bytes) -> dict[str, Array]:
-    """safetensors: 8 bytes say how long the JSON is that says where in the rest each tensor is."""
+    """Read safetensors: 8 bytes give the length of the JSON that says where each tensor is."""
     (length,) = struct.unpack("<Q", data[:8])
     header, rest = json.loads(data[8 : 8 + length]), data[8 + length :]
     return {
@@ -35,7 +35,7 @@ def read_tensors(data: bytes) -> dict[str, Array]:
 
 
 def split(text: str) -> list[str]:
-    """No control characters, accents or capitals; words, punctuation and Chinese apart."""
+    """Drop control characters, accents and capitals; split words, punctuation and Chinese apart."""
     spaced = ""
     for c in text:
         kind = unicodedata.category(c)
@@ -49,12 +49,12 @@ def split(text: str) -> list[str]:
 
 
 def is_punctuation(c: str) -> bool:
-    """What Unicode calls so, and all of ASCII that is no letter, no digit and no blank."""
+    """True for what Unicode calls punctuation, and for ASCII but letters, digits and blanks."""
     return unicodedata.category(c)[0] == "P" or ("!" <= c <= "~" and not c.isalnum())
 
 
 def word_pieces(word: str, vocabulary: dict[str, int]) -> list[int]:
-    """The longest piece that the vocabulary knows, then the longest of the rest, and so on."""
+    """Take the longest piece that the vocabulary knows, then the longest of the rest, and so on."""
     ids: list[int] = []
     rest = word
     while rest:
@@ -68,13 +68,13 @@ def word_pieces(word: str, vocabulary: dict[str, int]) -> list[int]:
 
 
 def tokenize(text: str, vocabulary: dict[str, int]) -> list[int]:
-    """[CLS], as many pieces as there is room for, [SEP]."""
+    """Return the ids of [CLS], as many pieces as there is room for, and [SEP]."""
     ids = [i for word in split(text) for i in word_pieces(word, vocabulary)]
     return [vocabulary["[CLS]"], *ids[: LIMIT - 2], vocabulary["[SEP]"]]
 
 
 def softmax(x: Array) -> Array:
-    """Positive numbers of sum 1; the largest is taken away first, so that none is infinite."""
+    """Return positive numbers of sum 1; the largest is subtracted so that none is infinite."""
     powers = np.exp(x - x.max(-1, keepdims=True))
     return powers / powers.sum(-1, keepdims=True)
 

@@ -1,6 +1,7 @@
 """Does the memory of `minilm encode FILE -o FOLDER` grow with the file? 200,000 lines, embedded.
 
-    python scripts/streaming_memory.py [--rows 8000] [--dtype bfloat16] [--form jsonl]
+    python scripts/bench/streaming_memory.py [--rows 8000] [--dtype bfloat16] [--form jsonl]
+                                              [--markdown FILE]
 
 Makes a file of seeded sentences, embeds it into a folder of Parquet files, and meanwhile looks at
 the memory of this process, which is all that works. Prints for each tenth of the rows the largest
@@ -11,6 +12,7 @@ import argparse
 import csv
 import json
 import random
+import sys
 import tempfile
 import threading
 import time
@@ -20,11 +22,15 @@ from typing import IO
 
 import torch
 
-from minilm import SentenceEncoder, TruncationWarning
-from minilm.files.shards import part_paths
-from minilm.files.streaming import encode_files
-from minilm.inference.kernels import keep_few_kernels
-from minilm.pretrained.hub import WEIGHTS_FOLDER
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a bare checkout is enough
+
+import results  # noqa: E402
+from minilm import SentenceEncoder, TruncationWarning  # noqa: E402
+from minilm.files.shards import part_paths  # noqa: E402
+from minilm.files.streaming import encode_files  # noqa: E402
+from minilm.inference.kernels import keep_few_kernels  # noqa: E402
+from minilm.pretrained.hub import WEIGHTS_FOLDER  # noqa: E402
 
 FLAT = 0.05  # of the first tenth's memory: what later ones may need more, to be called flat
 POLL = 0.02  # seconds
@@ -35,7 +41,7 @@ PLACES = ("by the sea", "in the old town", "at night", "before the rain", "on Mo
 
 
 def sentence(generator: random.Random) -> str:
-    """From 4 to some 100 words."""
+    """Return a sentence of 4 to some 100 words."""
     clauses = []
     for _ in range(generator.choice([1, 1, 1, 2, 2, 3, 5, 12])):
         subject, object_ = generator.choice(NOUNS), generator.choice(NOUNS)
@@ -46,7 +52,7 @@ def sentence(generator: random.Random) -> str:
 
 
 def write_rows(file: IO[str], form: str, rows: int) -> None:
-    """So many rows with a number and a text each."""
+    """Write rows with a number and a text each."""
     generator = random.Random(0)
     writer = csv.writer(file)
     if form == "csv":
@@ -60,7 +66,7 @@ def write_rows(file: IO[str], form: str, rows: int) -> None:
 
 
 def resident() -> int:
-    """Bytes of memory that this process has now (Linux)."""
+    """Return the bytes of memory that this process has now (Linux)."""
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("VmRSS:"):
             return int(line.split()[1]) * 1024
@@ -81,11 +87,18 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--form", choices=("jsonl", "csv"), default="jsonl")
     parser.add_argument("--model", default=str(WEIGHTS_FOLDER))
+    results.add_option(parser)
     options = parser.parse_args()
     shard_rows = options.shard_rows or max(1, min(4096, options.rows // 40))
     parts = -(-options.rows // shard_rows)
     if parts < 10:
         parser.error("argument --shard-rows: leaves less than 10 parts, too few for tenths")
+    with results.recorded(options.markdown, "Memory while files of any size are embedded"):
+        measure(options, shard_rows, parts)
+
+
+def measure(options: argparse.Namespace, shard_rows: int, parts: int) -> None:
+    """Embed a file and print what memory it took."""
     keep_few_kernels()  # as the command does
     encoder = SentenceEncoder.from_pretrained(options.model, dtype=options.dtype, device="cpu")
     with tempfile.TemporaryDirectory() as place:
