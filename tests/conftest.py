@@ -95,8 +95,12 @@ def processes_are_noted() -> Iterator[None]:
 def only_a_marked_test_starts_a_process(
     request: pytest.FixtureRequest, processes_are_noted: None
 ) -> Iterator[None]:
-    """A test that starts a process, and isn't marked so, fails."""
-    is_marked = any(request.node.get_closest_marker(mark) for mark in ("process", "browser"))
+    """A test that starts a process, and isn't marked so, fails.
+
+    What the libraries of the reference start as they are imported is their own affair.
+    """
+    marks = ("process", "browser", "reference")
+    is_marked = any(request.node.get_closest_marker(mark) for mark in marks)
     started.clear()
     yield
     if started and not is_marked:
