@@ -4,10 +4,9 @@
     python scripts/finetune.py                                # some minutes on two cores
     python scripts/finetune.py --pairs pairs.tsv -o my-model  # two texts a line, a tab between
 
-Each text shall be nearer to its partner than to the partners of all others in its batch: the cross
-entropy of 20 times the cosines, the partner being the right answer (in-batch negatives: Henderson
-et al. 2017, arXiv:1705.00652, section 4.4). By default the pairs are the first and the last
-sentence of 1,000 abstracts (SciFact). Some are held out, and none of their texts is trained on.
+Each text should be nearer to its partner than to all others of its batch: the cross entropy of 20
+times the cosines (Henderson et al. 2017, arXiv:1705.00652, section 4.4). By default the pairs are
+the first and the last sentence of 1,000 abstracts (SciFact); some are held out, with their texts.
 """
 
 import argparse
