@@ -116,7 +116,7 @@ class CheckResult:
                 "fingerprints_agree": self.fingerprints_agree,
                 "own": self.own,
                 "recorded": self.recorded,
-                "differing": self.agreement.differing if self.agreement else None,
+                "differing": list(self.agreement.differing) if self.agreement else None,
                 "worst": [{"row": row, "max_abs": value} for row, value in self.worst],
             }
         )
