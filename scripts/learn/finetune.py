@@ -1,16 +1,15 @@
-#!/usr/bin/env python
 """Fine-tune the model on pairs of texts that belong together, in plain PyTorch.
 
-    python scripts/finetune.py                                # some minutes on two cores
-    python scripts/finetune.py --pairs pairs.tsv -o my-model  # two texts a line, a tab between
+    python scripts/learn/finetune.py [--pairs pairs.tsv] [-o my-model]  # some minutes on two cores
 
-Each text should be nearer to its partner than to all others of its batch: the cross entropy of 20
-times the cosines (Henderson et al. 2017, arXiv:1705.00652, section 4.4). By default the pairs are
-the first and the last sentence of 1,000 abstracts (SciFact); some are held out, with their texts.
+Each text should be nearer to its own partner than to those of the others in its batch (in-batch
+negatives: Henderson et al. 2017, arXiv:1705.00652, section 4.4). By default the pairs are the first
+and the last sentence of 1,000 abstracts (SciFact). Texts of the held-out pairs are not trained on.
 """
 
 import argparse
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +17,19 @@ import torch
 import torch.nn.functional as F
 from torch.optim.lr_scheduler import OneCycleLR
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # reference.py and retrieval.py
 from minilm import SentenceEncoder, cos_sim
 from minilm.pretrained import hub
 from reference import is_installed, load_reference
-from retrieval import FILES, SCIFACT, read_jsonl
+from retrieval import DATA, FILES, SCIFACT, read_jsonl
 
 Pairs = list[tuple[str, str]]
-ABSTRACTS = Path(__file__).resolve().parents[2] / "shared" / "data" / SCIFACT / FILES[0]
 
 
 def read_pairs(path: Path | None) -> Pairs:
     if path is None:
-        texts = [re.split(r"(?<=[.!?])\s+", row["text"]) for row in read_jsonl(ABSTRACTS)]
+        abstracts = read_jsonl(DATA / SCIFACT / FILES[0])
+        texts = [re.split(r"(?<=[.!?])\s+", row["text"]) for row in abstracts]
         return [(sentences[0], sentences[-1]) for sentences in texts if len(sentences) > 2]
     rows = [line.split("\t") for line in path.read_text(encoding="utf-8").split("\n") if line]
     if wrong := [number for number, row in enumerate(rows, 1) if len(row) != 2]:
@@ -38,7 +38,7 @@ def read_pairs(path: Path | None) -> Pairs:
 
 
 def split(pairs: Pairs, held_out: int) -> tuple[Pairs, Pairs]:
-    """Those to train on and those held out, shuffled, with no text in both."""
+    """Shuffle the pairs into those to train on and those held out, with no text in both."""
     pairs = [pairs[place] for place in torch.randperm(len(pairs)).tolist()]
     seen = {text for pair in pairs[:held_out] for text in pair}
     return [pair for pair in pairs[held_out:] if seen.isdisjoint(pair)], pairs[:held_out]
@@ -67,8 +67,8 @@ def train(encoder: SentenceEncoder, pairs: Pairs, epochs: int, size: int, rate: 
 def report(name: str, encoder: SentenceEncoder, pairs: Pairs) -> None:
     scores = cos_sim(*(encoder.encode(texts) for texts in zip(*pairs, strict=True)))
     ranks = (scores >= scores.diag().unsqueeze(1)).sum(dim=1)  # 1: the partner is the nearest
-    right, reciprocal = (ranks == 1).double().mean(), (1 / ranks).mean()
-    print(f"{name}: {right:.1%} find their partner first, mean reciprocal rank {reciprocal:.4f}")
+    first, mean = (ranks == 1).double().mean(), (1 / ranks).mean()
+    print(f"{name}: {first:.1%} find their partner first, mean reciprocal rank {mean:.4f}")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -88,10 +88,10 @@ def main(arguments: list[str] | None = None) -> None:
     report("after", encoder, held_out)
     encoder.save_pretrained(options.output)
     texts = [text for pair in held_out for text in pair]
-    loaded: dict[str, Any] = {"minilm": SentenceEncoder.from_pretrained(options.output)}
+    loaded: list[Any] = [("minilm", SentenceEncoder.from_pretrained(options.output))]
     if is_installed():
-        loaded["sentence-transformers"] = load_reference(options.output, torch.float32).model
-    for name, model in loaded.items():
+        loaded += [("sentence-transformers", load_reference(options.output, torch.float32).model)]
+    for name, model in loaded:
         error = abs(model.encode(texts) - encoder.encode(texts)).max()
         print(f"{options.output}, loaded by {name}: vectors differ by {error:.1e} at most")
 
