@@ -70,7 +70,9 @@ def test_the_command_that_tests_them_lists_them() -> None:
     command = [sys.executable, str(ROOT / "scripts" / "test_adapter"), "nonsense"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert f"no adapter 'nonsense'; pass one of {', '.join(sorted(FRAMEWORKS))}" in done.stderr
+    assert (
+        f"'nonsense' is not an adapter; pass one of {', '.join(sorted(FRAMEWORKS))}" in done.stderr
+    )
 
 
 @pytest.mark.process

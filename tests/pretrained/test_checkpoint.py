@@ -392,6 +392,7 @@ print(sorted({"torch._dynamo", "torch._inductor", "sympy"} & set(sys.modules)))
     assert run_python(code, tiny_folder) == "[]\n"
 
 
+@pytest.mark.process
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc/self/statm")
 def test_no_second_copy_of_the_weights_stays(published: Path, tiny_folder: Path) -> None:
     code = """

@@ -124,14 +124,12 @@ def labelled(path: Path, texts: list[str], **more: Any) -> Path:
 THREE = [f"{label}{number}" for number in range(12) for label in "abc"]
 
 
-@pytest.mark.process  # scikit-learn's joblib asks the system for the number of cores
 def test_labels_that_are_directions_are_found(tmp_path: Path) -> None:
     path = labelled(tmp_path / "rows.jsonl", THREE)
     assert evaluate.classification(noisy, path) == {"accuracy": 100.0}
     assert evaluate.clustering(noisy, path) == {"v_measure": 100.0}
 
 
-@pytest.mark.process
 def test_labels_that_are_chance_are_not(tmp_path: Path) -> None:
     path = labelled(tmp_path / "rows.jsonl", THREE)
 
