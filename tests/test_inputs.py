@@ -1,6 +1,7 @@
 import collections
 import logging
 import math
+import re
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -158,7 +159,7 @@ def test_list_is_copied() -> None:
         (pa.scalar("text"), "of type StringScalar"),
         (str, "of type type"),
     ],
-    ids=lambda value: f"{type(value).__name__}-{value}"[:30],
+    ids=lambda value: re.sub(" at 0x.*", "", f"{type(value).__name__}-{value}"[:30]),
 )
 def test_whole_that_is_no_text(whole: Any, seen: str) -> None:
     message = refused(InputTypeError, lambda: as_texts(whole), "sentences")
@@ -225,7 +226,7 @@ def test_array_of_another_number_of_dimensions(whole: Any, shape: str) -> None:
         (np.int64(7), "np.int64(7), of type int64"),
         (pa.scalar("d"), "<pyarrow.StringScalar: 'd'>, of type StringScalar"),
     ],
-    ids=lambda value: f"{type(value).__name__}-{value}"[:30],
+    ids=lambda value: re.sub(" at 0x.*", "", f"{type(value).__name__}-{value}"[:30]),
 )
 def test_row_that_is_no_text(value: Any, seen: str) -> None:
     call = lambda: as_texts(["a", "b", "c", value, None])  # noqa: E731  # the first one counts
