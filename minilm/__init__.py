@@ -5,13 +5,15 @@ A sentence passes these files, which are best read in this order:
 1. `tokenizer.py`   text -> token ids
 2. `bert.py`        token ids -> embeddings -> six layers -> token vectors: the architecture
 3. `pooling.py`     token vectors -> one vector of length 1
-4. `encoder.py`     `SentenceEncoder`, which composes the three
+4. `pipeline.py`    `Pipeline`, which composes the three
+5. `encoder.py`     `SentenceEncoder`, a pipeline that loads itself and takes texts
 
 Beside them lies what everything stands on: `config.py` the sizes of the network, `errors.py` what
-can go wrong, `inputs.py` what may be passed, `vectors.py` vectors in any form, `similarity.py` how
-they are compared, `quantize.py` how they are made smaller, `report.py` how findings are shown,
-`disk.py`, `outputs.py` and `streams.py` where things are written and read, `forks.py` what becomes
-of forked children. `util.py` has the names that sentence-transformers gives to much of this.
+can go wrong, `inputs.py` what may be passed, `source.py` the files of a model, `vectors.py` vectors
+in any form, `similarity.py` how they are compared, `quantize.py` how they are made smaller,
+`report.py` how findings are shown, `disk.py`, `outputs.py` and `streams.py` where things are
+written and read, `forks.py` what becomes of forked children. `util.py` has the names that
+sentence-transformers gives to much of this.
 
 The rest is in wings. The `__init__.py` of a wing says what it is for, and how to read it:
 

@@ -6,6 +6,7 @@ argument is a `Pipeline`; here they become methods.
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Unpack
 
 import torch
@@ -196,10 +197,7 @@ class SentenceEncoder(Pipeline):
         """Whether a text gets the same bits alone, in any batch and in any order: tried now, with
         this processor, number of threads and dtype.
         """
-
-        def embed_rows(input_ids: list[list[int]]) -> Tensor:
-            return embed(self, input_ids)
-
+        embed_rows = partial(embed, self)
         with torch.inference_mode(), eval_mode(self) as parts, fast_products(parts, tokens=0):
             return keeps_bits(embed_rows, self.bert.config.vocab_size, self.max_seq_length)
 

@@ -205,9 +205,7 @@ def write_output(
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()
-        if number == 1 and hasattr(
-            sys.stdout, "buffer"
-        ):  # or an object that a caller has put there
+        if number == 1 and hasattr(sys.stdout, "buffer"):  # also if a caller has put it there
             sys.stdout.buffer.write(buffer.getbuffer())
             sys.stdout.flush()
             return

@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any
 
-__all__ = ["aligned", "as_json", "shortened"]
+__all__ = ["aligned", "jsonable", "shortened"]
 
 
 def aligned(rows: Sequence[Sequence[str]], right: Collection[int] = ()) -> list[str]:
@@ -35,7 +35,7 @@ def shortened(text: str, width: int) -> str:
     return text if len(text) <= width else text[: width - 3] + "..."
 
 
-def as_json(value: Any) -> Any:
+def jsonable(value: Any) -> Any:
     """A finding as `json.dumps` takes it.
 
     Dataclasses become objects, by their own `to_dict` if they have one. A number that is not finite
@@ -46,7 +46,7 @@ def as_json(value: Any) -> Any:
     if is_dataclass(value):
         value = vars(value)
     if isinstance(value, Mapping):
-        return {key: as_json(each) for key, each in value.items()}
+        return {key: jsonable(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [as_json(each) for each in value]
+        return [jsonable(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -27,6 +27,7 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
 
 from minilm import BertConfig, BertModel, MeanPooling, Normalize, SentenceEncoder, cli
 from minilm.pretrained.checkpoint import published_name
@@ -235,6 +236,19 @@ def write_model_folder(folder: Path, config: BertConfig = TINY, seed: int = 0) -
     return folder
 
 
+def load(path: Path, **options: Any) -> Any:
+    """The model of a folder, on the processor."""
+    return SentenceEncoder.from_pretrained(path, device="cpu", **options)
+
+
+def compose(*modules: nn.Module, **options: Any) -> Any:
+    """A model of these modules, by default the tiny one, with its tokenizer and limit."""
+    tokenizer = WordPieceTokenizer(json.dumps(tiny_tokenizer_json()))
+    settings: dict[str, Any] = {"tokenizer": tokenizer, "max_seq_length": 12} | options
+    stages = modules or (seeded_bert(), MeanPooling(), Normalize())
+    return SentenceEncoder(modules=stages, **settings)
+
+
 def edit_json(path: Path, **changes: Any) -> None:
     """Change fields of a JSON object in a file; a value of `...` deletes the field."""
     values = json.loads(path.read_text(encoding="utf-8")) | changes
@@ -291,11 +305,8 @@ def tiny_folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def tiny_encoder() -> SentenceEncoder:
     """The tiny model, composed from modules, with a tokenizer and a limit of 12 tokens."""
-    return SentenceEncoder(
-        modules=[seeded_bert(), MeanPooling(), Normalize()],
-        tokenizer=WordPieceTokenizer(json.dumps(tiny_tokenizer_json())),
-        max_seq_length=12,
-    )
+    encoder: SentenceEncoder = compose()
+    return encoder
 
 
 @pytest.fixture(scope="session")

@@ -847,24 +847,21 @@ BFLOAT16_IS_SLOW = not torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 @pytest.fixture(scope="module")
-def texts_of_all_lengths(encoder: SentenceEncoder, is_full: bool) -> list[str]:
-    """Texts of 2 to 256 tokens, most of them short, made of words that are one token each.
+def texts_of_all_lengths(encoder: SentenceEncoder) -> list[str]:
+    """2,000 texts of 2 to 256 tokens, each length among them, most of them short; 48,000 tokens.
 
-    With --full 2,000 of 48,000 tokens, each length among them; else 300, and each fourth length.
+    Made of words that are one token each.
     """
     assert encoder.tokenizer is not None
     vocabulary = encoder.tokenizer.backend.get_vocab()
     words = np.array(sorted(word for word in vocabulary if re.fullmatch("[a-z]{2,}", word)))
     random = np.random.default_rng(0)
-    lengths = [*range(2, 257, 1 if is_full else 4), 256][: 255 if is_full else 65]
-    count = 2000 if is_full else 300
-    short = random.exponential(6, size=count - len(lengths)).astype(int).clip(0, 253)
-    lengths += [*(3 + short)]
+    lengths = [*range(2, 257), *(3 + random.exponential(6, size=1745).astype(int).clip(0, 253))]
     texts = [" ".join(random.choice(words, length - 2)) for length in lengths]
     read = encoder.tokenizer(texts).input_ids
     assert list(map(len, read)) == lengths
-    assert len(texts) == count
-    return [texts[i] for i in random.permutation(count)]
+    assert len(texts) == 2000
+    return [texts[i] for i in random.permutation(2000)]
 
 
 PASSES: list[tuple[int, dict[str, int]]] = [  # threads, limits
@@ -885,7 +882,7 @@ def test_same_bits_alone_in_any_batch_and_order(
     encoder: SentenceEncoder = request.getfixturevalue(name)
     texts, random = texts_of_all_lengths, np.random.default_rng(1)
     if dtype == "bfloat16" and BFLOAT16_IS_SLOW:
-        texts = [text for text in texts if len(text.split()) < 30][:30]
+        texts = [text for text in texts if len(text.split()) < 30][:60]
     expected = None
     before = torch.get_num_threads()
     try:

@@ -5,7 +5,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from minilm.report import aligned, as_json, shortened
+from minilm.report import aligned, jsonable, shortened
 
 
 def test_columns_are_aligned_and_what_cannot_be_printed_is_escaped() -> None:
@@ -29,11 +29,11 @@ class Finding:
     rows: list[Row]
 
     def to_dict(self) -> Any:
-        return as_json(vars(self)) | {"passed": False}
+        return jsonable(vars(self)) | {"passed": False}
 
 
 def test_a_finding_becomes_an_object_without_numbers_that_json_lacks() -> None:
-    found = as_json({"of": Finding([Row("a", (1.5, math.inf)), Row("b", (math.nan,))])})
+    found = jsonable({"of": Finding([Row("a", (1.5, math.inf)), Row("b", (math.nan,))])})
     assert json.loads(json.dumps(found, allow_nan=False)) == {
         "of": {
             "rows": [{"name": "a", "sizes": [1.5, None]}, {"name": "b", "sizes": [None]}],

@@ -43,6 +43,7 @@ from minilm.outputs import (
 )  # fmt: skip
 from minilm.parity.foreign import read_texts, read_vectors, run_onnx
 from minilm.pretrained import hub
+from minilm.report import shortened
 from minilm.streams import is_watched, standard_output, tell
 from minilm.version import __version__
 
@@ -565,8 +566,7 @@ def _matrix(texts: list[str], rows: list[list[float]]) -> str:
 
 
 def _one_line(text: str, width: int = 60) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= width else text[: width - 3] + "..."
+    return shortened(" ".join(text.split()), width)
 
 
 def _show(*lines: str) -> None:

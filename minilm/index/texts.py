@@ -170,8 +170,7 @@ def _plan(
 
 
 def _check_room(folder: Path, encoder: SentenceEncoder, table: Table) -> None:
-    width = encoder.bert.config.hidden_size
-    width = min(encoder.truncate_dim or width, width)
+    width = encoder.get_sentence_embedding_dimension()
     if folder.parent.is_dir():
         check_room(folder, len(table.texts) * width * 4)
 

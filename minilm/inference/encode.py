@@ -518,11 +518,8 @@ def model_ranges_of(
     source = pipeline.source
     if source is None or not has_model_ranges(source.sha256.get("model.safetensors", "")):
         return None
-    width = (
-        pipeline.bert.config.hidden_size
-        if truncate_dim is None
-        else min(truncate_dim, pipeline.bert.config.hidden_size)
-    )
+    full = pipeline.bert.config.hidden_size
+    width = full if truncate_dim is None else min(truncate_dim, full)
     return model_ranges(width, unit_after_truncation=normalized)
 
 

@@ -30,7 +30,7 @@ from minilm import inputs
 from minilm.encoder import SentenceEncoder
 from minilm.errors import InputError
 from minilm.parity.mistakes import Cause, Variant, VariantRunner, causes_for
-from minilm.report import aligned, as_json, shortened
+from minilm.report import aligned, jsonable, shortened
 from minilm.similarity import Embeddings
 from minilm.vectors import as_matrix
 
@@ -197,7 +197,7 @@ class Diagnosis:
 
     def to_dict(self) -> dict[str, Any]:
         """The finding as an object for JSON."""
-        return {"equal": self.is_equal, "summary": self.summary, **as_json(vars(self))}
+        return {"equal": self.is_equal, "summary": self.summary, **jsonable(vars(self))}
 
 
 def diagnose(

@@ -22,7 +22,7 @@ from minilm.inference.encode import required_ranges
 from minilm.parity.causes import decimals, diagnose, short_form
 from minilm.pretrained.fingerprint import Comparison, Fingerprint, Verdict, compare, fingerprint
 from minilm.quantize import dequantize, quantize_embeddings
-from minilm.report import aligned, as_json
+from minilm.report import aligned, jsonable
 from minilm.similarity import Embeddings
 
 __all__ = ["LONGEST", "CheckResult", "check_vectors"]
@@ -104,7 +104,7 @@ class CheckResult:
 
     def to_dict(self) -> dict[str, Any]:
         """The finding as an object for JSON."""
-        return as_json(  # type: ignore[no-any-return]
+        return jsonable(  # type: ignore[no-any-return]
             {
                 "verdict": self.verdict,
                 "summary": self.summary,

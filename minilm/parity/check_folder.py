@@ -24,7 +24,7 @@ from minilm.files.shards import part_paths, verify_parts
 from minilm.files.sources import readable
 from minilm.inputs import check_positive_int
 from minilm.parity.check import LONGEST, CheckResult, check_vectors
-from minilm.report import as_json
+from minilm.report import jsonable
 
 __all__ = ["FolderCheck", "check_folder"]
 
@@ -75,7 +75,7 @@ class FolderCheck:
     def to_dict(self) -> dict[str, Any]:
         """The finding as an object for JSON."""
         found = {name: value for name, value in vars(self).items() if name != "folder"}
-        return {"summary": self.summary, **as_json(found)}
+        return {"summary": self.summary, **jsonable(found)}
 
 
 def check_folder(

@@ -29,7 +29,7 @@ from minilm.files.tables import METADATA_KEY
 from minilm.interpret.trace import Trace, traces
 from minilm.outputs import check_folder
 from minilm.parity import stages
-from minilm.report import aligned, as_json, shortened
+from minilm.report import aligned, jsonable, shortened
 from minilm.version import __version__
 
 __all__ = [
@@ -238,7 +238,7 @@ class StageDifference:
 
     def to_dict(self) -> dict[str, Any]:
         """The row as an object for JSON."""
-        return {**as_json(vars(self)), "passed": self.passed}
+        return {**jsonable(vars(self)), "passed": self.passed}
 
 
 @dataclass(frozen=True)
@@ -303,8 +303,8 @@ class StageReport:
         """The report as an object for JSON."""
         return {
             "passed": self.passed,
-            "first": as_json(self.first),
-            "rows": as_json(self.rows),
+            "first": jsonable(self.first),
+            "rows": jsonable(self.rows),
             "ignored": list(self.ignored),
             "missing": list(self.missing),
         }

@@ -25,7 +25,7 @@ from torch import Tensor
 from minilm.bert import Attend
 from minilm.encoder import SentenceEncoder
 from minilm.inference.kernels import fast_products
-from minilm.report import aligned, as_json, shortened
+from minilm.report import aligned, jsonable, shortened
 from minilm.tokenizer import WordPieceTokenizer
 
 __all__ = [
@@ -120,7 +120,7 @@ class Row:
 
     def to_dict(self) -> dict[str, Any]:
         """The row as an object for JSON."""
-        return {**as_json(vars(self)), "passed": self.passed}
+        return {**jsonable(vars(self)), "passed": self.passed}
 
 
 @dataclass
@@ -180,7 +180,7 @@ class Report:
             "texts": len(self.texts),
             "first_divergence": None if first is None else first[1].stage,
             "worst_text": None if worst is None else self.texts[worst],
-            "sections": [{"heading": h, "rows": as_json(rows)} for h, rows in self.sections],
+            "sections": [{"heading": h, "rows": jsonable(rows)} for h, rows in self.sections],
         }
 
 

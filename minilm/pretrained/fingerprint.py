@@ -208,7 +208,7 @@ def fingerprint(encoder: Pipeline) -> Fingerprint:
         lambda: (_digest_tensors(weights), _file_sha256(encoder)),
     )
     default, width = encoder.default_prompt_name, config.hidden_size
-    dimension = min(width, encoder.truncate_dim or width)
+    dimension = encoder.get_sentence_embedding_dimension()
     return Fingerprint(
         # A folder's name can have bytes that are not text, which no JSON file can hold.
         model=_model_name(encoder).encode("utf-8", "backslashreplace").decode(),
@@ -288,8 +288,10 @@ def _checksum(state: Mapping[str, Tensor]) -> bytes:
 def _file_states(source: ModelFiles | None) -> dict[Path, Any]:
     """For each file of a model the hash of what was read, and what the system says of it now."""
     found: dict[Path, Any] = {}
-    for name, digest in (source.sha256 if source else {}).items():
-        path = source.path(name) if source else Path(name)
+    if source is None:
+        return found
+    for name, digest in source.sha256.items():
+        path = source.path(name)
         found[path] = digest, None
         with suppress(OSError):  # gone
             about = path.stat()

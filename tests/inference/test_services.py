@@ -342,13 +342,12 @@ print(np.array_equal(encoder.encode(few), expected), encoder.training)
 def test_interrupt_is_heard_soon_and_leaves_no_trace(published: Path, after: float) -> None:
     # 0.05 s: while the texts are tokenized; later: between two products.
     out = run_python(
-        INTERRUPTED, str(published), "20000", "the weather is lovely " * 20, str(after)
+        INTERRUPTED, str(published), "50000", "the weather is lovely " * 20, str(after)
     )
     waited, rest = out.split("\n")[:2]
     assert rest == "True False"
-    # A tenth of a second on a quiet machine; no timing is asserted, but that it is not the end,
-    # which is minutes away.
-    assert float(waited) < 30
+    # A tenth of a second on a quiet machine; no timing is asserted, but that it is not the end.
+    assert float(waited) < 5
 
 
 @pytest.mark.process

@@ -19,8 +19,17 @@ import torch
 from torch import nn
 
 import minilm
-from conftest import ROOT, TINY, edit_json, seeded_bert, tiny_tokenizer_json, write_model_folder
-from minilm import BertConfig, ClsPooling, MeanPooling, Normalize, SentenceEncoder
+from conftest import (
+    ROOT,
+    TINY,
+    compose,
+    edit_json,
+    load,
+    seeded_bert,
+    tiny_tokenizer_json,
+    write_model_folder,
+)  # fmt: skip
+from minilm import BertConfig, ClsPooling, MeanPooling, Normalize
 from minilm.errors import ConfigError, InputError, InputTypeError
 from minilm.files.records import read_fingerprint
 from minilm.files.streaming import encode_files
@@ -37,7 +46,6 @@ from minilm.pretrained.fingerprint import (
 )
 from minilm.pretrained.hub import DEFAULT_MODEL, SHA256
 from minilm.pretrained.save import save_pretrained
-from minilm.tokenizer import WordPieceTokenizer
 
 # Of these, only the last is cut at 12 tokens.
 SENTENCES = ["The dog bites.", "sun", "", "a cat sees the dog", "a man is out ! " * 4]
@@ -54,17 +62,6 @@ RECORD = Fingerprint(
     dimension=32,
     dtype="float32",
 )
-
-
-def load(path: Path, **options: Any) -> Any:
-    return SentenceEncoder.from_pretrained(path, device="cpu", **options)
-
-
-def compose(*modules: nn.Module, **options: Any) -> Any:
-    tokenizer = WordPieceTokenizer(json.dumps(tiny_tokenizer_json()))
-    settings: dict[str, Any] = {"tokenizer": tokenizer, "max_seq_length": 12} | options
-    stages = modules or (seeded_bert(), MeanPooling(), Normalize())
-    return SentenceEncoder(modules=stages, **settings)
 
 
 def embed(encoder: Any, texts: list[str]) -> "np.ndarray[Any, Any]":

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from conftest import ROOT, seeded_bert, tiny_tokenizer_json, write_model_folder
-from minilm import ClsPooling, MeanPooling, Normalize, SentenceEncoder
+from conftest import ROOT, compose, load, seeded_bert, tiny_tokenizer_json, write_model_folder
+from minilm import ClsPooling, MeanPooling, Normalize
 from minilm.errors import ConfigError, InputError, InputTypeError, MinilmError, NotAFolderError
 from minilm.parity.golden import TEXTS
 from minilm.pretrained import save
@@ -44,17 +44,6 @@ FILES = {
     "tokenizer_config.json",
     "vocab.txt",
 }
-
-
-def load(path: Path, **options: Any) -> Any:
-    return SentenceEncoder.from_pretrained(path, device="cpu", **options)
-
-
-def compose(*modules: nn.Module, **options: Any) -> Any:
-    tokenizer = WordPieceTokenizer(json.dumps(tiny_tokenizer_json()))
-    settings: dict[str, Any] = {"tokenizer": tokenizer, "max_seq_length": 12} | options
-    stages = modules or (seeded_bert(), MeanPooling(), Normalize())
-    return SentenceEncoder(modules=stages, **settings)
 
 
 def embed(encoder: Any, texts: list[str] = SENTENCES) -> "np.ndarray[Any, Any]":
