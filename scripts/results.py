@@ -17,11 +17,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-__all__ = ["add_option", "describe_machine", "instructions", "processor", "recorded", "write"]
+__all__ = [
+    "add_option", "describe_machine", "instructions", "kind", "processor", "recorded", "write",
+]  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[1]
 INSTRUCTIONS = (
     "avx2", "avx512f", "avx512_vnni", "avx_vnni", "avx512_bf16", "amx_bf16", "amx_int8",
+)  # fmt: skip
+VENDORS = {"AuthenticAMD": "amd", "GenuineIntel": "intel"}
+LEVELS = {"avx2": "avx2", "avx512": "avx512f", "amx": "amx_tile"}  # name -> the flag of Linux
+# What keeps ATen, oneDNN and MKL from instructions that the processor has.
+LIMITS = (
+    "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS",
 )  # fmt: skip
 PACKAGES = (
     "torch",
@@ -103,6 +111,31 @@ def processor() -> str:
 def instructions() -> list[str]:
     """Return which of the instructions that matrix products gain by the processor has (Linux)."""
     return [name for name in INSTRUCTIONS if name in _cpuinfo().get("flags", "").split()]
+
+
+def kind() -> str:
+    """Return the maker of the processor and the widest instructions used, as "amd-avx512".
+
+    Without them where they are not known ("arm"; they are read on Linux only). Where environment
+    variables limit the libraries it is the widest that ATen or oneDNN may use, with "-emulated".
+    """
+    info, machine = _cpuinfo(), platform.machine().lower()
+    parts = [VENDORS.get(info.get("vendor_id", ""), re.sub("^(arm|aarch)64$", "arm", machine))]
+    limits = {name: os.environ[name].lower() for name in LIMITS if os.environ.get(name)}
+    aten = limits.get("ATEN_CPU_CAPABILITY", "avx512")  # it has nothing for AMX
+    onednn = limits.get("ONEDNN_MAX_CPU_ISA") or limits.get("DNNL_MAX_CPU_ISA") or "all"
+    most = max(_level(aten), _level(onednn))
+    has = [name for name, flag in LEVELS.items() if flag in info.get("flags", "").split()]
+    parts += has[:most][-1:]
+    return "-".join([*parts, *["emulated"] * any(limit != "all" for limit in limits.values())])
+
+
+def _level(limit: str) -> int:
+    """Return how many of LEVELS a limit leaves, from the first on."""
+    if limit == "all":
+        return len(LEVELS)
+    limit = limit.replace("avx10", "avx512")
+    return max((place for place, name in enumerate(LEVELS, 1) if name in limit), default=0)
 
 
 def _cpuinfo() -> dict[str, str]:

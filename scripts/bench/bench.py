@@ -2,7 +2,7 @@
 
     python scripts/bench/bench.py [--systems NAME,...] [--workloads W1,...] [--rounds N]
         [--threads N] [--device cuda] [--markdown FILE] [--json FILE] [--plot FILE] [--cache FOLDER]
-    python scripts/bench/bench.py --from-json FILE [--plot FILE]
+    python scripts/bench/bench.py --from-json FILE [--plot FILE] [--markdown FILE]
 
 Every system runs in a fresh process of its own, on the same texts with the same number of threads,
 in turn: A B C, A B C, ... What is compared is the ratio within a round, so that a machine that is
@@ -12,9 +12,14 @@ a time. Speed counts real tokens, not padding. The error is against this package
 float64, which scripts/parity.py proves equal to the reference.
 
 The peers get their best simple usage: texts in order of length, batches of 32 (on a GPU of 256),
-tokenization in the time. pip install "minilm[bench]" brings them; those that are absent are left
-out, and named. Two systems run only if named: "minilm plain" (padded batches through nn.Linear) and
-"torch.compile" (needs a C++ compiler).
+tokenization in the time. pip install "minilm[bench]" brings them. What is absent or can't run here
+is skipped, and so is bfloat16 on a processor without such products, where it would take minutes;
+the report says which and why. Two systems run only if named: "minilm plain" (padded batches through
+nn.Linear) and "torch.compile" (needs a C++ compiler).
+
+--markdown with a folder (scripts/results) writes speed-KIND.md there, after the kind of
+processor: amd-avx2, intel-amx, nvidia-h200, ... A run in which environment variables keep the
+libraries from the processor's best instructions is of a kind marked "emulated".
 """
 
 import argparse
@@ -28,11 +33,13 @@ import math
 import os
 import platform
 import random
+import re
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+import timeit
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
@@ -76,6 +83,7 @@ SYSTEMS: dict[str, tuple[tuple[str, ...], str]] = {
     "torch.compile": (("transformers",), "float32"),
 }
 BASE = "sentence-transformers"
+TASKS = ("import torch", "GEMM")  # measured in each round besides the systems
 ONLY_IF_NAMED = ("minilm plain", "torch.compile")
 COLOURS = {  # Okabe and Ito's, which the colour-blind can tell apart
     "float32": "#0072B2",
@@ -128,8 +136,10 @@ def main() -> int:
     if options.markdown:
         about = report["machine"]
         machine = f"{about['threads']} threads of {about.get('gpu') or about['cpu']}"
-        body, date = to_text(report), about["date"]
-        results.write(options.markdown, "Speed", body, date=date, machine=machine)
+        body, date, path = to_text(report), about["date"], options.markdown
+        if path.is_dir():
+            path /= f"speed-{about['kind']}.md"
+        results.write(path, f"Speed on {about['kind']}", body, date=date, machine=machine)
     if options.plot:
         plot(report, options.plot)
     return 0 if measured(report) else 1
@@ -144,12 +154,17 @@ def run(options: argparse.Namespace) -> Result:
     systems = choose(options.systems or default, SYSTEMS)
     if options.device != "cpu":
         systems = [name for name in systems if name.startswith(("minilm", BASE))]
-    absent = {n for n in systems if not all(map(importlib.util.find_spec, SYSTEMS[n][0]))}
-    if absent:
-        names = ", ".join(name for name in systems if name in absent)
-        say(f'left out, not installed: {names}; pip install "minilm[bench]"')
-    systems = [name for name in systems if name not in absent]
-    report: Result = {"machine": describe_machine(options), "failed": {}, "rounds": []}
+    report: Result = {"machine": describe_machine(options), "skipped": {}, "failed": {}}
+    report["rounds"] = []
+
+    def skip(names: Iterable[str], reason: str) -> None:
+        for name in [name for name in systems if name in names]:
+            systems.remove(name)
+            report["skipped"][name] = reason
+            say(f"{name} skipped: {reason}")
+
+    absent = [n for n in systems if not all(map(importlib.util.find_spec, SYSTEMS[n][0]))]
+    skip(absent, 'not installed; pip install "minilm[bench]"')
     if report["machine"]["load"] > 0.5:
         say("other programs are at work here, and will spoil the numbers; better wait")
     with tempfile.TemporaryDirectory() as temporary:
@@ -169,21 +184,25 @@ def run(options: argparse.Namespace) -> Result:
         }
         say("making texts, float64 vectors and exports")
         about = spawn("prepare", job)
-        job |= {"model": about["model"], "sizes": about["sizes"]}
+        job |= {name: about[name] for name in ("model", "sizes", "slow_bfloat16")}
         report["machine"] |= about["machine"]
+        say(f"kind of processor: {report['machine']['kind']}")
         report["workloads"] = {w: about["sizes"][w] for w in job["workloads"]}
-        if not about["int8"] and not options.systems and "minilm int8" in systems:
-            systems.remove("minilm int8")
+        if about["no_int8"]:
+            skip(["minilm int8"], about["no_int8"])
+        if about["slow_bfloat16"]:  # OpenVINO looks for itself, and takes float32 there
+            slow = [n for n, (_, dtype) in SYSTEMS.items() if dtype == "bfloat16"]
+            skip([n for n in slow if not n.startswith("OpenVINO")], about["slow_bfloat16"])
         for family, reason in about["failed"].items():
             report["failed"] |= {n: reason for n in systems if n.startswith(family)}
-        tasks = ["import torch", *["GEMM"] * (options.device == "cpu")]
+        tasks = TASKS if options.device == "cpu" else TASKS[:1]
         for number in range(1, options.rounds + 1):
             results: Result = {}
             report["rounds"].append(results)
-            for name in (n for n in tasks + systems if n not in report["failed"]):
-                task = name if name in tasks else "measure"
+            for name in (n for n in [*tasks, *systems] if n not in report["failed"]):
+                task, given = (name if name in tasks else "measure"), job | {"system": name}
                 try:
-                    results[name] = spawn(task, job | {"system": name}, {"HF_HUB_OFFLINE": "1"})
+                    results[name] = spawn(task, given, {"HF_HUB_OFFLINE": "1"})
                     speeds = [f" {w} {_speed(results, name, w):,.0f}/s" for w in job["workloads"]]
                     say(f"round {number}: {name}{','.join(speeds) if task == 'measure' else ''}")
                 except ChildError as error:
@@ -232,6 +251,7 @@ def describe_machine(options: argparse.Namespace) -> Result:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return {
+        "kind": results.kind(),
         "cpu": results.processor(),
         "instructions": results.instructions(),
         "threads": options.threads,
@@ -249,7 +269,8 @@ def describe_machine(options: argparse.Namespace) -> Result:
 
 def measured(report: Result) -> list[str]:
     """Return the systems that were measured at least once, in the order of the table."""
-    return [name for name in SYSTEMS if any(name in results for results in report["rounds"])]
+    names = {name: None for results in report["rounds"] for name in results}
+    return [name for name in names if name not in TASKS]
 
 
 def ratios(report: Result, name: str, other: str, workload: str) -> list[float]:
@@ -282,14 +303,17 @@ def to_text(report: Result) -> str:
     machine = report["machine"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     where = [machine.get("gpu") or machine["cpu"], *machine["instructions"]]
-    lines = [", ".join([*where, f"threads: {machine['threads']}"])]
+    lines = [f"{machine['kind']}: " + ", ".join([*where, f"threads: {machine['threads']}"])]
     lines += [f"Python {machine['python']}, {versions}", ""]
     for w, size in report["workloads"].items():
         counts = f"{size['sentences']:,} with {size['tokens']:,} tokens were run"
         lines.append(f"- {w}: {WORKLOADS[w]}; {counts}")
     lines += ["", *table(report), ""]
     lines += [f"×: how many times as fast as {BASE}; median of the rounds, and their range.", ""]
-    lines += [f"- {name} failed: {reason}" for name, reason in report["failed"].items()]
+    if machine["kind"].endswith("-emulated"):
+        lines.append("- Emulated by variables for torch, MKL and oneDNN: onnxruntime reads none.")
+    for what in ("skipped", "failed"):
+        lines += [f"- {name} {what}: {reason}" for name, reason in report[what].items()]
     return "\n".join(lines + peak_lines(report) + verdict_lines(report))
 
 
@@ -447,7 +471,7 @@ def prepare(job: Result) -> Result:
     import torch
 
     from minilm import SentenceEncoder
-    from minilm.inputs import as_device, as_dtype
+    from minilm.inputs import as_device
 
     encoder = SentenceEncoder.from_pretrained(device="cpu", dtype="float64")
     source, tokenizer = encoder.source, encoder.tokenizer
@@ -467,20 +491,46 @@ def prepare(job: Result) -> Result:
                 done.touch()
         except Exception as error:  # whatever a peer raises
             failed[family] = f"export: {error!r}"
+    device, no_int8 = as_device(job["device"]), ""
     try:
-        int8 = as_dtype("int8") is not None
-    except MinilmError:
-        int8 = False
-    device = as_device(job["device"])
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        SentenceEncoder.from_pretrained(model, device=device, dtype="int8")
+    except MinilmError as error:
+        no_int8 = str(error)
+    machine = {}
+    if device.type == "cuda":
+        gpu = torch.cuda.get_device_name(device)
+        machine = {"gpu": gpu, "kind": re.sub(r"[^a-z0-9]+", "-", gpu.lower())}
     counts = {w: tokenizer(rows).token_counts for w, rows in texts.items()}
     return {
         "model": str(model),
-        "int8": int8,
+        "no_int8": no_int8,
+        "slow_bfloat16": slow_bfloat16() if device.type == "cpu" else "",
         "failed": failed,
-        "machine": {"gpu": gpu},
+        "machine": machine,
         "sizes": {w: {"sentences": len(rows), "tokens": sum(rows)} for w, rows in counts.items()},
     }
+
+
+def slow_bfloat16() -> str:
+    """Return why bfloat16 is not worth its time on this processor; "" where it is.
+
+    It is tried. A processor that has no products in it is five to nine times slower than in float32
+    with AVX2, a tenth slower with AVX-512; one that has them is much faster.
+    """
+    import torch
+
+    products = []
+    for dtype in (torch.float32, torch.bfloat16):
+        rows, weight = torch.ones(256, 384, dtype=dtype), torch.ones(1536, 384, dtype=dtype)
+        products.append(partial(torch.nn.functional.linear, rows, weight))
+    # In turn, so that whatever else the machine does meets both.
+    times = [[timeit.timeit(product, number=1) for product in products] for _ in range(30)]
+    float32, bfloat16 = (
+        2 * 256 * 384 * 1536 / 1e9 / min(each) for each in zip(*times, strict=True)
+    )
+    if bfloat16 > 1.25 * float32:
+        return ""
+    return f"products in bfloat16 run at {bfloat16:,.0f} GFLOP/s here, in float32 at {float32:,.0f}"
 
 
 def make_texts(count: Callable[[list[str]], list[int]], scale: float) -> dict[str, list[str]]:
@@ -570,7 +620,7 @@ def gemm(job: Result) -> Result:
         return 1024 * MFLOP_PER_TOKEN / 1e3 / statistics.median(times[3:])
 
     rates: Result = {}
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16)[: 1 if job["slow_bfloat16"] else 2]:
         inputs = {columns: torch.randn(1024, columns).to(dtype) for columns in (384, 1536)}
         layers = [(c, torch.randn(o, c).to(dtype), torch.randn(o).to(dtype)) for c, o in SHAPES * 6]
         with torch.no_grad():
@@ -624,7 +674,10 @@ def make_encode(job: Result) -> Encode:
         from minilm import SentenceEncoder
 
         where = {"device": job["device"], "dtype": job["dtype"]}
-        return SentenceEncoder.from_pretrained(job["model"], **where).encode
+        encoder = SentenceEncoder.from_pretrained(job["model"], **where)
+        if job["dtype"] == "bfloat16":  # or float32 in its place
+            job["dtype"] = str(encoder.dtype).removeprefix("torch.")
+        return encoder.encode
     if job["system"].startswith("sentence-transformers"):
         import torch
         from sentence_transformers import SentenceTransformer
