@@ -10,7 +10,9 @@ them: 1.10 means that it saves a tenth. On and off run in turn, in one process, 
 of tokens a pass in each round, so that neither finds what the other has prepared. The module
 docstrings of `minilm/inference/kernels.py` and `minilm/inference/packed.py` explain the tricks.
 
-The last lines say what 8-bit products could save at most.
+The last lines say what 8-bit products could save at most. On a processor without products in
+bfloat16, which would take many minutes, both are left out, and a line says so. By default the share
+of the workloads is what takes about a minute and a half.
 """
 
 import argparse
@@ -22,7 +24,7 @@ import sys
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,7 +37,7 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import results  # noqa: E402
-from bench import MFLOP_PER_TOKEN, SHAPES, make_texts  # noqa: E402
+from bench import MFLOP_PER_TOKEN, SHAPES, make_texts, slow_bfloat16  # noqa: E402
 from minilm import BertFeedForward, SentenceEncoder  # noqa: E402
 from minilm.inference import compute, kernels, packed  # noqa: E402
 from minilm.pipeline import Batch  # noqa: E402
@@ -43,7 +45,9 @@ from minilm.pretrained.hub import DEFAULT_MODEL  # noqa: E402
 from minilm.tokenizer import WordPieceTokenizer  # noqa: E402
 
 DTYPES = ("float32", "bfloat16")
+SECONDS = 90
 ROWS = 2048
+TOKENS = 140_000  # W1, W2 and W3 of bench.py together
 KINDS = {  # the operators that the profiler names -> what a reader calls them
     "products": ("mkldnn::_linear_pointwise", "aten::mm", "aten::addmm", "aten::addmm_"),
     "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu",),
@@ -59,8 +63,8 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default=DEFAULT_MODEL)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--scale", type=float, default=0.3, help="share of each workload")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--scale", type=float, help="share of each workload")
     parser.add_argument("--seconds-only", metavar="DTYPE", help=argparse.SUPPRESS)
     parser.add_argument("--no-kept-memory", action="store_true", help=argparse.SUPPRESS)
     results.add_option(parser)
@@ -75,15 +79,26 @@ def main() -> None:
 def measure_all(options: argparse.Namespace) -> None:
     """Print all tables."""
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads\n")
-    rates = print_products(options.rounds)
+    dtypes = [*DTYPES]
+    if slow := slow_bfloat16():
+        dtypes.remove("bfloat16")
+        print(f"bfloat16, and 8-bit products that give it, are not timed: {slow}\n")
+    rates = print_products(options.rounds, dtypes)
+    if options.scale is None:
+        # How often the texts are computed below; products are some 60 % of a token's time.
+        passes = 5 + options.rounds * (2 * len(TRICKS) + 4)
+        whole = passes * 1.6 * rates["float32, F.linear"] * TOKENS / 1e6
+        options.scale = round(min(0.3, SECONDS / whole / len(dtypes)), 3)
+    print(f"{options.scale:.1%} of the texts of bench.py in {options.rounds} rounds\n")
     times = {}
     print_errors(options.model)
-    for dtype in DTYPES:
+    for dtype in dtypes:
         encoder = SentenceEncoder.from_pretrained(options.model, device="cpu", dtype=dtype)
         texts = workloads(encoder, options.scale)
         times[dtype] = print_shares(encoder, texts)
         print_tricks(encoder, texts, options)
-    print_int8(rates, times["bfloat16"])
+    if not slow:
+        print_int8(rates, times["bfloat16"])
 
 
 def workloads(encoder: SentenceEncoder, scale: float) -> dict[str, list[str]]:
@@ -96,8 +111,8 @@ def workloads(encoder: SentenceEncoder, scale: float) -> dict[str, list[str]]:
 # --- The products alone ---------------------------------------------------------------------------
 
 
-def print_products(rounds: int) -> dict[str, float]:
-    """Print GFLOP/s of the products of a pass of 2,048 tokens.
+def print_products(rounds: int, dtypes: Sequence[str]) -> dict[str, float]:
+    """Print GFLOP/s of the products of a pass of 2,048 tokens; without bfloat16 in float32 only.
 
     Returns:
         Microseconds a token, by the name of the way.
@@ -113,6 +128,8 @@ def print_products(rounds: int) -> dict[str, float]:
     print(f"| products alone, {ROWS:,} rows | GFLOP/s | µs a token |\n| --- | ---: | ---: |")
     rates = {}
     for name, way in ways.items():
+        if name[:7] != "float32" and "bfloat16" not in dtypes:
+            continue
         try:
             with warnings.catch_warnings(), torch.inference_mode():
                 warnings.simplefilter("ignore")
