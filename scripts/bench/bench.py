@@ -1,7 +1,8 @@
 """Measure how fast minilm is, beside the other ways to run this model that are installed here.
 
     python scripts/bench/bench.py [--systems NAME,...] [--workloads W1,...] [--rounds N]
-        [--threads N] [--device cuda] [--markdown FILE] [--json FILE] [--plot FILE] [--cache FOLDER]
+        [--threads N] [--device cuda] [--against COMMIT] [--markdown FILE] [--json FILE]
+        [--plot FILE] [--cache FOLDER]
     python scripts/bench/bench.py --from-json FILE [--plot FILE] [--markdown FILE]
 
 Every system runs in a fresh process of its own, on the same texts with the same number of threads,
@@ -17,7 +18,8 @@ is skipped, and so is bfloat16 on a processor without such products, where it wo
 the report says which and why. Two systems run only if named: "minilm plain" (padded batches through
 nn.Linear) and "torch.compile" (needs a C++ compiler).
 
---markdown with a folder (scripts/results) writes speed-KIND.md there, after the kind of
+--against COMMIT measures "minilm float32" of an earlier commit of this repository in the same
+rounds. --markdown with a folder (scripts/results) writes speed-KIND.md there, after the kind of
 processor: amd-avx2, intel-amx, nvidia-h200, ... A run in which environment variables keep the
 libraries from the processor's best instructions is of a kind marked "emulated".
 """
@@ -40,7 +42,7 @@ import sys
 import tempfile
 import time
 import timeit
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -48,12 +50,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a bare checkout is enough
 
-import minilm  # noqa: E402
 import results  # noqa: E402
-from minilm import MinilmError  # noqa: E402
 
 # Neither torch nor NumPy is imported here (and minilm does so only when asked for an encoder): on
-# Linux the peak memory of a process starts from that of its parent, so the parent stays small.
+# Linux the peak memory of a process starts from that of its parent, so the parent stays small. Nor
+# is minilm: a child may be told to import that of an earlier commit.
 
 TEXTS = ROOT / "tests" / "data" / "parity_texts.jsonl"
 WORKLOADS = {
@@ -82,6 +83,7 @@ SYSTEMS: dict[str, tuple[tuple[str, ...], str]] = {
     "CTranslate2 int8": (("ctranslate2", "transformers"), "int8"),
     "torch.compile": (("transformers",), "float32"),
 }
+OURS = "minilm float32"
 BASE = "sentence-transformers"
 TASKS = ("import torch", "GEMM")  # measured in each round besides the systems
 ONLY_IF_NAMED = ("minilm plain", "torch.compile")
@@ -115,6 +117,7 @@ def main() -> int:
     add("--rounds", type=int, default=3, help="default: %(default)s")
     add("--threads", type=int, default=threads, help="default: one a processor; here %(default)s")
     add("--device", default="cpu", help="other than cpu: minilm and sentence-transformers only")
+    add("--against", metavar="COMMIT", help=f"measure {OURS} of that commit, too")
     add("--json", type=Path, metavar="FILE", help="write every number there")
     add("--plot", type=Path, metavar="FILE", help="draw the ratios there, as .png or .svg")
     add("--from-json", type=Path, metavar="FILE", help="report on an earlier run")
@@ -167,8 +170,12 @@ def run(options: argparse.Namespace) -> Result:
     skip(absent, 'not installed; pip install "minilm[bench]"')
     if report["machine"]["load"] > 0.5:
         say("other programs are at work here, and will spoil the numbers; better wait")
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, contextlib.ExitStack() as stack:
         folder = Path(temporary)
+        checkouts: dict[str, Path] = {}
+        if options.against:
+            commit, checkout = stack.enter_context(checked_out(options.against))
+            checkouts[f"{OURS} at {commit}"] = checkout
         if options.cache:  # named after all that its contents depend on
             made_of = [Path(__file__).read_text(), TEXTS.read_text(), report["machine"]["versions"]]
             key = hashlib.sha256(repr([*made_of, options.scale]).encode()).hexdigest()[:16]
@@ -195,12 +202,16 @@ def run(options: argparse.Namespace) -> Result:
             skip([n for n in slow if not n.startswith("OpenVINO")], about["slow_bfloat16"])
         for family, reason in about["failed"].items():
             report["failed"] |= {n: reason for n in systems if n.startswith(family)}
+        if checkouts:
+            systems = [OURS, *checkouts, *(name for name in systems if name != OURS)]
         tasks = TASKS if options.device == "cpu" else TASKS[:1]
         for number in range(1, options.rounds + 1):
             results: Result = {}
             report["rounds"].append(results)
             for name in (n for n in [*tasks, *systems] if n not in report["failed"]):
                 task, given = (name if name in tasks else "measure"), job | {"system": name}
+                if name in checkouts:
+                    given |= {"system": OURS, "checkout": str(checkouts[name])}
                 try:
                     results[name] = spawn(task, given, {"HF_HUB_OFFLINE": "1"})
                     speeds = [f" {w} {_speed(results, name, w):,.0f}/s" for w in job["workloads"]]
@@ -209,6 +220,49 @@ def run(options: argparse.Namespace) -> Result:
                     report["failed"][name] = str(error).splitlines()[-1]
                     say(f"round {number}: {name} failed:\n{error}")
     return report
+
+
+@contextlib.contextmanager
+def checked_out(name: str) -> Iterator[tuple[str, Path]]:
+    """Have an earlier commit in a folder of its own, a git worktree, within a `with` statement.
+
+    Args:
+        name: A commit, as git takes it.
+
+    Yields:
+        The commit's short hash, and the folder.
+
+    Raises:
+        ValueError: There is no such commit, or its package can't be imported here.
+    """
+
+    def git(*words: str, check: bool = True) -> str:
+        done = subprocess.run(
+            ["git", *words], cwd=ROOT, capture_output=True, text=True, check=False
+        )
+        if done.returncode and check:
+            raise ValueError(f"--against {name}: {done.stderr.strip()}")
+        return done.stdout.strip()
+
+    commit = git("rev-parse", "--verify", "--short", f"{name}^{{commit}}")
+    with tempfile.TemporaryDirectory(prefix="minilm-bench-") as temporary:
+        folder = Path(temporary, commit)
+        try:
+            git("worktree", "add", "--detach", str(folder), commit)
+            try:
+                file = spawn("import minilm", {"threads": 1, "checkout": str(folder)})["file"]
+                why = "" if Path(file).is_relative_to(folder) else "it has no package minilm"
+            except ChildError as error:
+                why = str(error).splitlines()[-1]
+            if why:
+                raise ValueError(
+                    f"--against {name}: its package does not run with {sys.executable}: {why}. "
+                    "Make an environment with what the pyproject.toml of both commits requires, "
+                    "and run this script with the Python of that"
+                )
+            yield commit, folder
+        finally:
+            git("worktree", "remove", "--force", str(folder), check=False)
 
 
 def choose(text: str, known: Iterable[str]) -> list[str]:
@@ -245,7 +299,9 @@ def spawn(task: str, job: Result, variables: dict[str, str] | None = None) -> Re
 
 def describe_machine(options: argparse.Namespace) -> Result:
     """Return what the figures depend on: processor, threads, versions, date."""
-    versions = {"minilm": minilm.__version__}
+    from minilm import __version__
+
+    versions = {"minilm": __version__}
     peers = {package for packages, _ in SYSTEMS.values() for package in packages}
     for name in ("torch", "numpy", "tokenizers", *sorted(peers)):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -314,7 +370,7 @@ def to_text(report: Result) -> str:
         lines.append("- Emulated by variables for torch, MKL and oneDNN: onnxruntime reads none.")
     for what in ("skipped", "failed"):
         lines += [f"- {name} {what}: {reason}" for name, reason in report[what].items()]
-    return "\n".join(lines + peak_lines(report) + verdict_lines(report))
+    return "\n".join(lines + peak_lines(report) + verdict_lines(report) + against_lines(report))
 
 
 def table(report: Result) -> list[str]:
@@ -371,7 +427,7 @@ def verdict_lines(report: Result) -> list[str]:
     """Return the fastest peer in each dtype of minilm, and how many times as fast we are."""
     lines = []
     for name in measured(report):
-        if not name.startswith("minilm") or name in ONLY_IF_NAMED:
+        if not name.startswith("minilm") or name in ONLY_IF_NAMED or name not in SYSTEMS:
             continue
         dtype = dtype_of(report, name)
         others = [n for n in measured(report) if not n.startswith("minilm")]
@@ -383,6 +439,17 @@ def verdict_lines(report: Result) -> list[str]:
                 said.append(f"{w} {_spread(beside[peer])} × {peer}")
         said = said or ["none was measured"]
         lines.append(f"- {name} beside the fastest peer in {dtype}: {'; '.join(said)}.")
+    return lines
+
+
+def against_lines(report: Result) -> list[str]:
+    """Return how many times as fast we are as at an earlier commit, where one was measured."""
+    lines = []
+    for name in measured(report):
+        if name not in SYSTEMS:
+            said = [f"{w} {_spread(ratios(report, OURS, name, w))}" for w in report["workloads"]]
+            commit = name.removeprefix(f"{OURS} at ")
+            lines.append(f"- {OURS} beside {commit}: {', '.join(said)} times as fast.")
     return lines
 
 
@@ -440,7 +507,11 @@ def _module(name: str) -> Any:
 def child() -> int:
     """Do the job given on stdin and print one line of JSON; what libraries print is on stderr."""
     job = json.load(sys.stdin)
+    sys.path.insert(0, job.get("checkout", str(ROOT)))
+    from minilm import MinilmError
+
     tasks = {"prepare": prepare, "import torch": import_torch, "GEMM": gemm, "measure": measure}
+    tasks["import minilm"] = import_minilm
     with os.fdopen(os.dup(1), "w") as answer:
         os.dup2(2, 1)
         try:
@@ -465,12 +536,19 @@ def import_torch(job: Result) -> Result:
     return {"cold_s": time.time() - job["started"], "memory_mb": peak_memory()}
 
 
+def import_minilm(job: Result) -> Result:
+    """Return which file the package is that a measurement imports."""
+    from minilm import SentenceEncoder
+
+    return {"file": sys.modules[SentenceEncoder.__module__].__file__}
+
+
 def prepare(job: Result) -> Result:
     """Make the texts, their vectors in float64, and the model in the peers' formats."""
     import numpy as np
     import torch
 
-    from minilm import SentenceEncoder
+    from minilm import MinilmError, SentenceEncoder
     from minilm.inputs import as_device
 
     encoder = SentenceEncoder.from_pretrained(device="cpu", dtype="float64")
