@@ -316,7 +316,7 @@ def _add_model(one: Any) -> None:
     )
     group.add_argument(
         "--dtype",
-        help="float32 (default), float64, float16, bfloat16; or auto, the fastest that is exact",
+        help="float32 (default), float64, float16, bfloat16; or auto: bfloat16 where it is fast",
     )
     group.add_argument("--device", help="cpu, cuda, mps, ... (default: the best there is)")
     _add_number(group, "--threads", "processor cores to use (default: all)")

@@ -53,8 +53,8 @@ class LoadOptions(TypedDict, total=False):
 
     Attributes:
         cache_folder: The same as `cache_dir`.
-        model_kwargs: `dtype` or `torch_dtype`, as the option `dtype`; but "auto" is float32, as in
-            the reference, whose "auto" is the dtype of the published file.
+        model_kwargs: `dtype` or `torch_dtype`, as the option `dtype`; but "auto" is float32 there:
+            the dtype of the published file, which it is in the reference.
         processor_kwargs, tokenizer_kwargs: `model_max_length`: not supported, set `max_seq_length`.
         trust_remote_code: Has no effect: code in a model's folder is never run.
         backend: "torch".
@@ -139,9 +139,9 @@ def dtype_on(device: torch.device, dtype: str | torch.dtype | None) -> torch.dty
     """Return the dtype to compute in on a device, of the one that was asked for.
 
     "auto" is the fastest whose vectors keep a cosine of 0.9999 with those in float64: bfloat16 if
-    the device multiplies in it (the published model has 0.99996 then, on processors and a GPU),
-    else float32. A processor that doesn't is up to nine times slower in bfloat16 or float16 than
-    in float32, which takes their place there, with a `DtypeWarning`.
+    the device multiplies in it (the published model has 0.99994 or more then, on processors of
+    two makers and on a GPU), else float32. A processor that doesn't is up to nine times slower in
+    bfloat16 or float16 than in float32, which takes their place there, with a `DtypeWarning`.
 
     Raises:
         InputError: As in `as_dtype`.
@@ -157,7 +157,7 @@ def dtype_on(device: torch.device, dtype: str | torch.dtype | None) -> torch.dty
     warnings.warn(
         f"dtype is {name!r}, but this processor ({seen}) has no products in it "
         f"({_PRODUCTS[asked][1]}) and is slower in it than in float32; the model computes in "
-        "float32: pass dtype='float32', or 'auto' for the fastest that is exact",
+        "float32: pass dtype='float32', or 'auto' to go by the processor",
         DtypeWarning,
         stacklevel=caller_level(),
     )
@@ -167,10 +167,10 @@ def dtype_on(device: torch.device, dtype: str | torch.dtype | None) -> torch.dty
 def has_products(dtype: torch.dtype) -> bool:
     """Whether this processor multiplies matrices in bfloat16 or in float16.
 
-    oneDNN is asked what it takes, which what limits oneDNN changes too (`ONEDNN_MAX_CPU_ISA=AVX2`).
-    On x86 it takes bfloat16 also where it has to convert to float32 and back: with AVX-512 alone,
-    at nine tenths of the speed of float32. So there the processor itself is asked as well, unless
-    this torch is too old to know.
+    oneDNN is asked whether it takes the dtype, also as limited by `ONEDNN_MAX_CPU_ISA=AVX2`. On x86
+    it takes bfloat16 even where it has to convert to float32 and back: with AVX-512 alone, at nine
+    tenths of the speed of float32. So there the processor itself is asked as well, unless this
+    torch is too old to know.
     """
     takes = getattr(torch.ops.mkldnn, _PRODUCTS[dtype][0], None)  # some builds have no oneDNN
     if takes is None or not takes():
