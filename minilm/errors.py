@@ -20,6 +20,7 @@ what it is about as attributes, so that nobody has to parse a message::
 
     TruncationWarning (UserWarning)          text beyond the length limit was not read
     BadRowWarning (UserWarning)              rows of files had no text to embed
+    DtypeWarning (UserWarning)               computed in float32, not in what was asked for
 """
 
 import inspect
@@ -31,6 +32,7 @@ __all__ = [
     "BadRowError",
     "BadRowWarning",
     "ConfigError",
+    "DtypeWarning",
     "HashMismatchError",
     "InputError",
     "InputTypeError",
@@ -234,6 +236,10 @@ class TruncationWarning(UserWarning):
 
 class BadRowWarning(UserWarning):
     """Some rows of files had no text that can be embedded; they were left out, or read as empty."""
+
+
+class DtypeWarning(UserWarning):
+    """The processor is slower in the dtype asked for than in float32; the model is in float32."""
 
 
 def describe(subject: str | Path, problems: Sequence[str]) -> str:

@@ -84,8 +84,9 @@ def run(model: str, texts_file: Path | None, dtype: str | None) -> tuple[Report,
     from reference import is_installed
 
     dtypes = [as_dtype(dtype)] if dtype else [torch.float64, torch.float32]
-    encoders = {d: SentenceEncoder.from_pretrained(model, device="cpu", dtype=d) for d in dtypes}
-    first = encoders[dtypes[0]]
+    loaded = [SentenceEncoder.from_pretrained(model, device="cpu", dtype=each) for each in dtypes]
+    encoders = {each.dtype: each for each in loaded}  # which may be float32 for bfloat16
+    first = loaded[0]
     source = first.source
     assert source is not None
     about = {

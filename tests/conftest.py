@@ -30,6 +30,7 @@ import torch
 from torch import nn
 
 from minilm import BertConfig, BertModel, MeanPooling, Normalize, SentenceEncoder, cli
+from minilm.pretrained import options
 from minilm.pretrained.checkpoint import published_name
 from minilm.pretrained.hub import SHA256, WEIGHTS_FOLDER
 from minilm.tasks.search import Scores
@@ -114,6 +115,16 @@ def only_a_marked_test_starts_a_process(
     yield
     if started and not is_marked:
         pytest.fail(f"starts a process ({started[0]}); mark it with pytest.mark.process")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def processor_has_all_products() -> Iterator[None]:
+    """A model loaded in bfloat16 or float16 is in that, also where the processor has no such
+    products and a user would get float32; tests/pretrained/test_options.py is about those.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(options, "has_products", lambda dtype: True)
+        yield
 
 
 TINY = BertConfig(

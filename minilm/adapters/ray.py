@@ -90,7 +90,8 @@ class MiniLMActor:
                 CPUs that Ray gave it (`num_cpus`), so that all actors together fit the machine.
             options: See `lazy.AdapterOptions`, such as `dtype`, `prompt` and `truncation`. With
                 `truncation="warn"` each actor warns once, of its first batch with a text that is
-                too long.
+                too long. What `dtype="auto"` is, and whether bfloat16 can be had, each actor finds
+                by its own processor, and `fingerprint` says: where machines differ, pass "float32".
 
         Raises:
             InputError, InputTypeError: An argument can't be used.

@@ -386,8 +386,9 @@ def explain(options: argparse.Namespace, parser: argparse.ArgumentParser) -> Non
     page = _file(options.html, "--html", options, parser)
     if png is not None and png == page:
         parser.error("argument --html: is the file of --png too; choose another name")
-    dtype = options.dtype or "float64"
-    explanation = _load(options).explain(options.a, options.b, by=options.by, dtype=dtype)
+    encoder = _load(options)
+    dtype = encoder.dtype if options.dtype else "float64"
+    explanation = encoder.explain(options.a, options.b, by=options.by, dtype=dtype)
     title = " / ".join(_one_line(text) or '""' for text in explanation.texts)
     if png is not None:
         write_output(png, explanation.to_png)

@@ -314,7 +314,10 @@ def _add_model(one: Any) -> None:
         default=hub.DEFAULT_MODEL,
         help="a folder, or a name on the Hugging Face Hub (default: %(default)s)",
     )
-    group.add_argument("--dtype", help="float32 (default), float64, float16 or bfloat16")
+    group.add_argument(
+        "--dtype",
+        help="float32 (default), float64, float16, bfloat16; or auto: bfloat16 where it is fast",
+    )
     group.add_argument("--device", help="cpu, cuda, mps, ... (default: the best there is)")
     _add_number(group, "--threads", "processor cores to use (default: all)")
 

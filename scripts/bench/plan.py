@@ -64,6 +64,8 @@ def measure(model: str, texts: list[str], tokens: int, options: Any) -> dict[Way
         runs: dict[Way, Callable[[list[str]], object]] = {}
         for dtype in ("float32", "bfloat16"):
             encoder = SentenceEncoder.from_pretrained(model, device="cpu", dtype=dtype)
+            if str(encoder.dtype) != f"torch.{dtype}":
+                continue  # not on this processor, as a warning says
             for divided in ways(options.cores):
                 runs[dtype, *divided] = encode_in(encoder, *divided, stack)
         for run in runs.values():

@@ -108,7 +108,8 @@ def measure(options: argparse.Namespace, shard_rows: int, parts: int) -> None:
         output.mkdir()
         size = source.stat().st_size
         print(
-            f"{options.rows:,} rows, {size / 1e6:.1f} MB of {options.form}; {options.dtype}, "
+            f"{options.rows:,} rows, {size / 1e6:.1f} MB of {options.form}; "
+            f"{str(encoder.dtype).removeprefix('torch.')}, "
             f"{torch.get_num_threads()} threads; {parts} parts of {shard_rows:,} rows"
         )
         print(f"before: {resident() / 1e6:,.0f} MB")

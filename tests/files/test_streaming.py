@@ -20,7 +20,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 import pytest
 
-from conftest import ROOT, TINY_WORDS, write_model_folder
+from conftest import ROOT, TINY_WORDS, load, write_model_folder
 from minilm import SentenceEncoder
 from minilm.errors import (
     BadRowWarning,
@@ -37,6 +37,7 @@ from minilm.files.shards import MANIFEST, PROGRESS, ShardFolder
 from minilm.files.sources import read_shards
 from minilm.files.streaming import FilesReport, embed, encode_files
 from minilm.inference.process_pool import ProcessPool
+from minilm.pretrained import options as loading
 
 
 def sentences(count: int, seed: int = 0) -> list[str]:
@@ -118,6 +119,17 @@ def test_duplicates_are_computed_once(
     vectors = embeddings_of(read(tmp_path / "out")["embedding"])
     expected = tiny_encoder.encode(["a cat", "sun", "a cat", "a cat", "sun", "a cat"])
     np.testing.assert_array_equal(vectors, expected)
+
+
+def test_auto_goes_on_as_what_it_is_here(
+    tiny_folder: Path, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    run(load(tiny_folder, dtype="auto"), source, out)  # bfloat16, as in conftest.py
+    assert run(load(tiny_folder, dtype="bfloat16"), source, out).computed == 0
+    monkeypatch.setattr(loading, "has_products", lambda dtype: False)
+    with pytest.raises(InputError, match=r"another .*dtype \('bfloat16' there, 'float32' now\)"):
+        run(load(tiny_folder, dtype="auto"), source, out)
 
 
 @pytest.mark.parametrize(
