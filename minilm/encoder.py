@@ -207,8 +207,8 @@ class SentenceEncoder(Pipeline):
         """Whether a text gets the same bits alone, in any batch and in any order: tried now, with
         this processor, number of threads and dtype.
         """
-        embed_rows = partial(embed, self)
-        with torch.inference_mode(), eval_mode(self) as parts, fast_products(parts, tokens=0):
+        with torch.inference_mode(), eval_mode(self) as parts, fast_products(parts) as multiple:
+            embed_rows = partial(embed, self, multiple=multiple)
             return keeps_bits(embed_rows, self.bert.config.vocab_size, self.max_seq_length)
 
     def similarity(self, embeddings1: Embeddings, embeddings2: Embeddings) -> Tensor:

@@ -27,9 +27,10 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from minilm import BertConfig, BertModel, MeanPooling, Normalize, SentenceEncoder, cli
+from minilm.inference import kernels
 from minilm.pretrained import options
 from minilm.pretrained.checkpoint import published_name
 from minilm.pretrained.hub import SHA256, WEIGHTS_FOLDER
@@ -316,6 +317,27 @@ def tiny_folder(tmp_path: Path) -> Path:
 @pytest.fixture
 def tiny_encoder() -> SentenceEncoder:
     """The tiny model, composed from modules, with a tokenizer and a limit of 12 tokens."""
+    encoder: SentenceEncoder = compose()
+    return encoder
+
+
+@pytest.fixture
+def flat_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """A list that grows by one with each call of a flat layer."""
+    calls: list[Any] = []
+    real = kernels._FlatLayer.__call__
+
+    def noted(self: Any, hidden_states: Tensor, attend: Any) -> Tensor:
+        calls.append(self)
+        return real(self, hidden_states, attend)
+
+    monkeypatch.setattr(kernels._FlatLayer, "__call__", noted)
+    return calls
+
+
+@pytest.fixture
+def tiny() -> SentenceEncoder:
+    """The tiny encoder. Its shapes get `Chains`, on processors that have oneDNN, else `Plain`."""
     encoder: SentenceEncoder = compose()
     return encoder
 

@@ -384,9 +384,10 @@ def test_batches_are_formed_by_length(tiny_encoder: SentenceEncoder) -> None:
     ids: list[Any] = []
     tiny_encoder.bert.register_forward_pre_hook(lambda _, args: ids.append(args[0]))
     tiny_encoder.encode(["a", "the dog sees the man", "sun", "a cat sees the dog"], batch_size=2)
-    # The longest first; laid end to end, and only behind the last one filled up to 16 rows.
-    used = [(len(rows), rows.nonzero().flatten().tolist()) for rows in ids]
-    assert used == [(16, list(range(14))), (16, list(range(6)))]
+    # The longest first; laid end to end, and only behind the last one filled up to the next
+    # multiple of 4 rows, or of 16 where this processor's products keep a row's bits only so.
+    assert [rows.nonzero().flatten().tolist() for rows in ids] == [[*range(14)], [*range(6)]]
+    assert [len(rows) for rows in ids] in ([16, 8], [16, 16])
 
 
 def test_tensors_are_usable_in_training(tiny_encoder: SentenceEncoder) -> None:

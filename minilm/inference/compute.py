@@ -153,9 +153,13 @@ def _sentence_vectors(
         if device is None:
             device = here if plan.on_device else "cpu"
         vectors = torch.empty((len(ids), width), dtype=dtype, device=device)
-    with torch.inference_mode(), eval_mode(pipeline) as parts, fast_products(parts, sum(lengths)):
+    with (
+        torch.inference_mode(),
+        eval_mode(pipeline) as parts,
+        fast_products(parts, sum(lengths)) as multiple,
+    ):
         for rows in with_progress(batches, plan.show_progress_bar):
-            batch = make_batch(*rows_of(rows, ids, types), here, pipeline.tokenizer)
+            batch = make_batch(*rows_of(rows, ids, types), here, pipeline.tokenizer, multiple)
             vectors[rows] = pipeline(batch)["sentence_embedding"][:, :width].to(vectors)
     return vectors
 
@@ -178,11 +182,11 @@ def _token_vectors(pipeline: Pipeline, tokens: Tokens, plan: Plan) -> list[Tenso
         torch.inference_mode(False),
         torch.no_grad(),
         eval_mode(pipeline) as parts,
-        fast_products(parts, sum(lengths)),
+        fast_products(parts, sum(lengths)) as multiple,
     ):
         for rows in with_progress(batches, plan.show_progress_bar):
             ids, types = rows_of(rows, tokens.input_ids, tokens.token_type_ids)
-            batch = make_batch(ids, types, device, pipeline.tokenizer)
+            batch = make_batch(ids, types, device, pipeline.tokenizer, multiple)
             vectors = pipeline(batch)["token_embeddings"]
             ends = [lengths[row] for row in rows]
             if vectors.dim() == 3:  # padded

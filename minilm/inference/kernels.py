@@ -1,88 +1,77 @@
-"""The matrix products, faster: `nn.Linear`, where that pays with a second layout of its weight.
+"""The matrix products, faster: a layer as one flat function, by products that suit the processor.
 
-In: the linear layers of `bert.py`. Out: the same layers, each with a `forward` among its own
-attributes, which multiplies in the way that suits the processor, often by a copy of the weight in
-another layout, within `fast_products`, which `encode` enters.
-Everything else (a plain call, training, `torch.compile`, `torch.export`, other devices and dtypes)
-goes through `F.linear`, which is the definition. Next: `encoder.py`.
+In: a layer of `bert.py`. Out: the same layer, with a `forward` among its own attributes that
+computes the same in fewer and faster steps within `fast_products`, which `encode` enters.
+Everything else (a plain call, training, `torch.compile`, `torch.export`, other devices and dtypes,
+a layer with hooks or with parts that are not the model's own) goes through `bert.py`, which is the
+definition. Next: `encoder.py`.
 
 The floor. A token costs 2 x 6 x (4 x 384² + 2 x 384 x 1536) = 21.2 MFLOP in the linear layers, and
 attention 0.0092 MFLOP for each token it looks at, so that a text of 256 tokens spends a tenth of
 its arithmetic there. A pass reads all weights once, 42 MB in float32, whether it is of ten tokens
 or of two thousand: long batches are limited by arithmetic, a single query by memory, and by the
-some 250 calls from Python between its products.
+calls from Python between its products. The figures here are what `scripts/bench/where_time_goes.py`
+printed on two cores of an AMD EPYC (Zen 5, AVX-512), but for those of the last paragraph, which are
+from earlier runs on other processors.
 
-Where the time goes, in µs a token, as `scripts/bench/where_time_goes.py` printed it for sentences
-of 8 to 25 tokens on two cores with AMX, the matrix units of Intel's processors:
+A flat layer. Sums are added in place, and nothing is called for a step but torch's function. In
+float32 a pass without it takes 1.7 to 1.8 times as long, most of which is the other product.
 
-                      whole   products   attention   norms, sums, copies   other, Python
-    float32              77        78%          6%                    5%             11%
-    bfloat16             28        39%         19%                   20%             23%
-    float32, 1 query    460        38%          3%                    6%             54%
+A second layout. oneDNN, the library behind `Chains`, multiplies twice as fast as MKL, the one
+behind `F.linear`, on AMD's processors with AVX-512. In float32 it wants a weight that lies in
+memory as its transpose does; so a copy of each is kept, those of query, key and value side by side:
+they are one product. Before each use a sample is compared that crosses every row and every column,
+and in a call of 4,096 tokens or more all numbers. (Parameters that are views of transposed memory
+would need no copies. But `weight.view(-1)` is an error then, and with it torch's pruning,
+`parameters_to_vector`, and safetensors' `save_file`.) The operators are those that `torch.compile`
+emits when it freezes a model. They are no public API, so that they are looked up, tried and
+compared with `F.linear` first.
 
-The same products alone take 63 µs in float32 and 10 in bfloat16, and 7 in 8 bits, or 15 with the
-rounding to 8 bits before them as torch does it. So on such a processor 8-bit products could make
-bfloat16 faster by a ninth at the very best, at the price of accuracy: there are none here.
+Few roundings. A linear layer computes x Wᵀ, each output a dot product of two rows. A chain of
+multiply-adds rounds at each step, in proportion to what it has so far: two chains of half the
+length, added up, round less by a third. Relative rounding errors of one product on the published
+weights (root mean square), and the error of sentence vectors over that by `F.linear`:
 
-What each trick is worth (the time without it, over the time with it, same sentences):
+                                384 -> 384   384 -> 1536   1536 -> 384   vectors
+    `F.linear`: the reference      2.5e-07       2.5e-07       2.5e-07      1.00
+    oneDNN, one chain              3.5e-07       3.5e-07       5.2e-07      1.38
+    oneDNN, chains of 768                                      3.7e-07
+    oneDNN, chains of 384                                      3.5e-07      1.29
+    the same, 192 where token vectors go in                                 1.07
+    oneDNN, chains of 192          2.5e-07       2.5e-07       2.5e-07      1.00
 
-                                            float32   bfloat16
-    sentences end to end (packed.py)           1.16       1.50
-    a second layout of the weights             1.04       1.24
-    GELU within the product                    1.02       1.10
-    rows up to a multiple of 64 (packed.py)    1.02       1.35
-    keys up to a multiple of 16 (packed.py)    1.01       1.12
-    freed memory kept                          1.02       1.13
+Each chain more is a call more, which a query pays for. So the products that token vectors go into,
+whose rounding reaches the sentence vectors most, have to be as exact as `F.linear` but for a fifth,
+and the two others but for a half.
 
-In float32 the processor multiplies nearly all of the time, whatever is done around it; bfloat16
-products are six times as fast, and then all else counts.
+Same bits. Libraries have a kernel of their own for a handful of rows, which adds up in another
+order, and split a long sum between threads: the same text then gets other bits in another batch.
+What does not depends on the processor, so candidates are tried on a small product, once for each
+dtype, shape and number of threads, by `product_for`. If none can be used, speed is lost and nothing
+else. `Slices` are for Intel's processors, should `Chains` fail there; `Plain` is the last resort.
 
-These figures are of such an Intel processor, when all its products were by the two layouts that it
-still takes, with the rows of a query not filled up.
-
-Why a second layout. A linear layer computes x Wᵀ, each output a dot product of two rows. Libraries
-have a kernel of their own for a handful of rows, which adds up in another order, and split a long
-sum between threads: the same text then gets other bits in another batch. And they differ in how
-much they round. A chain of multiply-adds rounds at each step, in proportion to what it has so far:
-two chains of half the length, added up, round less by a third. Relative rounding errors of one
-product (root mean square), on the published weights, as `scripts/bench/where_time_goes.py` printed
-them on an AMD EPYC (Zen 5), with its AVX-512 and as with AVX2:
-
-                                       384 -> 384   384 -> 1536   1536 -> 384
-    `F.linear`, and so the reference      2.5e-07       2.5e-07       2.5e-07
-    oneDNN, one chain                     3.5e-07       3.5e-07       5.2e-07
-    oneDNN, slices of 192 columns         2.5e-07       2.5e-07       2.5e-07
-    oneDNN, slices of 96 columns          1.8e-07       1.8e-07       1.9e-07
-
-So three things make a good product: a row keeps its bits in any company, the error is not above
-`F.linear`'s, and it is fast. What has them depends on the processor:
-
-- `Plain` is `F.linear` on the weight itself. Where batches are filled up to a multiple of 16 rows,
-  as `packed.py` fills them, it keeps a row's bits on AMD's processors: nothing to copy, nothing to
-  become out of date. The choice with AVX2.
-- `Packed` keeps W in oneDNN's blocked order: the operators that `torch.compile` emits when it
-  freezes a model. They are no public API, so that they are looked up, tried and compared with
-  `F.linear` first. They multiply twice as fast on AMD's processors with AVX-512, which MKL, the
-  library behind `F.linear`, doesn't use there; in slices of 192 columns the result is that of
-  `F.linear` to the bit. They have bfloat16 kernels for the processor's matrix units.
-- `Transposed` keeps Wᵀ, so that the product runs along contiguous columns, and adds up slices of
-  384, each one chain: for long sums on Intel's processors, whose `F.linear` mixes rows.
-- `ByRows` is there for the shorter ones: `Transposed` for few rows, `Packed` for more.
-
-A layout is chosen once for each dtype, shape and number of threads, by `layout_for`: all candidates
-are tried on a small product. If none can be used, speed is lost and nothing else.
+Two processors, two stories. With the matrix units of Intel's processors (AMX) a GELU within the
+product saves the time to read 1536 numbers a token again; with AVX2 alone the fused product was
+measured to lose more than a GELU in place takes. bfloat16 products are 2 times as fast as float32
+with AVX-512 BF16, six times with AMX, and a ninth as fast with AVX2, where they are emulated:
+`minilm/pretrained/options.py` refuses them there. So there is no GELU within a product here, and
+nothing that one machine's figures decided but the order of `_candidates`.
 """
 
 import ctypes
 import functools
 import os
+import platform
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
+from operator import attrgetter, itemgetter
 from types import MappingProxyType
-from typing import Any, TypeGuard
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -90,82 +79,78 @@ import torch.nn.functional as F
 import torch.nn.modules.module as _any_module
 from torch import Tensor, nn
 
-from minilm.bert import BertFeedForward
+from minilm.bert import Attend, BertFeedForward, BertLayer, BertSelfAttention, attention
 
 __all__ = [
-    "ByRows",
-    "FastFeedForward",
-    "FastLinear",
-    "Layout",
-    "Packed",
+    "Chains",
+    "Choice",
+    "FastLayer",
     "Plain",
-    "Transposed",
+    "Product",
+    "Slices",
     "accelerate",
     "fast_products",
     "give_back_freed_memory",
     "has_own_forward",
     "keep_few_kernels",
-    "layout_for",
+    "product_for",
 ]
 
+Multiply = Callable[[Tensor], Tensor]
+
 _DTYPES = (torch.float32, torch.bfloat16)
-_SLICE = 384  # columns that are added up in one chain
-_FEW = 16  # rows, up to which the call itself takes a noticeable part of the time
-# Numbers of rows, each a multiple of 16 as in `packed.make_features`, tried with as many threads as
-# there are now, and with one.
+_SLICE = 384  # columns that `Slices` adds up in one chain
+# Numbers of rows that are tried: multiples of 16 with as many threads as there are now, and with
+# one; and, in case batches need not be filled up so far, multiples of 4.
 _TRIAL = (16, 32, 48, 80, 144, 272, 512)
 _TRIAL_ALONE = (16, 48, 144)
-_MOST_ERROR = 1.2  # times that of `F.linear`
-_BLOCK = 512  # rows of a feed-forward sublayer at a time, whose inner tensor stays in the cache
-_SAMPLES = 8  # numbers of a weight that are compared before each use of its copy
+_TRIAL_FEW = (4, 8, 12, 20, 28, 44)
+# How much a product may err, times the error of `F.linear`, root mean square: those that token
+# vectors go into, whose rounding reaches the sentence vectors most, less than the two others.
+_MOST_ERRORS = (1.2, 1.2, 1.2, 1.5, 1.2, 1.5)  # query, key, value, output; the feed-forward's two
 
 
-class Layout:
-    """One way to store a weight, and the product that goes with it."""
+class Product:
+    """One way to compute rows Wᵀ + b from the weight itself."""
 
-    def pack(self, weight: Tensor) -> Any:
-        """`[out, in]` -> the copy that `linear` takes."""
+    transposed = False  # whether it is fast in float32 if W lies in memory as Wᵀ does
+
+    def copies(self, dtype: torch.dtype) -> bool:
+        """Whether it wants a copy of the weight."""
+        return self.transposed and dtype == torch.float32
+
+    def of(self, weight: Tensor, bias: Tensor | None) -> Multiply:
+        """`[out, in]`, `[out]` -> a function, `[rows, in]` -> `[rows, out]`, in one dtype."""
         raise NotImplementedError
 
-    def linear(self, rows: Tensor, packed: Any, bias: Tensor | None, gelu: bool) -> Tensor:
-        """`[rows, in]` -> `[rows, out]`: rows Wᵀ + bias, or GELU of that."""
-        raise NotImplementedError
+
+class Plain(Product):
+    """`F.linear`, the definition."""
+
+    def of(self, weight: Tensor, bias: Tensor | None) -> Multiply:
+        return lambda rows: F.linear(rows, weight, bias)
 
 
-class Plain(Layout):
-    """`F.linear` on the weight itself: no copy, so that nothing can be out of date."""
+class Slices(Product):
+    """`mm`, which adds up slices of 384 columns."""
 
-    def pack(self, weight: Tensor) -> Tensor:
-        return weight
+    transposed = True
 
-    def linear(self, rows: Tensor, packed: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-        output = F.linear(rows, packed, bias)
-        return F.gelu(output) if gelu else output
+    def of(self, weight: Tensor, bias: Tensor | None) -> Multiply:
+        first, *others = torch.split(weight.t(), _SLICE)
 
+        def multiply(rows: Tensor) -> Tensor:
+            columns = torch.split(rows, _SLICE, 1)
+            output = torch.mm(columns[0], first)
+            for part, matrix in zip(columns[1:], others, strict=True):
+                output.addmm_(part, matrix)
+            return output if bias is None else output.add_(bias)
 
-class Transposed(Layout):
-    """Wᵀ, contiguous, multiplied in slices of 384 input columns; at once for a few rows."""
-
-    def pack(self, weight: Tensor) -> Tensor:
-        return weight.t().contiguous()
-
-    def linear(self, rows: Tensor, packed: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
-        if bias is not None and len(packed) <= _SLICE:
-            output = torch.addmm(bias, rows, packed)
-        elif len(packed) <= _SLICE or len(rows) <= _FEW:
-            output = torch.mm(rows, packed)
-        else:
-            columns, weights = torch.split(rows, _SLICE, dim=-1), torch.split(packed, _SLICE)
-            output = torch.mm(columns[0], weights[0])
-            for part, weight in zip(columns[1:], weights[1:], strict=True):
-                output.addmm_(part, weight)
-        if bias is not None and len(packed) > _SLICE:
-            output.add_(bias)
-        return F.gelu(output) if gelu else output
+        return multiply
 
 
-class Packed(Layout):
-    """W in oneDNN's blocked order.
+class Chains(Product):
+    """oneDNN's product, with the weight as it lies in memory.
 
     Attributes:
         columns: How many input columns to add up in one chain. The chains are added up one after
@@ -175,78 +160,97 @@ class Packed(Layout):
             rounds in between.
     """
 
+    transposed = True
+
     def __init__(self, columns: int | None = None, row_blocks: bool = False) -> None:
         self.columns = columns
         self.row_blocks = row_blocks
 
-    def pack(self, weight: Tensor) -> list[Tensor]:
-        parts = torch.split(weight, self.columns or weight.shape[1], dim=1)
-        return [torch.ops.mkldnn._reorder_linear_weight(part.contiguous(), 1024) for part in parts]
-
-    def linear(self, rows: Tensor, packed: list[Tensor], bias: Tensor | None, gelu: bool) -> Tensor:
+    def of(self, weight: Tensor, bias: Tensor | None) -> Multiply:
         multiply = torch.ops.mkldnn._linear_pointwise.default
-        if len(packed) > 1:
-            nothing: tuple[Any, ...] = ("none", [], "")
-            first, *others = torch.split(rows, self.columns or rows.shape[1], dim=1)
-            output: Tensor = multiply(first, packed[0], bias, *nothing)
-            for part, weight in zip(others, packed[1:], strict=True):
-                output.add_(multiply(part, weight, None, *nothing))
-            return torch.ops.aten.gelu_(output) if gelu else output
-        # The second "none": by erf, not approximated.
-        after: tuple[Any, ...] = ("gelu", [], "none") if gelu else ("none", [], "")
-        if self.row_blocks and 32 < len(rows) < 512:
-            blocks = torch.split(rows, 32)
-            return torch.cat([multiply(block, packed[0], bias, *after) for block in blocks])
-        output = multiply(rows, packed[0], bias, *after)
-        return output
+        size = self.columns or weight.shape[1]
+        first, *others = torch.split(weight, size, 1)
+        if not all(_is_dense(part) for part in (first, *others)):
+            # oneDNN has a reference implementation only for matrices with gaps between the rows.
+            return lambda rows: self.of(_transpose(weight), bias)(rows)
+
+        def whole(rows: Tensor) -> Tensor:
+            output: Tensor = multiply(rows, weight, bias, "none", [], "")
+            return output
+
+        def in_chains(rows: Tensor) -> Tensor:
+            columns = torch.split(rows, size, 1)
+            output: Tensor = multiply(columns[0], first, bias, "none", [], "")
+            for part, matrix in zip(columns[1:], others, strict=True):
+                output.add_(multiply(part, matrix, None, "none", [], ""))
+            return output
+
+        def in_blocks(rows: Tensor) -> Tensor:
+            if 32 < len(rows) < 512:
+                return torch.cat([whole(block) for block in torch.split(rows, 32)])
+            return whole(rows)
+
+        return in_chains if others else in_blocks if self.row_blocks else whole
 
 
-class ByRows(Layout):
-    """`Transposed` for a few rows, where a call costs little, and `Packed` for more."""
-
-    few = Transposed()
-    many = Packed()
-
-    def pack(self, weight: Tensor) -> tuple[Tensor, list[Tensor]]:
-        return self.few.pack(weight), self.many.pack(weight)
-
-    def linear(
-        self, rows: Tensor, packed: tuple[Tensor, list[Tensor]], bias: Tensor | None, gelu: bool
-    ) -> Tensor:
-        if len(rows) <= _FEW:
-            return self.few.linear(rows, packed[0], bias, gelu)
-        return self.many.linear(rows, packed[1], bias, gelu)
+def _is_dense(matrix: Tensor) -> bool:
+    """Whether the numbers lie side by side in memory, by rows or by columns."""
+    return matrix.is_contiguous() or matrix.t().is_contiguous()
 
 
-_plain, _transposed, _by_rows, _packed = Plain(), Transposed(), ByRows(), Packed()
-_sliced, _row_blocks = Packed(columns=192), Packed(row_blocks=True)
-
-# What `layout_for` found, by dtype, shape, and what of torch's state a product may depend on.
-_choices: dict[tuple[Any, ...], Layout | None] = {}
+def _transpose(weight: Tensor) -> Tensor:
+    """The same matrix, laid out in memory as its transpose is."""
+    return weight.t().contiguous().t()
 
 
-def layout_for(dtype: torch.dtype, out_features: int, in_features: int) -> Layout | None:
-    """Return the layout for weights of this dtype and shape, on this processor with as many threads
-    as now; None if there is no candidate but `F.linear`, which need not be tried.
+_plain, _slices, _chain, _row_blocks = Plain(), Slices(), Chains(), Chains(row_blocks=True)
+_chains = [_chain, Chains(768), Chains(384), Chains(192)]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What was chosen for a shape, and the multiple that the number of rows has to be.
+
+    Not settled if a candidate raised that came before it, which is tried again by the next call.
+    """
+
+    product: Product
+    multiple: int
+    settled: bool = True
+
+
+# What `product_for` found, by what of torch's state a product may depend on, dtype and shape.
+_choices: dict[tuple[Any, ...], Choice | None] = {}
+
+
+def product_for(
+    dtype: torch.dtype, out_features: int, in_features: int, most_error: float
+) -> Choice | None:
+    """Return the product for weights of this dtype and shape, on this processor with as many
+    threads as now; None if there is no candidate but `F.linear`, which need not be tried.
 
     The first of the candidates that agrees with `F.linear`, gives a row the same bits in any
-    company and with one thread, and is as exact as `F.linear` but for a fifth. If no candidate is,
+    company and with one thread, and errs by little more than `F.linear` does. If no candidate does,
     the most exact of those that keep a row's bits; if none does, the first that agrees.
 
     A candidate that raises is passed over for this time, and is tried again by the next call.
+
+    Args:
+        dtype, out_features, in_features: Of the weight.
+        most_error: How much it may err, times the error of `F.linear`.
     """
     state = torch.get_num_threads(), torch.get_float32_matmul_precision()
-    key = (dtype, out_features, in_features, *state)
+    key = (*state, dtype, out_features, in_features, most_error)
     if key in _choices:
         return _choices[key]
     whole, tried = True, []
-    chosen: Layout | None = None
+    chosen: Choice | None = None
     with _ordinary_state():
-        for layout in _candidates(dtype, in_features):
+        for product in _candidates(dtype):
             try:
-                trial = _Trial.of(layout, dtype, out_features, in_features)
-                if trial.is_right and trial.error <= _MOST_ERROR and trial.keeps_bits():
-                    chosen = layout
+                trial = _Trial.of(product, dtype, out_features, in_features)
+                if trial.is_right and trial.error <= most_error and trial.keeps_bits():
+                    chosen = trial.choice()
                     break
                 tried.append(trial)
             except (AttributeError, RuntimeError):
@@ -255,38 +259,32 @@ def layout_for(dtype: torch.dtype, out_features: int, in_features: int) -> Layou
             right = sorted((t for t in tried if t.is_right), key=lambda trial: trial.error)
             exact_first = next((trial for trial in right if trial.keeps_bits()), None)
             if right:
-                chosen = (exact_first or min(right, key=tried.index)).layout
+                chosen = (exact_first or min(right, key=tried.index)).choice()
     if whole:
         _choices[key] = chosen
+    elif chosen is not None:
+        chosen = replace(chosen, settled=False)
     return chosen
 
 
-def _candidates(dtype: torch.dtype, in_features: int) -> list[Layout]:
+def _candidates(dtype: torch.dtype) -> list[Product]:
     """List candidates, the fastest first: by a rule, since a race has other winners at times."""
-    has_packed = _has_packed(dtype)
     if dtype == torch.bfloat16:
-        return [_packed, _row_blocks, _plain] if has_packed else [_plain]
+        return [_chain, _row_blocks, _plain] if _has_onednn(dtype) else [_plain]
     if dtype != torch.float32:
         return []
-    if not has_packed:
-        return [_plain, _transposed]
-    if not torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
-        return [_plain, _by_rows, _packed, _sliced, _transposed]
-    if in_features <= _SLICE:
-        return [_by_rows, _packed, _sliced, _plain, _transposed]
-    # Where both libraries give the same bits for 384 columns, `mm` multiplies with AVX-512 too, as
-    # on Intel's processors; on AMD's it takes twice as long as oneDNN.
-    if layout_for(dtype, _SLICE, _SLICE) is _by_rows:
-        return [_transposed, _sliced, _packed, _plain]
-    return [_sliced, _plain, _transposed, _packed]
+    return [*_chains, _slices, _plain] if _has_onednn(dtype) else [_plain, _slices]
 
 
-def _has_packed(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's operators are in this build, and take this dtype on this processor."""
+def _has_onednn(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's operator is in this build, and takes this dtype on this processor.
+
+    On others than x86 it has no fast kernel, as far as we know, for a weight that is not packed.
+    """
     operators = torch.ops.mkldnn
     return (
-        torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        and hasattr(operators, "_reorder_linear_weight")
+        platform.machine() in ("x86_64", "AMD64")
+        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
         and hasattr(operators, "_linear_pointwise")
         and (dtype != torch.bfloat16 or operators._is_mkldnn_bf16_supported())
     )
@@ -306,116 +304,371 @@ def _ordinary_state() -> Iterator[None]:
 
 @dataclass
 class _Trial:
-    """How one layout did.
+    """How one product did.
 
     Attributes:
         is_right: Whether it agrees with `F.linear`, but for rounding.
         error: Its rounding error over that of `F.linear`, root mean square.
     """
 
-    layout: Layout
+    product: Product
+    multiply: Multiply
     rows: Tensor
-    packed: Any
-    bias: Tensor
-    gelus: tuple[bool, ...]
     is_right: bool
     error: float
 
     @classmethod
     def of(
-        cls, layout: Layout, dtype: torch.dtype, out_features: int, in_features: int
+        cls, product: Product, dtype: torch.dtype, out_features: int, in_features: int
     ) -> "_Trial":
         random = torch.Generator("cpu").manual_seed(0)
         make = {"generator": random, "dtype": torch.float32, "device": "cpu"}
         weight = torch.randn(out_features, in_features, **make).to(dtype) * 0.05  # type: ignore[call-overload]
         bias = torch.randn(out_features, **make).to(dtype)  # type: ignore[call-overload]
         rows = torch.randn(640, in_features, **make).to(dtype)  # type: ignore[call-overload]
-        packed = layout.pack(weight)
+        if product.copies(dtype):
+            weight = _transpose(weight)
+        multiply, plain = product.of(weight, bias), _plain.of(weight, bias)
         exact = F.linear(rows[:32].double(), weight.double(), bias.double())
         bound = 8 * torch.finfo(dtype).eps * exact.abs().max()
-        gelus = (False, True) if out_features > in_features else (False,)  # as in the model
-        is_right, errors = True, []
-        for gelu in gelus:
-            expected = F.gelu(exact) if gelu else exact
-            off = layout.linear(rows[:32], packed, bias, gelu).double() - expected
-            plain = _plain.linear(rows[:32], weight, bias, gelu).double() - expected
-            is_right = is_right and bool((off.abs() <= bound).all())
-            errors.append(float(off.norm() / plain.norm().clamp(min=1e-300)))
-        return cls(layout, rows, packed, bias, gelus, is_right, max(errors))
+        off, usual = (each(rows[:32]).double() - exact for each in (multiply, plain))
+        error = float(off.norm() / usual.norm().clamp(min=1e-300))
+        is_right = bool((off.abs() <= bound).all())
+        return cls(product, multiply, rows, is_right, error)
 
     def keeps_bits(self) -> bool:
         """Whether rows keep their bits in any company, at any place, and with one thread."""
+        return self._keeps_bits(_TRIAL, _TRIAL_ALONE)
+
+    def choice(self) -> Choice:
+        """What is chosen if this is: with few rows to fill up, if that keeps the bits too."""
+        return Choice(self.product, 4 if self._keeps_bits(_TRIAL_FEW, _TRIAL_FEW) else 16)
+
+    def _keeps_bits(self, counts: tuple[int, ...], counts_alone: tuple[int, ...]) -> bool:
         threads = torch.get_num_threads()
         try:
-            for gelu in self.gelus:
-                whole = self.layout.linear(self.rows, self.packed, self.bias, gelu)
-                for number, counts in ((threads, _TRIAL), (1, _TRIAL_ALONE)):
-                    if number != torch.get_num_threads():  # never more: a forked child has one
-                        torch.set_num_threads(number)
-                    for count in counts:
-                        for start in (0, 7):
-                            rows = self.rows[start : start + count]
-                            output = self.layout.linear(rows, self.packed, self.bias, gelu)
-                            if not torch.equal(output, whole[start : start + count]):
-                                return False
-                if threads != torch.get_num_threads():
-                    torch.set_num_threads(threads)
+            whole = self.multiply(self.rows)
+            for number, tried in ((threads, counts), (1, counts_alone)):
+                if number != torch.get_num_threads():  # never more: a forked child has one
+                    torch.set_num_threads(number)
+                for count in tried:
+                    for start in (0, 7):
+                        output = self.multiply(self.rows[start : start + count])
+                        if not torch.equal(output, whole[start : start + count]):
+                            return False
             return True
         finally:
             if threads != torch.get_num_threads():
                 torch.set_num_threads(threads)
 
 
-class _Thread(threading.local):
-    """The copies that one thread's layers multiply by; none outside `fast_products`."""
+@dataclass(frozen=True, slots=True)
+class _FlatLayer:
+    """`BertLayer` as one function: the same steps, without a call of a module for each.
 
-    products: "Mapping[nn.Module, _Product]" = MappingProxyType({})
+    Attributes:
+        attends: The attention sublayer, for the number of heads.
+        norms: The two LayerNorms.
+        dtype: What is multiplied in.
+        projections: Query, key and value by one product, or by one each.
+        output, first, second: The other products, in the order of their use.
+        multiple: The number of rows has to be a multiple of this.
+        settled: Whether all choices are.
+        copied: The weights and biases that these products have copies of.
+    """
+
+    attends: BertSelfAttention
+    norms: tuple[nn.LayerNorm, nn.LayerNorm]
+    dtype: torch.dtype
+    projections: tuple[Multiply, ...]
+    output: Multiply
+    first: Multiply
+    second: Multiply
+    multiple: int
+    settled: bool
+    copied: tuple[Tensor, ...]
+
+    def __call__(self, hidden_states: Tensor, attend: Attend) -> Tensor:
+        """`[..., 384]` -> `[..., 384]`."""
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        inputs, heads = rows.to(self.dtype), self.attends.heads
+        if len(self.projections) == 1:  # [rows, 3 x 384] -> three times [..., 12, 32]
+            projected = self.projections[0](inputs).view(*hidden_states.shape[:-1], 3, *heads)
+            query, key, value = projected.unbind(-3)
+        else:
+            shape = (*hidden_states.shape[:-1], *heads)
+            query, key, value = (project(inputs).view(shape) for project in self.projections)
+        context = attend(query, key, value).reshape(len(rows), -1)
+        attended = _norm(self.norms[0], _add(rows, self.output(context)))
+        activation = torch.ops.aten.gelu_(self.first(attended.to(self.dtype)))
+        output = _norm(self.norms[1], _add(attended, self.second(activation)))
+        return output.view(hidden_states.shape)
+
+
+def _add(rows: Tensor, output: Tensor) -> Tensor:
+    """Add, in place of the second where that has the dtype of the sum."""
+    return output.add_(rows) if output.dtype == rows.dtype else rows + output
+
+
+def _norm(norm: nn.LayerNorm, rows: Tensor) -> Tensor:
+    parameters = norm._parameters
+    return torch.layer_norm(
+        rows, norm.normalized_shape, parameters["weight"], parameters["bias"], norm.eps
+    )
+
+
+class _Thread(threading.local):
+    """What one thread's layers compute by; nothing outside `fast_products`."""
+
+    layers: Mapping[nn.Module, _FlatLayer] = MappingProxyType({})
 
 
 _thread = _Thread()
 
 
 @contextmanager
-def fast_products(modules: Iterable[nn.Module], tokens: int) -> Iterator[None]:
-    """Have linear layers on a CPU multiply by copies of their weights, inside and on this thread.
+def fast_products(modules: Sequence[nn.Module], tokens: int = 0) -> Iterator[int]:
+    """Compute layers on a CPU the fast way, inside and on this thread.
 
-    All is decided here, once, and not at each product: which layers can have a copy, and whether
-    it is of today's weight. So inside, weights are not to be changed, nor replaced by torch.func,
-    nor derivatives taken forwards. Where a gradient is recorded or torch compiles, layers stay with
-    `F.linear` all the same.
+    Which ones is decided here, once: so inside, modules are not to be changed, nor weights replaced
+    by torch.func, nor derivatives taken forwards. Where a gradient is recorded or torch compiles,
+    layers are the plain ones all the same.
 
     Args:
-        modules: Of a model that went through `accelerate`.
+        modules: A model that went through `accelerate`, and all modules in it.
         tokens: How many are going to be computed. From 4,096 on, reading all weights takes no
             noticeable part of the time, and every number is compared, not some.
+
+    Yields:
+        The multiple that the number of rows has to be, for a row to get the same bits in any
+        company.
     """
-    products: dict[nn.Module, _Product] = {}
-    if not torch.is_autocast_enabled("cpu"):
-        feed_forwards = []
-        for module in modules:
-            forward = module.__dict__.get("forward")
-            if type(forward) is FastLinear and type(module) is nn.Linear:
-                product = forward.product(every_number=tokens >= 4096)
-                if product is not None:
-                    products[module] = product
-            elif type(forward) is FastFeedForward and type(module) is BertFeedForward:
-                feed_forwards.append(module)
-        for module in feed_forwards:
-            first = module.intermediate
-            if first in products and not _has_hooks(first):
-                products[module] = products[first]
-    before, _thread.products = _thread.products, products
+    flat = _Flat.of(modules, tokens)
+    before = _thread.layers
+    _thread.layers = {modules[place]: layer for place, layer in flat.layers}
     try:
-        yield
+        yield flat.multiple
     finally:
-        _thread.products = before
+        _thread.layers = before
 
 
-def _product_of(module: nn.Module) -> "_Product | None":
-    """Return what to multiply with now; None for `F.linear`."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+@dataclass(frozen=True, slots=True)
+class _Flat:
+    """The flat layers of a model, and what they were made of.
+
+    They have copies of weights, so they are made anew when anything has changed. torch counts
+    changes in place, and other contents of `.data` have another address. Changes in place through
+    `.data` or NumPy are not counted: they are seen in a sample that crosses every row and every
+    column of each weight, and otherwise if every number is compared.
+
+    Attributes:
+        layers: The flat layers, and which of the modules each one is.
+        multiple: The number of rows has to be a multiple of this.
+        made_of: What is compared before each use.
+        places: Where the sample of the copied weights stands in memory, as whole numbers.
+        sample: What it was.
+        checksums: Of each copied weight.
+    """
+
+    layers: tuple[tuple[int, _FlatLayer], ...]
+    multiple: int
+    made_of: tuple[Any, ...] = ()
+    places: tuple[Tensor, ...] = ()
+    sample: Tensor | None = None
+    checksums: tuple[bytes, ...] = ()
+
+    def is_of_now(self, made_of: tuple[Any, ...], every_number: bool) -> bool:
+        """Whether these are the layers as they are now."""
+        return made_of == self.made_of and (
+            self.sample is None
+            or (
+                torch.equal(torch.cat(self.places), self.sample)
+                and (not every_number or self.checksums == self.checksums_now())
+            )
+        )
+
+    def checksums_now(self) -> tuple[bytes, ...]:
+        """The checksums of what was copied, as it is now."""
+        return tuple(_checksum(part) for _, layer in self.layers for part in layer.copied)
+
+    @classmethod
+    def of(cls, modules: Sequence[nn.Module], tokens: int) -> "_Flat":
+        """Return the flat layers that a model has now; none where something else is to be done."""
+        if torch.is_autocast_enabled("cpu") or _has_global_hooks() or _forwards() != _FORWARDS:
+            return cls((), 16)
+        # By functions that loop without the interpreter: this stands before each query.
+        inside = list(map(vars, modules))
+        made_of: tuple[Any, ...] = ()
+        try:
+            parameters = list(chain.from_iterable(map(dict.values, map(_PARAMETERS, inside))))
+            tensors = [tensor for tensor in parameters if tensor is not None]
+            made_of = (
+                torch.get_num_threads(),
+                torch.get_float32_matmul_precision(),
+                list(map(id, modules)),
+                list(map(type, modules)),
+                [type(own.get("forward")) for own in inside],
+                list(map(id, parameters)),
+                list(map(Tensor.data_ptr, tensors)),
+                list(map(Tensor.stride, tensors)),
+                list(map(_VERSION, tensors)),
+            )
+            is_usual = not any(map(any, map(_HOOKS, inside))) and not any(map(_TRAINING, inside))
+        except (KeyError, RuntimeError, TypeError):
+            # Compiled and scripted modules have no such attributes, sparse tensors no such memory,
+            # and tensors of inference mode don't count their changes.
+            is_usual = False
+        known = _known.get(modules[0]) if is_usual else None
+        if known is not None and known.is_of_now(made_of, every_number=tokens >= 4096):
+            return known
+        layers, multiple = [], 4
+        for place, module in enumerate(modules):
+            if isinstance(module, BertLayer):
+                is_fast = type(vars(module).get("forward")) is FastLayer
+                layer = _flatten(module) if is_fast and type(module) is BertLayer else None
+                multiple = max(multiple, 16 if layer is None else layer.multiple)
+                if layer is not None:
+                    layers.append((place, layer))
+        made = cls(tuple(layers), multiple if layers else 16, made_of)
+        if is_usual and layers and all(layer.settled for _, layer in layers):
+            copied = [part for _, layer in layers for part in layer.copied]
+            places = tuple(chain.from_iterable(map(_crossing, copied)))
+            if places:
+                sample = torch.cat(places)
+                made = replace(made, places=places, sample=sample, checksums=made.checksums_now())
+            _known[modules[0]] = made
+        return made
+
+
+def _crossing(tensor: Tensor) -> list[Tensor]:
+    """Numbers of every row and every column of a matrix, or all of a vector, as whole numbers."""
+    whole = tensor.detach().view(torch.int32 if tensor.element_size() == 4 else torch.int16)
+    if whole.dim() == 1:
+        return [whole]
+    rows, columns = whole.shape
+    if columns > rows:
+        return [whole[0], whole[:, :: columns // rows].diagonal()]
+    return [block.diagonal() for block in torch.split(whole, columns)]
+
+
+def _checksum(tensor: Tensor) -> bytes:
+    """The parity of the rows and of the columns of all bits, laid out in a rectangle.
+
+    Any change is seen but one of four corners of a rectangle by the same bits; in a quarter of the
+    time of a CRC.
+    """
+    data = tensor.detach().flatten().view(torch.uint8).numpy()
+    whole = data.size // 4096 * 4096
+    words = data[:whole].view(np.uint64).reshape(-1, 512)
+    parities = (np.bitwise_xor.reduce(words, axis=axis).tobytes() for axis in (0, 1))
+    return b"".join([*parities, data[whole:].tobytes()])
+
+
+def _forwards() -> tuple[Any, ...]:
+    """What the classes in a layer compute by: not the flat layer, if somebody has set another."""
+    classes = BertLayer, BertSelfAttention, BertFeedForward, nn.Linear, nn.LayerNorm, nn.Dropout
+    return tuple(each.forward for each in classes)
+
+
+_FORWARDS = _forwards()
+_HOOKS = itemgetter(
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
+)
+_PARAMETERS, _TRAINING = itemgetter("_parameters"), itemgetter("training")
+_VERSION = attrgetter("_version")
+_PAIR = {"weight", "bias"}  # not so where one of them is pruned, or somebody's own tensor
+_known: WeakKeyDictionary[nn.Module, _Flat] = WeakKeyDictionary()
+
+
+def _flatten(layer: BertLayer) -> _FlatLayer | None:
+    """Make the flat function of a layer, of its own parameters; None if that would not be the same
+    as to call its parts one by one.
+    """
+    parts: Mapping[str, Any] = layer._modules
+    attends, feeds = parts.get("attention"), parts.get("feed_forward")
+    norms: Any = (parts.get("attention_layer_norm"), parts.get("feed_forward_layer_norm"))
+    if type(attends) is not BertSelfAttention or type(feeds) is not BertFeedForward:
         return None
-    return _thread.products.get(module)
+    linear: list[Any] = [attends._modules.get(name) for name in ("query", "key", "value", "output")]
+    linear += [feeds._modules.get(name) for name in ("intermediate", "output")]
+    dropouts: list[Any] = [part._modules.get("dropout") for part in (attends, feeds)]
+    if not (
+        all(type(part) is nn.Linear and _is_ordinary(part) for part in linear)
+        and all(type(part) is nn.LayerNorm and part._parameters.keys() >= _PAIR for part in norms)
+        and all(type(part) is nn.Dropout and not part.training for part in dropouts)
+        and not any(map(_has_hooks, (attends, feeds, *linear, *norms, *dropouts)))
+    ):
+        return None
+    weights = [part._parameters["weight"] for part in linear]
+    biases = [part._parameters["bias"] for part in linear]
+    dtype = weights[0].dtype
+    if any(weight.dtype != dtype for weight in weights) or len({w.shape for w in weights[:3]}) > 1:
+        return None
+    found = [
+        product_for(dtype, *weight.shape, most_error=most_error)  # type: ignore[misc]  # of a matrix
+        for weight, most_error in zip(weights, _MOST_ERRORS, strict=True)
+    ]
+    choices = [choice for choice in found if choice is not None]
+    if len(choices) < len(found):
+        return None
+    multiple = max(choice.multiple for choice in choices)
+    # Several weights of one layout make one product, if all that go into it are copies.
+    products, copied = [], []
+    together = choices[0].product.copies(dtype) and None not in biases[:3]
+    groups = [(0, 3), (3, 4), (4, 5), (5, 6)] if together else [(i, i + 1) for i in range(6)]
+    for start, stop in groups:
+        product, weight, bias = choices[start].product, weights[start], biases[start]
+        if product.copies(dtype):
+            copied += weights[start:stop] + [
+                each for each in biases[start:stop] if each is not None
+            ]
+            weight = torch.cat([each.detach().t() for each in weights[start:stop]], 1).t()
+            bias = None if bias is None else torch.cat([b.detach() for b in biases[start:stop]])
+        products.append(product.of(weight, bias))
+    *projections, output, first, second = products
+    return _FlatLayer(
+        attends,
+        norms,
+        dtype,
+        tuple(projections),
+        output,
+        first,
+        second,
+        multiple,
+        all(choice.settled for choice in choices),
+        tuple(copied),
+    )
+
+
+def _is_ordinary(linear: nn.Linear) -> bool:
+    """Whether the weight is an ordinary parameter on a CPU, with a bias like it or none."""
+    parameters = linear._parameters
+    weight, bias = parameters.get("weight"), parameters.get("bias")
+    return (
+        "bias" in parameters  # not so when it is pruned
+        and type(weight) is nn.Parameter  # and not what a parametrization computes
+        and weight.dtype in _DTYPES
+        and weight.device.type == "cpu"
+        and weight.layout == torch.strided
+        and weight.is_contiguous()
+        and not weight.is_inference()  # it would not count its changes
+        and (bias is None or (bias.dtype == weight.dtype and bias.device == weight.device))
+    )
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    """Whether calling the module does more than the `forward` of its class."""
+    return bool(
+        has_own_forward(module)
+        or module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
+
+
+def _has_global_hooks() -> bool:
+    return bool(_any_module._global_forward_hooks or _any_module._global_forward_pre_hooks)
 
 
 class _Forward:
@@ -439,195 +692,37 @@ class _Forward:
         return type(self), (self.module,)
 
 
-class FastLinear(_Forward):
-    """The `forward` of an `nn.Linear`, in the dtype of its weight.
+class FastLayer(_Forward):
+    """The `forward` of a `BertLayer`: within `fast_products`, one flat function."""
 
-    Within `fast_products` it multiplies by a copy of the weight in the fastest layout there is.
+    def __call__(self, hidden_states: Tensor, attend: Attend = attention) -> Tensor:
+        """`[..., 384]` -> `[..., 384]`."""
+        layer = self.module
+        flat = None
+        if not torch.compiler.is_compiling() and not torch.is_grad_enabled():
+            flat = _thread.layers.get(layer)
+        if flat is None:
+            output: Tensor = type(layer).forward(layer, hidden_states, attend)
+            return output
+        return flat(hidden_states, attend)
 
-    The copy is made when it is first needed, and made again when the weight has changed.
+
+class MixedLinear(_Forward):
+    """The `forward` of an `nn.Linear` that computes in the dtype of its weight.
+
+    So the matrix products of a model can be in bfloat16, and all else in float32.
     """
-
-    copy: "_Copy | None" = None
 
     def __call__(self, input: Tensor) -> Tensor:  # noqa: A002  # as nn.Linear calls it
         """`[..., in]` -> `[..., out]`, in the dtype of the weight."""
-        module = self.module
-        product = _product_of(module)
-        if product is None:
-            output: Tensor = type(module).forward(module, input.to(module.weight.dtype))
-            return output
-        return product(input)
-
-    def product(self, every_number: bool) -> "_Product | None":
-        """Return the product by the copy, which is made if it is needed; None for `F.linear`.
-
-        Args:
-            every_number: Whether to compare all numbers of the weight with those that were copied.
-        """
-        parameters = self.module._parameters
-        weight, bias = parameters.get("weight"), parameters.get("bias")
-        copy = self.copy
-        layout = None
-        if "bias" in parameters and _can_be_copied(weight, bias):  # not so when it is pruned
-            layout = layout_for(weight.dtype, *weight.shape)
-        if layout is None or layout is _plain:
-            copy = None
-        elif (
-            copy is None
-            or copy.product.layout is not layout
-            or not copy.is_copy_of(weight, bias, every_number)
-        ):
-            copy = _Copy.of(layout, weight, bias)
-        self.copy = copy
-        return None if copy is None else copy.product
-
-
-class FastFeedForward(_Forward):
-    """The `forward` of a `BertFeedForward`, with the GELU within the first product.
-
-    What that computes need not be read again: 1536 numbers a token, the widest tensor of the model.
-    """
-
-    def __call__(self, hidden_states: Tensor) -> Tensor:
-        """`[..., 384]` -> `[..., 384]`."""
-        module = self.module
-        product = _product_of(module)
-        if product is None:
-            plain: Tensor = type(module).forward(module, hidden_states)
-            return plain
-        if hidden_states.dim() > 2 or len(hidden_states) <= _BLOCK or _has_hooks(module.output):
-            return self._block(product, hidden_states)
-        blocks = torch.split(hidden_states, _BLOCK)
-        return torch.cat([self._block(product, block) for block in blocks])
-
-    def _block(self, product: "_Product", hidden_states: Tensor) -> Tensor:
-        module = self.module
-        activation = product(hidden_states, gelu=True)  # [..., 384] -> [..., 1536]
-        output: Tensor = module.dropout(module.output(activation))  # [..., 1536] -> [..., 384]
+        linear = self.module
+        output: Tensor = type(linear).forward(linear, input.to(linear.weight.dtype))
         return output
 
 
 def has_own_forward(module: nn.Module) -> bool:
     """Whether somebody but `accelerate` has set a `forward` on this one object."""
     return "forward" in module.__dict__ and not isinstance(module.__dict__["forward"], _Forward)
-
-
-@dataclass(frozen=True, slots=True)
-class _Product:
-    """x Wᵀ + b."""
-
-    layout: Layout
-    packed: Any
-    bias: Tensor | None
-    dtype: torch.dtype
-
-    def __call__(self, hidden_states: Tensor, gelu: bool = False) -> Tensor:
-        """`[..., in]` -> `[..., out]`, with the GELU if asked for."""
-        rows = hidden_states.to(self.dtype)
-        if rows.dim() == 2:
-            return self.layout.linear(rows, self.packed, self.bias, gelu)
-        output = self.layout.linear(rows.reshape(-1, rows.shape[-1]), self.packed, self.bias, gelu)
-        return output.view(*rows.shape[:-1], output.shape[-1])
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    """Whether calling the module does more than its `forward`."""
-    return bool(
-        has_own_forward(module)
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or _any_module._global_forward_hooks
-        or _any_module._global_forward_pre_hooks
-    )
-
-
-@dataclass(frozen=True)
-class _Copy:
-    """A weight in its layout, and what is needed to see that the weight has changed since."""
-
-    product: _Product
-    weight: Tensor
-    bias: Tensor | None
-    shape: torch.Size
-    address: int
-    version: int
-    numbers: "np.ndarray[Any, Any]"  # some of the weight's numbers, as they are now
-    before: bytes  # and as they were
-    checksum: bytes
-
-    @classmethod
-    def of(cls, layout: Layout, weight: Tensor, bias: Tensor | None) -> "_Copy":
-        """Copy a weight that can be copied."""
-        with torch.inference_mode(False), torch.no_grad():
-            plain = weight.detach()
-            product = _Product(layout, layout.pack(plain), bias, plain.dtype)
-            words = plain.view(torch.int16 if plain.element_size() == 2 else torch.int32)
-            numbers = words.numpy().reshape(-1)[:: max(1, plain.numel() // _SAMPLES) | 1]
-            return cls(
-                product,
-                weight,
-                bias,
-                plain.shape,
-                plain.data_ptr(),
-                weight._version,
-                numbers,
-                numbers.tobytes(),
-                _checksum(plain),
-            )
-
-    def is_copy_of(self, weight: Tensor, bias: Tensor | None, every_number: bool) -> bool:
-        """Whether this is the copy of these tensors as they are now.
-
-        torch counts changes in place, and other contents of `.data` have another address, since
-        the memory of those before is held here. Changes in place through `.data` are not counted:
-        they are seen by the sample if they touch the whole tensor, as an optimizer's do, and
-        otherwise if every number is compared.
-        """
-        return (
-            weight is self.weight
-            and bias is self.bias
-            and weight._version == self.version
-            and weight.data_ptr() == self.address
-            and weight.shape == self.shape
-            and self.numbers.tobytes() == self.before
-            and (not every_number or self.checksum == _checksum(weight.detach()))
-        )
-
-
-def _can_be_copied(weight: Tensor | None, bias: Tensor | None) -> TypeGuard[nn.Parameter]:
-    """Whether the weight is an ordinary parameter on a CPU, with a bias like it or none."""
-    return (
-        type(weight) is nn.Parameter  # and not what a parametrization computes
-        and weight.dtype in _DTYPES
-        and weight.device.type == "cpu"
-        and weight.layout == torch.strided
-        and weight.is_contiguous()
-        and not weight.is_inference()  # it would not count its changes
-        and (
-            bias is None
-            or (
-                bias.dtype == weight.dtype
-                and bias.device == weight.device
-                and len(bias) == len(weight)
-                and bias.is_contiguous()
-            )
-        )
-    )
-
-
-def _checksum(weight: Tensor) -> bytes:
-    """The parity of the rows and of the columns of all bits, laid out in a rectangle.
-
-    Any change is seen but one of four corners of a rectangle by the same bits; in a quarter of the
-    time of a CRC.
-    """
-    data = weight.flatten().view(torch.uint8).numpy()
-    whole = data.size // 4096 * 4096
-    words = data[:whole].view(np.uint64).reshape(-1, 512)
-    parities = (np.bitwise_xor.reduce(words, axis=axis).tobytes() for axis in (0, 1))
-    return b"".join([*parities, data[whole:].tobytes()])
 
 
 @functools.cache
@@ -674,22 +769,21 @@ def _c_library() -> Any:
 
 
 def accelerate(model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Give every `nn.Linear` in `model` a `forward` of its own, `FastLinear`.
+    """Give the layers of a model a `forward` of their own, which `fast_products` makes fast.
 
     All stay the same objects of the same classes, with the same parameters and hooks.
 
     Args:
         model: Changed in place. Linear layers of other classes stay what they are.
-        dtype: What to convert their weights to; None leaves them. The rest of the model keeps its
-            dtype: with bfloat16 products the sums between them stay float32.
+        dtype: What to convert the linear layers to; None leaves them. The rest of the model keeps
+            its dtype: with bfloat16 products the sums between them stay float32.
     """
     _keep_freed_memory()
     for module in model.modules():
-        if "forward" not in module.__dict__:
-            if type(module) is nn.Linear:
-                module.__dict__["forward"] = FastLinear(module)
-            elif type(module) is BertFeedForward:
-                module.__dict__["forward"] = FastFeedForward(module)
+        if type(module) is BertLayer and "forward" not in module.__dict__:
+            module.__dict__["forward"] = FastLayer(module)
+        if type(module) is nn.Linear and "forward" not in module.__dict__:
+            module.__dict__["forward"] = MixedLinear(module)
         if type(module) is nn.Linear and dtype is not None:
             # Parameters stay what they are, ordinary or inference tensors, wherever this is called.
             with torch.inference_mode(module.weight.is_inference()):

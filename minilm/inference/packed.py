@@ -9,20 +9,22 @@ all else acts on the last dimension, so that the batch may as well be `[total_to
 token. Sentences of equal length stand side by side, and such a run is a dense block: attention
 runs on it with no mask at all.
 
-Two details serve the kernels, and `kernels.py` says what they are worth. For each number of rows
-that oneDNN has not met, it takes milliseconds to prepare its products, and keeps what it prepared:
-batches are filled up to a multiple of 64 rows. And attention's inner loops go over 16 keys at a
-time, and over the rest one by one: sentences read on into the next one, up to a multiple of 16, and
-mask what they find there.
+Three details serve the kernels. For each number of rows that oneDNN has not met, it takes
+milliseconds to prepare its products, and keeps what it prepared: large batches are filled up to a
+multiple of 64 rows. Sentences up to 160 tokens attend by two batched products with a softmax
+between, where that keeps a sentence's bits in any company. Longer ones attend by torch's fused
+kernel, whose inner loops go over 16 keys at a time, and over the rest one by one: sentences read on
+into the next one, up to a multiple of 16, and mask what they find there.
 
 Every text is computed by operations that depend on its own length only. So it gets the same bits
 alone and in any company, as long as each operation treats its rows alike.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, groupby, repeat
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,10 +44,11 @@ __all__ = [
     "rows_of",
 ]
 
-# Batches of more than 512 tokens get a multiple of 64 rows, and all others one of 16: with fewer
-# rows matrix products add up in another order.
-_MULTIPLES = ((512, 64), (-1, 16))
+# For each number of rows that oneDNN has not met it prepares its products, which takes 2 ms a pass:
+# batches of more than 512 tokens get a multiple of 64 rows, and those of more than 64 one of 16.
+_MULTIPLES = ((512, 64), (64, 16))
 _STEP = 16  # keys
+_SHORT = 160  # tokens of a sentence, up to which attention by `bmm` is the faster one
 # Bytes. Where the numbers of a head don't fill lines of the cache, as 8 of float32 don't, some
 # libraries add them up in an order that depends on where in memory they lie: zeros fill them up.
 _ALIGNED = 64
@@ -111,19 +114,18 @@ class PackedBatch(Batch):
             self._runs.append(_Run(start, start + count * length, count, length))
             start += count * length
         self._filler = -start % multiple_of
-        places = [torch.arange(run.length, device="cpu").repeat(run.count) for run in self._runs]
-        places.append(torch.zeros(self._filler, dtype=torch.int64, device="cpu"))
-        ids = _send(self._flat(input_ids), device)
-        mask = torch.ones_like(ids)
-        if self._filler:
-            mask[-self._filler :] = 0
+        ids, mask, places = (
+            self._flat(input_ids),
+            np.repeat(np.array((1, 0)), (start, self._filler)),
+            self._flat(range(length) for length in self.lengths),
+        )
         types = None if token_type_ids is None else _send(self._flat(token_type_ids), device)
-        super().__init__(ids, mask, types, _send(torch.cat(places), device))
+        super().__init__(_send(ids, device), _send(mask, device), types, _send(places, device))
 
-    def _flat(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """int64 `[total_tokens]`; through NumPy, which reads a list five times as fast."""
+    def _flat(self, rows: Iterable[Sequence[int]]) -> "np.ndarray[Any, Any]":
+        """int64 `[total_tokens]`."""
         filler = repeat(0, self._filler)
-        return torch.from_numpy(np.fromiter(chain(chain.from_iterable(rows), filler), np.int64))
+        return np.fromiter(chain(chain.from_iterable(rows), filler), np.int64)
 
     @functools.cached_property
     def _bounds(self) -> Tensor:
@@ -151,10 +153,18 @@ class PackedBatch(Batch):
         missing = -size % (_ALIGNED // query.element_size()) if query.device.type == "cpu" else 0
         if missing:
             query, key, value = (F.pad(tensor, (0, missing)) for tensor in (query, key, value))
-        contexts = [_attend(run, query, key, value, size**-0.5) for run in self._runs]
-        if self._filler:
-            contexts.append(query.new_zeros(self._filler, *query.shape[1:]))
-        context = contexts[0] if len(contexts) == 1 else torch.cat(contexts)
+        has_products = _has_products(query)
+        contexts = []
+        for run in self._runs:
+            attend = _attend_by_products if has_products and run.length <= _SHORT else _attend
+            contexts.append(attend(run, query, key, value, size**-0.5))
+        if len(contexts) == 1:
+            context = F.pad(contexts[0].flatten(0, 1), (0, 0, 0, 0, 0, self._filler))
+        else:
+            context = torch.empty_like(query, memory_format=torch.contiguous_format)
+            for run, part in zip(self._runs, contexts, strict=True):
+                run.block(context).copy_(part)
+            context[len(context) - self._filler :] = 0
         return context[..., :size] if missing else context
 
     def pool(self, pooling: Callable[..., Tensor], token_embeddings: Tensor) -> Tensor:
@@ -174,8 +184,9 @@ class PackedBatch(Batch):
         return pooled[0] if len(pooled) == 1 else torch.cat(pooled)
 
 
-def _send(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """Move to the device; to a GPU from pinned memory, without waiting for it."""
+def _send(array: "np.ndarray[Any, Any]", device: torch.device | str) -> Tensor:
+    """Make a tensor on the device; on a GPU from pinned memory, without waiting for it."""
+    tensor = torch.from_numpy(array)
     if torch.device(device).type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
@@ -192,8 +203,58 @@ def _varlen(query: Tensor) -> Callable[..., Tensor] | None:
     return None
 
 
+def _has_products(query: Tensor) -> bool:
+    """Whether short sentences attend by `bmm`."""
+    return (
+        not torch.compiler.is_compiling()  # which would compile the trial
+        and query.dtype == torch.float32
+        and query.device.type == "cpu"
+        and _products_keep_bits(query.shape[1], query.shape[2], torch.get_num_threads())
+    )
+
+
+@functools.cache
+def _products_keep_bits(heads: int, size: int, threads: int) -> bool:
+    """Try out whether `_attend_by_products` gives a sentence the same bits alone and among others,
+    on this processor, with so many threads as now.
+    """
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+        random = torch.Generator("cpu").manual_seed(0)
+        make: dict[str, Any] = {"generator": random, "dtype": torch.float32, "device": "cpu"}
+        for length in (1, 2, 3, 5, 8, 11, 16, 21, 30, 45, 64, 99, _SHORT):
+            shape = (3, 3 * length, heads, size)
+            query, key, value = torch.randn(shape, **make).unbind()
+            run = _Run(0, 3 * length, 3, length)
+            whole = _attend_by_products(run, query, key, value, size**-0.5)
+            for start, count in ((0, 1), (1, 1), (1, 2)):
+                run = _Run(start * length, (start + count) * length, count, length)
+                some = _attend_by_products(run, query, key, value, size**-0.5)
+                if not torch.equal(some, whole[start : start + count]):
+                    return False
+    return True
+
+
+def _attend_by_products(
+    run: _Run, query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> Tensor:
+    """`attention` for one run, with all scores at once; tensors and result as in `_attend`.
+
+    The fused kernel takes a head of a sentence at a time, which pays if there are many scores.
+    """
+    query, key, value = (  # [total_tokens, heads, head_size] -> [count x heads, length, head_size]
+        run.block(tensor).transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)
+    )
+    scores = torch.baddbmm(query.new_empty(1, 1, 1), query, key.mT, beta=0, alpha=scale)
+    context = torch.bmm(scores.softmax(-1), value)  # [count x heads, length, head_size]
+    return context.view(run.count, -1, *context.shape[1:]).transpose(1, 2)
+
+
 def _attend(run: _Run, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """`attention` for one run: all tensors `[total_tokens, heads, head_size]`."""
+    """`attention` for one run: all tensors `[total_tokens, heads, head_size]`.
+
+    Returns:
+        context `[count, length, heads, head_size]`.
+    """
     mask = None
     missing = -run.length % _STEP
     if missing and query.device.type == "cpu" and query.dtype in _WINDOWED:
@@ -209,7 +270,7 @@ def _attend(run: _Run, query: Tensor, key: Tensor, value: Tensor, scale: float) 
         mask,
         scale=scale,
     )
-    return context.transpose(1, 2).flatten(0, 1)  # -> [count x length, heads, head_size]
+    return context.transpose(1, 2)
 
 
 def _windows(run: _Run, missing: int, tensor: Tensor) -> Tensor:
@@ -277,25 +338,34 @@ def make_batch(
     token_type_ids: list[list[int]] | None,
     device: torch.device,
     tokenizer: WordPieceTokenizer | None,
+    multiple: int = 16,
 ) -> Batch:
     """Make a batch of rows of ids on a device: packed, but on mps padded, by the tokenizer.
 
     Apple's devices don't have all that the packed form needs, and it has not been tried there.
+
+    Args:
+        input_ids, token_type_ids, device: As in `PackedBatch`.
+        tokenizer: What pads.
+        multiple: On a CPU, what the number of rows has to be a multiple of.
     """
     if device.type == "mps" and tokenizer is not None:
         return Batch(**tokenizer.pad(input_ids, device, token_type_ids))
     multiple_of = 1
     if device.type == "cpu":
         total = sum(map(len, input_ids))
-        multiple_of = next(multiple for above, multiple in _MULTIPLES if total > above)
+        multiple_of = next((least for above, least in _MULTIPLES if total > above), multiple)
     return PackedBatch(input_ids, device, multiple_of, token_type_ids)
 
 
 def embed(
-    pipeline: Pipeline, input_ids: list[list[int]], token_type_ids: list[list[int]] | None = None
+    pipeline: Pipeline,
+    input_ids: list[list[int]],
+    token_type_ids: list[list[int]] | None = None,
+    multiple: int = 16,
 ) -> Tensor:
     """Compute one batch: rows of ids -> `[n, 384]`."""
-    batch = make_batch(input_ids, token_type_ids, pipeline.device, pipeline.tokenizer)
+    batch = make_batch(input_ids, token_type_ids, pipeline.device, pipeline.tokenizer, multiple)
     sentence_embedding: Tensor = pipeline(batch)["sentence_embedding"]
     return sentence_embedding
 

@@ -345,8 +345,8 @@ def _watch(
     twin.eval()
     with recorder.watching(twin):
         twin(_Watched(recorder, **features))
-    with torch.inference_mode(), eval_mode(encoder) as parts, fast_products(parts, tokens=0):
-        encoded = embed(encoder, tokens.input_ids)[0].cpu()
+    with torch.inference_mode(), eval_mode(encoder) as parts, fast_products(parts) as multiple:
+        encoded = embed(encoder, tokens.input_ids, multiple=multiple)[0].cpu()
     found: dict[str, tuple[Any, Source]] = {
         "tokens": (tokenizer.tokens(tokens.input_ids[0]), _definition(WordPieceTokenizer.tokens)),
         "input_ids": (features["input_ids"][0].cpu(), _definition(WordPieceTokenizer.__call__)),

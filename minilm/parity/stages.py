@@ -250,7 +250,7 @@ def record_stages(encoder: SentenceEncoder, features: Features) -> Stages:
             hooks.enter_context(layer.register_forward_hook(keep(output)))
         hooks.enter_context(encoder.pooling.register_forward_hook(keep(pooled)))
         # With the products that `encode` uses, of copies of which every number is compared first.
-        with fast_products(encoder.modules(), tokens=4096):
+        with fast_products(list(encoder.modules()), tokens=4096):
             stages[embedding] = encoder(features)["sentence_embedding"]
     return stages
 

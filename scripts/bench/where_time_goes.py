@@ -3,12 +3,13 @@
     python scripts/bench/where_time_goes.py [--model PATH_OR_NAME] [--rounds N] [--scale SHARE]
                                              [--markdown FILE]
 
-Four tables, on the workloads of scripts/bench/bench.py: the matrix products alone, at the model's
-shapes, by dtype; what they round in float32; the share of each kind of operation in the time, as
-torch's profiler counts it; and the time with one trick switched off, over the time with all of
-them: 1.10 means that it saves a tenth. On and off run in turn, in one process, with another number
-of tokens a pass in each round, so that neither finds what the other has prepared. The module
-docstrings of `minilm/inference/kernels.py` and `minilm/inference/packed.py` explain the tricks.
+Five tables, on the workloads of scripts/bench/bench.py: the matrix products alone, at the model's
+shapes, by dtype; what they round in float32, and what of that reaches the vectors; the share of
+each kind of operation in the time, as torch's profiler counts it; and the time with one trick
+switched off, over the time with all of them: 1.10 means that it saves a tenth. On and off run in
+turn, in one process, with another number of tokens a pass in each round, so that neither finds what
+the other has prepared. The module docstrings of `minilm/inference/kernels.py` and
+`minilm/inference/packed.py` explain the tricks.
 
 The last lines say what 8-bit products could save at most. On a processor without products in
 bfloat16, which would take many minutes, both are left out, and a line says so. By default the share
@@ -17,6 +18,7 @@ of the workloads is what takes about a minute and a half.
 
 import argparse
 import contextlib
+import json
 import math
 import statistics
 import subprocess
@@ -37,8 +39,8 @@ import torch.nn.functional as F  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 import results  # noqa: E402
-from bench import MFLOP_PER_TOKEN, SHAPES, make_texts, slow_bfloat16  # noqa: E402
-from minilm import BertFeedForward, SentenceEncoder  # noqa: E402
+from bench import MFLOP_PER_TOKEN, SHAPES, TEXTS, make_texts, slow_bfloat16  # noqa: E402
+from minilm import SentenceEncoder  # noqa: E402
 from minilm.inference import compute, kernels, packed  # noqa: E402
 from minilm.pipeline import Batch  # noqa: E402
 from minilm.pretrained.hub import DEFAULT_MODEL  # noqa: E402
@@ -50,7 +52,12 @@ ROWS = 2048
 TOKENS = 140_000  # W1, W2 and W3 of bench.py together
 KINDS = {  # the operators that the profiler names -> what a reader calls them
     "products": ("mkldnn::_linear_pointwise", "aten::mm", "aten::addmm", "aten::addmm_"),
-    "attention": ("aten::_scaled_dot_product_flash_attention_for_cpu",),
+    "attention": (
+        "aten::_scaled_dot_product_flash_attention_for_cpu",
+        "aten::baddbmm",
+        "aten::_softmax",
+        "aten::bmm",
+    ),
     "norms": ("aten::native_layer_norm",),
     "sums": ("aten::add", "aten::add_"),
     "copies": ("aten::copy_", "aten::cat"),
@@ -158,11 +165,14 @@ def linear(dtype: torch.dtype, columns: int, outputs: int) -> Callable[[], Tenso
 
 def fast(dtype: torch.dtype, columns: int, outputs: int) -> Callable[[], Tensor]:
     rows, weight, bias = operands(dtype, columns, outputs)
-    layout = kernels.layout_for(dtype, outputs, columns)
-    if layout is None:
-        raise RuntimeError("no layout")
-    copy = layout.pack(weight)
-    return lambda: layout.linear(rows, copy, bias, columns < outputs)
+    most_error = 1.2 if columns < outputs else 1.5
+    choice = kernels.product_for(dtype, outputs, columns, most_error)
+    if choice is None:
+        raise RuntimeError("no product")
+    if dtype == torch.float32:  # as a weight lies in memory that was loaded
+        weight = weight.t().contiguous().t()
+    multiply = choice.product.of(weight, bias)
+    return lambda: activated(multiply(rows), columns < outputs)
 
 
 def int8(columns: int, outputs: int, quantize: bool = False) -> Callable[[], Tensor]:
@@ -210,39 +220,77 @@ def activated(output: Tensor, gelu: bool) -> Tensor:
 
 
 def print_errors(model: str) -> None:
-    """Print relative rounding errors of the float32 products of all layers, by layout."""
+    """Print rounding errors in float32: of the products of all layers, relative, and of vectors."""
     encoder = SentenceEncoder.from_pretrained(model, device="cpu")
     parts = ("attention.query", "feed_forward.intermediate", "feed_forward.output")
-    layouts = {
-        "F.linear": kernels.Plain(),
-        "oneDNN, one chain": kernels.Packed(),
-        "oneDNN, slices of 192 columns": kernels.Packed(192),
-        "oneDNN, slices of 96 columns": kernels.Packed(96),
-        "Transposed": kernels.Transposed(),
-    }
     print(f"| rounding of float32 products | {' | '.join(parts)} |")
     print("| --- |" + " ---: |" * len(parts))
-    for name, layout in layouts.items():
+    for name, product in PRODUCTS.items():
         try:
-            errors = [rounding(encoder, part, layout) for part in parts]
+            errors = [rounding(encoder, part, product) for part in parts]
         except (AttributeError, RuntimeError) as error:
             print(f"| {name} | not here: {str(error).splitlines()[0][:60]} |" + " |" * 2)
             continue
         print(f"| {name} | {' | '.join(f'{error:.1e}' for error in errors)} |")
     print()
+    rows = [json.loads(line)["text"] for line in TEXTS.read_text().splitlines()]
+    quiet: dict[str, Any] = {"truncation": "silent"}
+    exact = SentenceEncoder.from_pretrained(model, dtype="float64").encode(rows, **quiet)
+    print("| error of vectors, × `F.linear` | root mean square | largest |")
+    print("| --- | ---: | ---: |")
+    base = vector_error(encoder, rows, exact, lambda *shape: PRODUCTS["F.linear"])
+    for name, choose in {
+        "as chosen here": None,
+        "one chain each": lambda *shape: PRODUCTS["oneDNN, one chain"],
+        "chains of 384": lambda *shape: PRODUCTS["oneDNN, chains of 384"],
+        "chains of 192 of token vectors, else of 384": lambda _, most_error: PRODUCTS[
+            f"oneDNN, chains of {192 if most_error < 1.5 else 384}"
+        ],
+        "chains of 192": lambda *shape: PRODUCTS["oneDNN, chains of 192"],
+    }.items():
+        off = vector_error(encoder, rows, exact, choose)
+        print(f"| {name} | {off[0] / base[0]:.2f} | {off[1] / base[1]:.2f} |")
+    print()
+
+
+PRODUCTS = {
+    "F.linear": kernels.Plain(),
+    "oneDNN, one chain": kernels.Chains(),
+    "oneDNN, chains of 768": kernels.Chains(768),
+    "oneDNN, chains of 384": kernels.Chains(384),
+    "oneDNN, chains of 192": kernels.Chains(192),
+    "mm, slices of 384": kernels.Slices(),
+}
+
+
+def vector_error(
+    encoder: SentenceEncoder, texts: list[str], exact: Any, choose: Callable[..., Any] | None
+) -> tuple[float, float]:
+    """Return the error of vectors, root mean square and the largest; None chooses as `encode`."""
+
+    def product_for(dtype: Any, outputs: int, columns: int, most_error: float) -> kernels.Choice:
+        return kernels.Choice(choose(columns, most_error), 16)  # type: ignore[misc]
+
+    with contextlib.ExitStack() as stack:
+        if choose is not None:
+            stack.enter_context(mock.patch.object(kernels, "product_for", product_for))
+        kernels._known.clear()
+        off = encoder.encode(texts, truncation="silent").astype(float) - exact
+    kernels._known.clear()
+    return float((off**2).mean() ** 0.5), float(abs(off).max())
 
 
 @torch.inference_mode()
-def rounding(encoder: SentenceEncoder, part: str, layout: kernels.Layout) -> float:
+def rounding(encoder: SentenceEncoder, part: str, product: kernels.Product) -> float:
     """Return the error of random rows times one weight of each layer, root mean square."""
     random = torch.Generator().manual_seed(0)
     off = whole = 0.0
     for layer in encoder.bert.layers:
         linear: Any = layer.get_submodule(part)
         rows = torch.randn(256, linear.in_features, generator=random)
-        product = layout.linear(rows, layout.pack(linear.weight), linear.bias, False)
+        result = product.of(linear.weight, linear.bias)(rows)
         exact = F.linear(rows.double(), linear.weight.double(), linear.bias.double())
-        off += float((product - exact).square().sum())
+        off += float((result - exact).square().sum())
         whole += float(exact.square().sum())
     return math.sqrt(off / whole)
 
@@ -285,46 +333,37 @@ def print_shares(encoder: SentenceEncoder, texts: dict[str, list[str]]) -> dict[
 
 
 def padded(
-    input_ids: Any, token_type_ids: Any, device: torch.device, tokenizer: WordPieceTokenizer
+    input_ids: Any,
+    token_type_ids: Any,
+    device: torch.device,
+    tokenizer: WordPieceTokenizer,
+    multiple: int,
 ) -> Batch:
     return Batch(**tokenizer.pad(input_ids, device, token_type_ids))
 
 
-def gelu_apart(forward: kernels.FastFeedForward, hidden_states: Tensor) -> Tensor:
-    return BertFeedForward.forward(forward.module, hidden_states)
-
-
-def no_layout(*shape: Any) -> None:
+def by_parts(layer: Any) -> None:
     return None
 
 
 TRICKS: dict[str, list[Any]] = {
     "no padding": [mock.patch.object(compute, "make_batch", padded)],
-    "weights in a second layout": [mock.patch.object(kernels, "layout_for", no_layout)],
-    "GELU within the product": [mock.patch.object(kernels.FastFeedForward, "__call__", gelu_apart)],
+    "flat layers, their products": [mock.patch.object(kernels, "_flatten", by_parts)],
+    "short texts attend by bmm": [mock.patch.object(packed, "_SHORT", 0)],
     "keys up to a multiple of 16": [mock.patch.object(packed, "_STEP", 1)],
     "rows up to a multiple of 64": [mock.patch.object(packed, "_MULTIPLES", ((-1, 1),))],
 }
 
 
 @contextlib.contextmanager
-def switched_off(trick: str, encoder: SentenceEncoder) -> Iterator[None]:
-    """Switch one trick of the encoder off inside a `with` statement."""
-    forget_copies(encoder)
+def switched_off(trick: str) -> Iterator[None]:
+    """Switch one trick off inside a `with` statement."""
     with contextlib.ExitStack() as stack:
         for patch in TRICKS[trick]:
             stack.enter_context(patch)
-        encoder.encode(["a first text, which makes the copies"])
+        kernels._known.clear()
         yield
-    forget_copies(encoder)
-    encoder.encode(["a first text, which makes the copies"])
-
-
-def forget_copies(encoder: SentenceEncoder) -> None:
-    for module in encoder.modules():
-        forward = module.__dict__.get("forward")
-        if isinstance(forward, kernels.FastLinear):
-            forward.copy = None
+    kernels._known.clear()
 
 
 def print_tricks(
@@ -342,7 +381,7 @@ def print_tricks(
                 budget = usual - 130 * number
                 run = lambda: encoder.encode(texts[name], token_budget=budget)  # noqa: B023, E731
                 on = seconds(run)
-                with switched_off(trick, encoder):
+                with switched_off(trick):
                     off = seconds(run)
                 ratios[name].append(off / on)
         print(f"| {trick} | {' | '.join(spread(ratios[name]) for name in names)} |", flush=True)

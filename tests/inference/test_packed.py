@@ -201,6 +201,111 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
+HEADS = pytest.mark.parametrize("heads", [(12, 32), (4, 8)], ids=["12 of 32", "4 of 8"])
+
+
+@pytest.mark.slow
+@HEADS
+def test_bits_of_every_length_alone_and_among_others(heads: tuple[int, int], threads: int) -> None:
+    """Short sentences attend by `bmm` and long ones by the fused kernel: the change is in here."""
+    for length in range(1, 171):
+        own = [randn(length, *heads, seed=seed, dtype=torch.float32) for seed in range(3)]
+        alone = batch_of([length]).attend(*own)
+        exact = expected_context([length], *(tensor.double() for tensor in own))
+        close(alone.double(), exact, atol=1e-6)
+        tensors = [randn(3 + 3 * length + 16, *heads, dtype=torch.float32) for _ in range(3)]
+        for tensor, mine in zip(tensors, own, strict=True):
+            tensor[3 : 3 + length] = tensor[3 + 2 * length : 3 + 3 * length] = mine
+        context = batch_of([3, *[length] * 3, 16]).attend(*tensors)
+        for start in (3, 3 + 2 * length):
+            assert torch.equal(context[start : start + length], alone), length
+
+
+@pytest.fixture
+def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The lengths of the sentences that attend by the fused kernel."""
+    seen: list[int] = []
+    real = packed._attend
+
+    def noted(run: Any, *tensors: Any) -> Tensor:
+        seen.append(run.length)
+        return real(run, *tensors)
+
+    monkeypatch.setattr(packed, "_attend", noted)
+    return seen
+
+
+@pytest.mark.parametrize("keeps", [True, False], ids=["keeps bits", "mixes them"])
+@HEADS
+def test_sentences_attend_by_products_where_these_keep_bits(
+    monkeypatch: pytest.MonkeyPatch, fused_calls: list[int], heads: tuple[int, int], keeps: bool
+) -> None:
+    asked: list[tuple[int, ...]] = []
+
+    def keep_bits(*shape: int) -> bool:
+        asked.append(shape)
+        return keeps
+
+    monkeypatch.setattr(packed, "_products_keep_bits", keep_bits)
+    lengths = [161, 160, 40, 40, 1]
+    tensors = [randn(402, *heads, seed=seed, dtype=torch.float32) for seed in range(3)]
+    context = batch_of(lengths).attend(*tensors)
+    assert fused_calls == ([161] if keeps else [161, 160, 40, 1])
+    # Heads of 8 are filled up with zeros to a line of the cache.
+    assert set(asked) == {(heads[0], max(16, heads[1]), torch.get_num_threads())}
+    exact = expected_context(lengths, *(tensor.double() for tensor in tensors))
+    close(context.double(), exact, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_other_dtypes_attend_by_the_fused_kernel(
+    fused_calls: list[int], dtype: torch.dtype
+) -> None:
+    batch_of([20, 3]).attend(*(randn(23, 4, 16, seed=seed).to(dtype) for seed in range(3)))
+    assert fused_calls == [20, 3]
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_products_that_mix_rows_are_found_out(monkeypatch: pytest.MonkeyPatch, mode: Any) -> None:
+    packed._products_keep_bits.cache_clear()
+    real = packed._attend_by_products
+
+    def mixing(run: Any, *tensors: Any) -> Tensor:
+        context: Tensor = real(run, *tensors)
+        return context.mul(1 + 1e-6 * (run.count == 1 and run.length == 45))
+
+    try:
+        with mode(), torch.autocast("cpu", torch.bfloat16):
+            first = packed._products_keep_bits(4, 16, 1)
+            packed._products_keep_bits.cache_clear()
+            assert packed._products_keep_bits(4, 16, 1) == first
+        packed._products_keep_bits.cache_clear()
+        monkeypatch.setattr(packed, "_attend_by_products", mixing)
+        assert not packed._products_keep_bits(4, 16, 1)
+    finally:
+        packed._products_keep_bits.cache_clear()
+
+
+@HEADS
+@pytest.mark.parametrize("filled", [1, 16])
+def test_gradients_of_attention_by_products(heads: tuple[int, int], filled: int) -> None:
+    lengths = [40, 17, 17, 16, 3, 1]
+    batch = PackedBatch([[1] * length for length in lengths], multiple_of=filled)
+    total = len(batch.input_ids)
+    tensors = [
+        randn(total, *heads, seed=seed, dtype=torch.float32).requires_grad_() for seed in range(3)
+    ]
+    weight = randn(total, *heads, seed=3)
+    context = batch.attend(*tensors)
+    fast = torch.autograd.grad((context * weight.float()).sum(), tensors)
+    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    real = expected_context(lengths, *(tensor[: sum(lengths)] for tensor in exact))
+    expected = torch.autograd.grad((real * weight[: sum(lengths)]).sum(), exact)
+    for actual, wanted in zip(fast, expected, strict=True):
+        assert wanted.abs().max() > 0.1
+        close(actual.double(), wanted, atol=1e-5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("head_size", [4, 6, 8, 12, 16, 24, 32, 64])
 def test_heads_of_any_size_keep_their_bits(head_size: int, threads: int) -> None:
@@ -453,6 +558,16 @@ def test_batches_have_a_multiple_of_16_or_64_rows(
     batch = make_batch(random_rows(lengths), None, tiny_encoder.device, tiny_encoder.tokenizer)
     assert len(batch.input_ids) == total
     assert int(batch.attention_mask.sum()) == sum(lengths)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "total"), [(2, 4), (5, 8), (61, 64), (64, 64), (65, 80), (512, 512), (513, 576)]
+)
+def test_short_batches_have_the_multiple_that_is_given(
+    tiny_encoder: SentenceEncoder, tokens: int, total: int
+) -> None:
+    batch = make_batch([[1] * tokens], None, CPU, tiny_encoder.tokenizer, 4)
+    assert len(batch.input_ids) == total
 
 
 # keeps_bits

@@ -680,7 +680,7 @@ def test_difference_from_encode(
     assert trace.difference == float(np.abs(trace["embedding"].numpy() - vector).max())
     assert 0 <= trace.difference < 1e-6
     module = sys.modules["minilm.interpret.trace"]
-    monkeypatch.setattr(module, "embed", lambda *given: packed.embed(*given) + 0.25)
+    monkeypatch.setattr(module, "embed", lambda *given, **by: packed.embed(*given, **by) + 0.25)
     assert tiny_encoder.trace(TEXT).difference == pytest.approx(0.25, abs=1e-6)
 
 
