@@ -335,13 +335,6 @@ def flat_calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return calls
 
 
-@pytest.fixture
-def tiny() -> SentenceEncoder:
-    """The tiny encoder. Its shapes get `Chains`, on processors that have oneDNN, else `Plain`."""
-    encoder: SentenceEncoder = compose()
-    return encoder
-
-
 @pytest.fixture(scope="session")
 def is_full(request: pytest.FixtureRequest) -> bool:
     """Whether all texts are to be compared, as before a release."""

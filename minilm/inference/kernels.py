@@ -111,7 +111,7 @@ _MOST_ERRORS = (1.2, 1.2, 1.2, 1.5, 1.2, 1.5)  # query, key, value, output; the 
 
 
 class Product:
-    """One way to compute rows Wᵀ + b from the weight itself."""
+    """One way to compute rows Wᵀ + b."""
 
     transposed = False  # whether it is fast in float32 if W lies in memory as Wᵀ does
 
@@ -658,13 +658,7 @@ def _is_ordinary(linear: nn.Linear) -> bool:
 
 def _has_hooks(module: nn.Module) -> bool:
     """Whether calling the module does more than the `forward` of its class."""
-    return bool(
-        has_own_forward(module)
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
+    return has_own_forward(module) or any(_HOOKS(vars(module)))
 
 
 def _has_global_hooks() -> bool:

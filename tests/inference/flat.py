@@ -1,6 +1,5 @@
 """What the tests of `kernels.py` share: tiny encoders, and how to see what is computed."""
 
-import json
 from collections.abc import Callable
 from contextlib import contextmanager
 from typing import Any
@@ -9,11 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import seeded_bert, tiny_tokenizer_json
+from conftest import compose, seeded_bert
 from minilm import BertModel, MeanPooling, Normalize, SentenceEncoder
 from minilm.inference import kernels
 from minilm.inference.kernels import fast_products
-from minilm.tokenizer import WordPieceTokenizer
 
 TEXTS = ["the dog bites the man", "", "a cat", "the sun is out .", "man sees dog", "a"]
 PUBLISHED_TEXTS = ["The weather is lovely today.", "", "It's so sunny outside! " * 9]
@@ -33,12 +31,8 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
 
 
 def make_encoder(bert: BertModel, **options: Any) -> SentenceEncoder:
-    return SentenceEncoder(
-        modules=[bert, MeanPooling(), Normalize()],
-        tokenizer=WordPieceTokenizer(json.dumps(tiny_tokenizer_json())),
-        max_seq_length=12,
-        **options,
-    )
+    encoder: SentenceEncoder = compose(bert, MeanPooling(), Normalize(), **options)
+    return encoder
 
 
 def fresh(encoder: SentenceEncoder) -> SentenceEncoder:

@@ -173,18 +173,18 @@ def assert_same(encoder: SentenceEncoder, vectors: Any, texts: list[str]) -> Non
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_change_is_seen_by_the_next_call(tiny: SentenceEncoder, name: str) -> None:
+def test_change_is_seen_by_the_next_call(tiny_encoder: SentenceEncoder, name: str) -> None:
     """Of any length."""
-    before = tiny.encode(TEXTS)
-    CHANGES[name](tiny)
-    alone = tiny.encode(TEXTS[:1])
-    after = tiny.encode(TEXTS)
+    before = tiny_encoder.encode(TEXTS)
+    CHANGES[name](tiny_encoder)
+    alone = tiny_encoder.encode(TEXTS[:1])
+    after = tiny_encoder.encode(TEXTS)
     assert np.abs(after - before).max() > 1e-6  # else this test would prove nothing
     np.testing.assert_array_equal(alone, after[:1])
-    assert_same(tiny, after, TEXTS)
+    assert_same(tiny_encoder, after, TEXTS)
     plain = seeded_bert()
-    plain.load_state_dict(tiny.bert.state_dict())
-    expected = plain_vectors(plain, tiny).numpy()
+    plain.load_state_dict(tiny_encoder.bert.state_dict())
+    expected = plain_vectors(plain, tiny_encoder).numpy()
     np.testing.assert_allclose(after, expected, rtol=0, atol=ROUNDING)
 
 
@@ -199,13 +199,15 @@ MANY = ["the dog"] * 1024  # 4 tokens each: enough for every number to be compar
 
 
 @pytest.mark.parametrize("name", SMALL)
-def test_small_change_is_seen_by_a_call_of_4096_tokens(tiny: SentenceEncoder, name: str) -> None:
-    before = tiny.encode(TEXTS)
-    SMALL[name](part(tiny, LAYER).weight)
-    after = tiny.encode(MANY + TEXTS)[-len(TEXTS) :]
+def test_small_change_is_seen_by_a_call_of_4096_tokens(
+    tiny_encoder: SentenceEncoder, name: str
+) -> None:
+    before = tiny_encoder.encode(TEXTS)
+    SMALL[name](part(tiny_encoder, LAYER).weight)
+    after = tiny_encoder.encode(MANY + TEXTS)[-len(TEXTS) :]
     assert np.abs(after - before).max() > 1e-6
-    assert_same(tiny, after, TEXTS)
-    np.testing.assert_array_equal(tiny.encode(TEXTS), after)
+    assert_same(tiny_encoder, after, TEXTS)
+    np.testing.assert_array_equal(tiny_encoder.encode(TEXTS), after)
 
 
 @pytest.mark.parametrize("shape", [(384, 384), (1536, 384), (384, 1536), (7, 3), (3, 8), (1, 5)])
@@ -274,13 +276,13 @@ def test_change_of_the_published_model_is_seen(
     np.testing.assert_allclose(after, expected.numpy(), rtol=0, atol=ROUNDING)
 
 
-def test_changes_one_after_the_other(tiny: SentenceEncoder) -> None:
+def test_changes_one_after_the_other(tiny_encoder: SentenceEncoder) -> None:
     train = step(torch.optim.SGD)
-    seen = [tiny.encode(TEXTS)]
+    seen = [tiny_encoder.encode(TEXTS)]
     for _ in range(3):
-        train(tiny)
-        seen.append(tiny.encode(TEXTS))
-        np.testing.assert_array_equal(seen[-1], fresh(tiny).encode(TEXTS))
+        train(tiny_encoder)
+        seen.append(tiny_encoder.encode(TEXTS))
+        np.testing.assert_array_equal(seen[-1], fresh(tiny_encoder).encode(TEXTS))
         assert all(np.abs(seen[-1] - other).max() > 1e-5 for other in seen[:-1])
 
 
@@ -301,52 +303,52 @@ def test_training_of_the_published_model_is_seen(encoder: SentenceEncoder) -> No
     np.testing.assert_array_equal(after, copy.deepcopy(trained).encode(PUBLISHED_TEXTS))
 
 
-def test_conversions_between_calls(tiny: SentenceEncoder) -> None:
-    exact = fresh(tiny).to(torch.float64).encode(TEXTS)
-    single = tiny.encode(TEXTS)
-    np.testing.assert_array_equal(tiny.to(torch.float64).encode(TEXTS), exact)
-    np.testing.assert_array_equal(tiny.to(torch.float32).encode(TEXTS), single)
-    half = tiny.to(torch.bfloat16).encode(TEXTS)
+def test_conversions_between_calls(tiny_encoder: SentenceEncoder) -> None:
+    exact = fresh(tiny_encoder).to(torch.float64).encode(TEXTS)
+    single = tiny_encoder.encode(TEXTS)
+    np.testing.assert_array_equal(tiny_encoder.to(torch.float64).encode(TEXTS), exact)
+    np.testing.assert_array_equal(tiny_encoder.to(torch.float32).encode(TEXTS), single)
+    half = tiny_encoder.to(torch.bfloat16).encode(TEXTS)
     np.testing.assert_allclose(half, single, atol=2e-2)
     assert np.abs(half - single).max() > 1e-4
 
 
 @pytest.mark.parametrize("name", [LAYER, INTERMEDIATE])
-def test_bias_taken_away_and_given_back(tiny: SentenceEncoder, name: str) -> None:
+def test_bias_taken_away_and_given_back(tiny_encoder: SentenceEncoder, name: str) -> None:
     plain: Any = seeded_bert()
-    layer = part(tiny, name)
-    before, bias = tiny.encode(TEXTS), layer.bias
+    layer = part(tiny_encoder, name)
+    before, bias = tiny_encoder.encode(TEXTS), layer.bias
     layer.bias = plain.get_submodule(name.removeprefix("bert.")).bias = None
-    after = tiny.encode(TEXTS)
-    np.testing.assert_allclose(after, plain_vectors(plain, tiny), rtol=0, atol=ROUNDING)
+    after = tiny_encoder.encode(TEXTS)
+    np.testing.assert_allclose(after, plain_vectors(plain, tiny_encoder), rtol=0, atol=ROUNDING)
     assert np.abs(after - before).max() > 1e-4
     layer.bias = bias
-    np.testing.assert_array_equal(tiny.encode(TEXTS), before)
+    np.testing.assert_array_equal(tiny_encoder.encode(TEXTS), before)
 
 
-def test_bias_of_another_dtype_is_seen(tiny: SentenceEncoder) -> None:
-    before = tiny.encode(TEXTS)
-    layer = part(tiny, INTERMEDIATE)
+def test_bias_of_another_dtype_is_seen(tiny_encoder: SentenceEncoder) -> None:
+    before = tiny_encoder.encode(TEXTS)
+    layer = part(tiny_encoder, INTERMEDIATE)
     layer.bias.data = layer.bias.data.double()
-    assert flat_layers(tiny) == ["bert.layers.1"]
+    assert flat_layers(tiny_encoder) == ["bert.layers.1"]
     with pytest.raises(RuntimeError, match="dtype"):  # as from any nn.Linear
-        tiny.encode(TEXTS)
+        tiny_encoder.encode(TEXTS)
     layer.bias.data = layer.bias.data.float()
-    np.testing.assert_array_equal(tiny.encode(TEXTS), before)
-    assert len(flat_layers(tiny)) == 2
+    np.testing.assert_array_equal(tiny_encoder.encode(TEXTS), before)
+    assert len(flat_layers(tiny_encoder)) == 2
 
 
-def test_weight_transposed_where_it_is_is_seen(tiny: SentenceEncoder) -> None:
-    before = tiny.encode(TEXTS)
-    weight = part(tiny, LAYER).weight
+def test_weight_transposed_where_it_is_is_seen(tiny_encoder: SentenceEncoder) -> None:
+    before = tiny_encoder.encode(TEXTS)
+    weight = part(tiny_encoder, LAYER).weight
     address, version = weight.data_ptr(), weight._version
     weight.data = weight.data.t()
     assert (weight.data_ptr(), weight._version) == (address, version)
-    after = tiny.encode(TEXTS)
+    after = tiny_encoder.encode(TEXTS)
     assert np.abs(after - before).max() > 1e-4
-    np.testing.assert_allclose(after, fresh(tiny).encode(TEXTS), rtol=0, atol=ROUNDING)
+    np.testing.assert_allclose(after, fresh(tiny_encoder).encode(TEXTS), rtol=0, atol=ROUNDING)
     weight.data = weight.data.t()
-    np.testing.assert_array_equal(tiny.encode(TEXTS), before)
+    np.testing.assert_array_equal(tiny_encoder.encode(TEXTS), before)
 
 
 class Adapter(nn.Module):
@@ -370,13 +372,13 @@ class Adapter(nn.Module):
     "last", ["attention.query", "attention.output", "feed_forward.intermediate",
              "feed_forward.output"]
 )  # fmt: skip
-def test_layer_replaced_by_another_module(tiny: SentenceEncoder, last: str) -> None:
-    before = tiny.encode(TEXTS)
+def test_layer_replaced_by_another_module(tiny_encoder: SentenceEncoder, last: str) -> None:
+    before = tiny_encoder.encode(TEXTS)
     plain = seeded_bert()
-    for model in (tiny.bert, plain):
+    for model in (tiny_encoder.bert, plain):
         replace_layers(model, [f"layers.{number}.{last}" for number in range(2)], Adapter)
-    after = tiny.encode(TEXTS, convert_to_tensor=True)
-    torch.testing.assert_close(after, plain_vectors(plain, tiny), rtol=0, atol=ROUNDING)
+    after = tiny_encoder.encode(TEXTS, convert_to_tensor=True)
+    torch.testing.assert_close(after, plain_vectors(plain, tiny_encoder), rtol=0, atol=ROUNDING)
     assert np.abs(after.numpy() - before).max() > 1e-2
 
 
@@ -392,19 +394,19 @@ class NoLinear(nn.Module):
         return F.linear(rows, self.matrix, self.offset)  # type: ignore[arg-type]
 
 
-def test_every_layer_replaced(tiny: SentenceEncoder) -> None:
-    expected = tiny.encode(TEXTS)
-    replace_layers(tiny, list(linear_layers(tiny)), NoLinear)
-    np.testing.assert_allclose(tiny.encode(TEXTS), expected, rtol=0, atol=ROUNDING)
-    assert tiny.dtype == torch.float32
+def test_every_layer_replaced(tiny_encoder: SentenceEncoder) -> None:
+    expected = tiny_encoder.encode(TEXTS)
+    replace_layers(tiny_encoder, list(linear_layers(tiny_encoder)), NoLinear)
+    np.testing.assert_allclose(tiny_encoder.encode(TEXTS), expected, rtol=0, atol=ROUNDING)
+    assert tiny_encoder.dtype == torch.float32
 
 
-def test_feed_forward_replaced(tiny: SentenceEncoder) -> None:
+def test_feed_forward_replaced(tiny_encoder: SentenceEncoder) -> None:
     plain = seeded_bert()
-    for model in (tiny.bert, plain):
+    for model in (tiny_encoder.bert, plain):
         replace_layers(model, ["layers.0.feed_forward"], lambda _: nn.Identity())
-    after = tiny.encode(TEXTS, convert_to_tensor=True)
-    torch.testing.assert_close(after, plain_vectors(plain, tiny), rtol=0, atol=ROUNDING)
+    after = tiny_encoder.encode(TEXTS, convert_to_tensor=True)
+    torch.testing.assert_close(after, plain_vectors(plain, tiny_encoder), rtol=0, atol=ROUNDING)
 
 
 # hooks
@@ -425,48 +427,52 @@ PARTS = [
 
 
 @pytest.mark.parametrize("name", PARTS)
-def test_forward_hook_sees_and_replaces_the_output(tiny: SentenceEncoder, name: str) -> None:
+def test_forward_hook_sees_and_replaces_the_output(
+    tiny_encoder: SentenceEncoder, name: str
+) -> None:
     plain, seen = seeded_bert(), []
 
     def change(module: nn.Module, args: Any, output: Tensor) -> Tensor:
         seen.append(module)
         return output * 1.5 + 0.25
 
-    before = tiny.encode(TEXTS)
-    hooked = tiny.bert.get_submodule(name)
+    before = tiny_encoder.encode(TEXTS)
+    hooked = tiny_encoder.bert.get_submodule(name)
     handle = hooked.register_forward_hook(change)
     plain.get_submodule(name).register_forward_hook(change)
-    after = tiny.encode(TEXTS, convert_to_tensor=True)
+    after = tiny_encoder.encode(TEXTS, convert_to_tensor=True)
     assert seen == [hooked]  # one pass, one call
-    torch.testing.assert_close(after, plain_vectors(plain, tiny), rtol=0, atol=ROUNDING)
+    torch.testing.assert_close(after, plain_vectors(plain, tiny_encoder), rtol=0, atol=ROUNDING)
     assert np.abs(after.numpy() - before).max() > 1e-4
     handle.remove()
-    np.testing.assert_array_equal(tiny.encode(TEXTS), before)
+    np.testing.assert_array_equal(tiny_encoder.encode(TEXTS), before)
 
 
 @pytest.mark.parametrize("name", [name for name in PARTS if name != "embeddings"])
-def test_forward_pre_hook_sees_and_replaces_the_input(tiny: SentenceEncoder, name: str) -> None:
+def test_forward_pre_hook_sees_and_replaces_the_input(
+    tiny_encoder: SentenceEncoder, name: str
+) -> None:
     plain, seen = seeded_bert(), []
 
     def change(module: nn.Module, args: Any) -> Any:
         seen.append(module)
         return (args[0].sin(), *args[1:])  # nothing linear, which a norm would take away
 
-    before = tiny.encode(TEXTS)
-    hooked = tiny.bert.get_submodule(name)
+    before = tiny_encoder.encode(TEXTS)
+    hooked = tiny_encoder.bert.get_submodule(name)
     hooked.register_forward_pre_hook(change)
     plain.get_submodule(name).register_forward_pre_hook(change)
-    after = tiny.encode(TEXTS, convert_to_tensor=True)
+    after = tiny_encoder.encode(TEXTS, convert_to_tensor=True)
     assert seen == [hooked]
-    torch.testing.assert_close(after, plain_vectors(plain, tiny), rtol=0, atol=ROUNDING)
+    torch.testing.assert_close(after, plain_vectors(plain, tiny_encoder), rtol=0, atol=ROUNDING)
     assert np.abs(after.numpy() - before).max() > 1e-4
 
 
-def test_hook_on_the_first_product_sees_it_before_the_gelu(tiny: SentenceEncoder) -> None:
+def test_hook_on_the_first_product_sees_it_before_the_gelu(tiny_encoder: SentenceEncoder) -> None:
     seen: list[Tensor] = []
-    layer = part(tiny, INTERMEDIATE)
+    layer = part(tiny_encoder, INTERMEDIATE)
     layer.register_forward_hook(lambda _, args, output: seen.extend((args[0], output)))
-    tiny.encode(TEXTS)
+    tiny_encoder.encode(TEXTS)
     rows, output = seen
     assert output.min() < -0.2  # GELU goes down to -0.17
     with torch.no_grad():
@@ -475,15 +481,15 @@ def test_hook_on_the_first_product_sees_it_before_the_gelu(tiny: SentenceEncoder
 
 
 @pytest.mark.parametrize("name", ["bert", "pooling", "normalize", ""])
-def test_hooks_on_the_stages(tiny: SentenceEncoder, name: str) -> None:
-    before = tiny.encode(TEXTS)
+def test_hooks_on_the_stages(tiny_encoder: SentenceEncoder, name: str) -> None:
+    before = tiny_encoder.encode(TEXTS)
     calls = []
-    stage = tiny.get_submodule(name)
+    stage = tiny_encoder.get_submodule(name)
     stage.register_forward_pre_hook(lambda *_: calls.append("before"))
     stage.register_forward_hook(lambda *_: calls.append("after"))
-    np.testing.assert_array_equal(tiny.encode(TEXTS), before)
+    np.testing.assert_array_equal(tiny_encoder.encode(TEXTS), before)
     # Pooling is called for each run of equal lengths, everything else once.
-    times = len({len(ids) for ids in input_ids_of(tiny)}) if name == "pooling" else 1
+    times = len({len(ids) for ids in input_ids_of(tiny_encoder)}) if name == "pooling" else 1
     assert calls == ["before", "after"] * times
 
 
@@ -493,22 +499,22 @@ def input_ids_of(encoder: SentenceEncoder) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("kind", ["forward", "forward_pre"])
-def test_global_hooks_see_every_layer(tiny: SentenceEncoder, kind: str) -> None:
+def test_global_hooks_see_every_layer(tiny_encoder: SentenceEncoder, kind: str) -> None:
     register = getattr(nn.modules.module, f"register_module_{kind}_hook")
     seen = []
     handle = register(lambda module, *_: seen.append(module))
     try:
-        tiny.encode("the dog")
+        tiny_encoder.encode("the dog")
     finally:
         handle.remove()
-    missed = {name for name, part in tiny.named_modules() if part not in seen}
+    missed = {name for name, part in tiny_encoder.named_modules() if part not in seen}
     assert missed == {"bert.layers"}  # a list, which is never called
 
 
-def test_forward_set_on_a_layer_is_called(tiny: SentenceEncoder) -> None:
+def test_forward_set_on_a_layer_is_called(tiny_encoder: SentenceEncoder) -> None:
     """Some libraries wrap a layer so: `layer.forward = wrapped(layer.forward)`."""
     for name in (LAYER, INTERMEDIATE, "bert.layers.1.feed_forward.output", "bert.layers.1"):
-        layer = part(tiny, name)
+        layer = part(tiny_encoder, name)
         calls: list[int] = []
 
         def wrapped(*args: Any, old: Any = layer.forward, calls: list[int] = calls) -> Any:
@@ -516,7 +522,7 @@ def test_forward_set_on_a_layer_is_called(tiny: SentenceEncoder) -> None:
             return old(*args)
 
         layer.forward = wrapped
-        tiny.encode("the dog")
+        tiny_encoder.encode("the dog")
         assert calls == [1], name
 
 
@@ -527,68 +533,68 @@ class Doubled(nn.Module):
 
 @pytest.mark.parametrize("tensor", ["weight", "bias"])
 @pytest.mark.parametrize("name", ["layers.0.attention.value", "layers.0.feed_forward.intermediate"])
-def test_parametrized_layer(tiny: SentenceEncoder, name: str, tensor: str) -> None:
-    plain, layer = seeded_bert(), part(tiny, f"bert.{name}")
-    before = tiny.encode(TEXTS)
-    for model in (tiny.bert, plain):
+def test_parametrized_layer(tiny_encoder: SentenceEncoder, name: str, tensor: str) -> None:
+    plain, layer = seeded_bert(), part(tiny_encoder, f"bert.{name}")
+    before = tiny_encoder.encode(TEXTS)
+    for model in (tiny_encoder.bert, plain):
         parametrize.register_parametrization(model.get_submodule(name), tensor, Doubled())
-    assert flat_layers(tiny) == ["bert.layers.1"]
-    expected = plain_vectors(plain, tiny)
-    after = tiny.encode(TEXTS, convert_to_tensor=True)
+    assert flat_layers(tiny_encoder) == ["bert.layers.1"]
+    expected = plain_vectors(plain, tiny_encoder)
+    after = tiny_encoder.encode(TEXTS, convert_to_tensor=True)
     torch.testing.assert_close(after, expected, rtol=0, atol=ROUNDING)
     assert np.abs(after.numpy() - before).max() > 1e-4
     with torch.no_grad():  # the parameter behind it
-        for model in (tiny.bert, plain):
+        for model in (tiny_encoder.bert, plain):
             parts: Any = model.get_submodule(name)
             parts.parametrizations[tensor].original.mul_(0.5)
-    again = tiny.encode(TEXTS)
-    np.testing.assert_allclose(again, plain_vectors(plain, tiny), rtol=0, atol=ROUNDING)
+    again = tiny_encoder.encode(TEXTS)
+    np.testing.assert_allclose(again, plain_vectors(plain, tiny_encoder), rtol=0, atol=ROUNDING)
     parametrize.remove_parametrizations(layer, tensor)
-    assert len(flat_layers(tiny)) == 2
-    np.testing.assert_allclose(tiny.encode(TEXTS), again, rtol=0, atol=ROUNDING)
+    assert len(flat_layers(tiny_encoder)) == 2
+    np.testing.assert_allclose(tiny_encoder.encode(TEXTS), again, rtol=0, atol=ROUNDING)
 
 
 @pytest.mark.parametrize("tensor", ["weight", "bias"])
 @pytest.mark.parametrize("name", ["layers.0.attention.value", "layers.0.feed_forward.intermediate"])
-def test_pruned_layer(tiny: SentenceEncoder, name: str, tensor: str) -> None:
-    plain, layer = seeded_bert(), part(tiny, f"bert.{name}")
-    before = tiny.encode(TEXTS)
+def test_pruned_layer(tiny_encoder: SentenceEncoder, name: str, tensor: str) -> None:
+    plain, layer = seeded_bert(), part(tiny_encoder, f"bert.{name}")
+    before = tiny_encoder.encode(TEXTS)
     if not getattr(layer, tensor).is_contiguous():
         with pytest.raises(RuntimeError, match="view"):  # torch's own function can't do it
             l1_unstructured(layer, tensor, amount=0.5)
         layer.weight.data = layer.weight.data.contiguous()
-    for model in (tiny.bert, plain):
+    for model in (tiny_encoder.bert, plain):
         l1_unstructured(model.get_submodule(name), tensor, amount=0.5)
-    assert flat_layers(tiny) == ["bert.layers.1"]
-    expected = plain_vectors(plain, tiny)
-    after = tiny.encode(TEXTS)
+    assert flat_layers(tiny_encoder) == ["bert.layers.1"]
+    expected = plain_vectors(plain, tiny_encoder)
+    after = tiny_encoder.encode(TEXTS)
     np.testing.assert_allclose(after, expected, rtol=0, atol=ROUNDING)
     assert np.abs(after - before).max() > 1e-4
     remove_pruning(layer, tensor)
-    assert len(flat_layers(tiny)) == 2
-    np.testing.assert_allclose(tiny.encode(TEXTS), expected, rtol=0, atol=ROUNDING)
+    assert len(flat_layers(tiny_encoder)) == 2
+    np.testing.assert_allclose(tiny_encoder.encode(TEXTS), expected, rtol=0, atol=ROUNDING)
 
 
 @pytest.mark.parametrize("tensor", ["weight", "bias"])
-def test_parametrized_layer_can_be_copied(tiny: SentenceEncoder, tensor: str) -> None:
-    tiny.encode(TEXTS)
-    parametrize.register_parametrization(part(tiny, LAYER), tensor, Doubled())
-    expected = tiny.encode(TEXTS)
-    np.testing.assert_array_equal(copy.deepcopy(tiny).encode(TEXTS), expected)
+def test_parametrized_layer_can_be_copied(tiny_encoder: SentenceEncoder, tensor: str) -> None:
+    tiny_encoder.encode(TEXTS)
+    parametrize.register_parametrization(part(tiny_encoder, LAYER), tensor, Doubled())
+    expected = tiny_encoder.encode(TEXTS)
+    np.testing.assert_array_equal(copy.deepcopy(tiny_encoder).encode(TEXTS), expected)
 
 
 # where the flat layers are used
 
 
 @pytest.fixture
-def corrupted(tiny: SentenceEncoder, monkeypatch: pytest.MonkeyPatch) -> SentenceEncoder:
+def corrupted(tiny_encoder: SentenceEncoder, monkeypatch: pytest.MonkeyPatch) -> SentenceEncoder:
     """The tiny encoder after a call, with flat layers that show where they are used."""
-    before = tiny.encode(TEXTS)
+    before = tiny_encoder.encode(TEXTS)
     monkeypatch.setattr(
         kernels._FlatLayer, "__call__", lambda self, hidden_states, attend: -hidden_states
     )
-    assert np.abs(tiny.encode(TEXTS) - before).max() > 0.01
-    return tiny
+    assert np.abs(tiny_encoder.encode(TEXTS) - before).max() > 0.01
+    return tiny_encoder
 
 
 def ids_and_mask(encoder: SentenceEncoder) -> tuple[Tensor, Tensor]:
@@ -695,10 +701,10 @@ def look_into(encoder: SentenceEncoder, look: Callable[[], None]) -> list[int]:
 @pytest.mark.parametrize("fails", [False, True], ids=["works", "fails"])
 @pytest.mark.parametrize("which", ["another", "itself"])
 def test_encoder_used_by_a_hook_in_another(
-    tiny: SentenceEncoder, which: str, fails: bool, flat_calls: list[Any]
+    tiny_encoder: SentenceEncoder, which: str, fails: bool, flat_calls: list[Any]
 ) -> None:
-    inner = make_encoder(seeded_bert(seed=1)) if which == "another" else tiny
-    expected, expected_inside = tiny.encode(TEXTS), inner.encode(TEXTS[::-1])
+    inner = make_encoder(seeded_bert(seed=1)) if which == "another" else tiny_encoder
+    expected, expected_inside = tiny_encoder.encode(TEXTS), inner.encode(TEXTS[::-1])
     seen: list[Any] = []
 
     def look() -> None:
@@ -715,8 +721,8 @@ def test_encoder_used_by_a_hook_in_another(
             inner.pooling._forward_hooks.clear()
         flat_calls.clear()
 
-    looked = look_into(tiny, look)
-    np.testing.assert_array_equal(tiny.encode(TEXTS), expected)
+    looked = look_into(tiny_encoder, look)
+    np.testing.assert_array_equal(tiny_encoder.encode(TEXTS), expected)
     assert looked == [1]
     assert len(flat_calls) == 2  # after the look, as before it
     np.testing.assert_array_equal(seen[0], expected_inside)
@@ -854,20 +860,20 @@ def test_safetensors_takes_the_state(tmp_path: Path, encoder: SentenceEncoder) -
 
 
 @pytest.mark.process
-def test_encode_in_another_process(tiny: SentenceEncoder) -> None:
-    expected = tiny.encode(TEXTS)
+def test_encode_in_another_process(tiny_encoder: SentenceEncoder) -> None:
+    expected = tiny_encoder.encode(TEXTS)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        result = pool.submit(tiny.encode, TEXTS).result(timeout=600)
+        result = pool.submit(tiny_encoder.encode, TEXTS).result(timeout=600)
     np.testing.assert_array_equal(result, expected)
 
 
-def test_weights_in_shared_memory(tiny: SentenceEncoder) -> None:
-    expected = tiny.encode(TEXTS)
-    tiny.share_memory()
-    np.testing.assert_array_equal(tiny.encode(TEXTS), expected)
+def test_weights_in_shared_memory(tiny_encoder: SentenceEncoder) -> None:
+    expected = tiny_encoder.encode(TEXTS)
+    tiny_encoder.share_memory()
+    np.testing.assert_array_equal(tiny_encoder.encode(TEXTS), expected)
     with torch.no_grad():
-        part(tiny, LAYER).weight.mul_(1.5)
-    np.testing.assert_array_equal(tiny.encode(TEXTS), fresh(tiny).encode(TEXTS))
+        part(tiny_encoder, LAYER).weight.mul_(1.5)
+    np.testing.assert_array_equal(tiny_encoder.encode(TEXTS), fresh(tiny_encoder).encode(TEXTS))
 
 
 def test_made_in_inference_mode_it_can_be_trained() -> None:
@@ -986,22 +992,24 @@ def test_vmap_over_inputs(
     assert "performance drop" not in capfd.readouterr().err
 
 
-def test_autocast_is_respected(tiny: SentenceEncoder) -> None:
-    single = tiny.encode(TEXTS)
+def test_autocast_is_respected(tiny_encoder: SentenceEncoder) -> None:
+    single = tiny_encoder.encode(TEXTS)
     dtypes = []
-    hook = part(tiny, LAYER).register_forward_hook(lambda *args: dtypes.append(args[2].dtype))
+    hook = part(tiny_encoder, LAYER).register_forward_hook(
+        lambda *args: dtypes.append(args[2].dtype)
+    )
     with torch.autocast("cpu", torch.bfloat16):
-        mixed = tiny.encode(TEXTS)
-        with as_in_encode(tiny):
-            np.testing.assert_array_equal(tiny.encode(TEXTS), mixed)
-    with as_in_encode(tiny), torch.autocast("cpu", torch.bfloat16):
-        np.testing.assert_array_equal(tiny.encode(TEXTS), mixed)
+        mixed = tiny_encoder.encode(TEXTS)
+        with as_in_encode(tiny_encoder):
+            np.testing.assert_array_equal(tiny_encoder.encode(TEXTS), mixed)
+    with as_in_encode(tiny_encoder), torch.autocast("cpu", torch.bfloat16):
+        np.testing.assert_array_equal(tiny_encoder.encode(TEXTS), mixed)
     assert dtypes == [torch.bfloat16] * 3
     hook.remove()
     assert mixed.dtype == np.float32
     np.testing.assert_allclose(mixed, single, rtol=0, atol=2e-2)
     assert np.abs(mixed - single).max() > 1e-4
-    np.testing.assert_allclose(tiny.encode(TEXTS), single, rtol=0, atol=0)
+    np.testing.assert_allclose(tiny_encoder.encode(TEXTS), single, rtol=0, atol=0)
 
 
 # threads

@@ -381,12 +381,17 @@ OTHERS = pytest.mark.parametrize("product", [None, Plain(), Slices()], ids=["non
 
 @OTHERS
 def test_encoder_with_other_products_gives_the_same_vectors(
-    candidates: Callable[..., Any], product: Any, tiny: SentenceEncoder, flat_calls: list[Any]
+    candidates: Callable[..., Any],
+    product: Any,
+    tiny_encoder: SentenceEncoder,
+    flat_calls: list[Any],
 ) -> None:
     candidates(*[product] * (product is not None))
-    vectors = tiny.encode(TEXTS, convert_to_tensor=True)
+    vectors = tiny_encoder.encode(TEXTS, convert_to_tensor=True)
     assert len(flat_calls) == (0 if product is None else 2)
-    torch.testing.assert_close(vectors, plain_vectors(seeded_bert(), tiny), rtol=0, atol=ROUNDING)
+    torch.testing.assert_close(
+        vectors, plain_vectors(seeded_bert(), tiny_encoder), rtol=0, atol=ROUNDING
+    )
 
 
 @OTHERS
@@ -482,17 +487,17 @@ def layer_of(encoder: SentenceEncoder, number: int = 0) -> Any:
 
 @pytest.mark.parametrize("shape", [(3, 7), (1, 1), (40,), (1,), (2, 2, 5)], ids=str)
 def test_flat_layer_equals_its_definition(
-    tiny: SentenceEncoder, shape: tuple[int, ...], flat_calls: list[Any]
+    tiny_encoder: SentenceEncoder, shape: tuple[int, ...], flat_calls: list[Any]
 ) -> None:
     """Padded `[batch, tokens, 32]` or packed `[tokens, 32]`; float64 has the same bits."""
     rows = randn(*shape, 32)
     attend = [] if len(shape) > 1 else [PackedBatch([[1] * shape[0]]).attend]
-    plain, flat = layer_of(tiny)
+    plain, flat = layer_of(tiny_encoder)
     expected, output = plain(rows, *attend), flat(rows, *attend)
     assert len(flat_calls) == 1
     assert output.shape == rows.shape
     torch.testing.assert_close(output, expected, rtol=0, atol=4e-6)  # elements up to 4
-    tiny.double()
+    tiny_encoder.double()
     exact = plain(rows.double(), *attend)
     assert torch.equal(flat(rows.double(), *attend), exact)
     assert len(flat_calls) == 1
@@ -538,23 +543,23 @@ def test_rows_keep_their_bits_in_multiples(
                 assert torch.equal(some, whole[start : start + count]), (count, start)
 
 
-def test_layer_without_biases(tiny: SentenceEncoder, flat_calls: list[Any]) -> None:
+def test_layer_without_biases(tiny_encoder: SentenceEncoder, flat_calls: list[Any]) -> None:
     plain: Any = seeded_bert()
-    for model in (tiny.bert, plain):
+    for model in (tiny_encoder.bert, plain):
         for layer in linear_layers(model).values():
             layer.bias = None
-    vectors = tiny.encode(TEXTS, convert_to_tensor=True)
-    torch.testing.assert_close(vectors, plain_vectors(plain, tiny), rtol=0, atol=ROUNDING)
+    vectors = tiny_encoder.encode(TEXTS, convert_to_tensor=True)
+    torch.testing.assert_close(vectors, plain_vectors(plain, tiny_encoder), rtol=0, atol=ROUNDING)
     assert len(flat_calls) == 2
 
 
-def test_number_of_heads_is_that_of_the_attention(tiny: SentenceEncoder) -> None:
+def test_number_of_heads_is_that_of_the_attention(tiny_encoder: SentenceEncoder) -> None:
     plain = seeded_bert()
-    before = tiny.encode(TEXTS)
-    for model in (tiny.bert, plain):
+    before = tiny_encoder.encode(TEXTS)
+    for model in (tiny_encoder.bert, plain):
         part(model, "layers.0.attention").heads = (2, 16)
-    vectors = tiny.encode(TEXTS, convert_to_tensor=True)
-    torch.testing.assert_close(vectors, plain_vectors(plain, tiny), rtol=0, atol=ROUNDING)
+    vectors = tiny_encoder.encode(TEXTS, convert_to_tensor=True)
+    torch.testing.assert_close(vectors, plain_vectors(plain, tiny_encoder), rtol=0, atol=ROUNDING)
     assert np.abs(vectors.numpy() - before).max() > 1e-4
 
 
@@ -572,11 +577,13 @@ def test_linear_computes_in_the_dtype_of_its_weight(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_rows_of_the_wrong_width_are_refused(tiny: SentenceEncoder, dtype: torch.dtype) -> None:
-    tiny.to(dtype)
+def test_rows_of_the_wrong_width_are_refused(
+    tiny_encoder: SentenceEncoder, dtype: torch.dtype
+) -> None:
+    tiny_encoder.to(dtype)
     for shape in ((4, 31), (4, 33), (2, 3, 64)):
-        with pytest.raises(RuntimeError), as_in_encode(tiny):
-            tiny.bert.layers[0](torch.ones(shape, dtype=dtype))
+        with pytest.raises(RuntimeError), as_in_encode(tiny_encoder):
+            tiny_encoder.bert.layers[0](torch.ones(shape, dtype=dtype))
 
 
 class OtherParameter(nn.Parameter):
@@ -606,35 +613,35 @@ NOT_FLAT: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("name", NOT_FLAT)
 @pytest.mark.parametrize("used", [False, True], ids=["new", "used"])
 def test_layer_of_another_kind_is_the_plain_one(
-    tiny: SentenceEncoder, name: str, used: bool, flat_calls: list[Any]
+    tiny_encoder: SentenceEncoder, name: str, used: bool, flat_calls: list[Any]
 ) -> None:
     if used:
-        tiny.encode(TEXTS)
+        tiny_encoder.encode(TEXTS)
         assert len(flat_calls) == 2
     flat_calls.clear()
     plain = seeded_bert()
     host: Any = nn.Module()
     host.bert = plain
-    NOT_FLAT[name](tiny)
+    NOT_FLAT[name](tiny_encoder)
     if name == "one of another dtype":  # which casts, as MixedLinear does
-        assert flat_layers(tiny) == ["bert.layers.1"]
+        assert flat_layers(tiny_encoder) == ["bert.layers.1"]
         return
     NOT_FLAT[name](plain if name == "float64" else host)
     with torch.autocast("cpu", torch.bfloat16, enabled=name == "autocast"):
-        vectors = tiny.encode(TEXTS, convert_to_tensor=True)
-        expected = plain_vectors(plain, tiny)
+        vectors = tiny_encoder.encode(TEXTS, convert_to_tensor=True)
+        expected = plain_vectors(plain, tiny_encoder)
     bound = 2e-2 if name == "autocast" else ROUNDING
     torch.testing.assert_close(vectors, expected.to(vectors), rtol=0, atol=bound)
     assert len(flat_calls) == (0 if name in ("float64", "autocast") else 1)
 
 
-def test_layers_that_others_compute_get_as_many_rows_as_ever(tiny: SentenceEncoder) -> None:
+def test_layers_that_others_compute_get_as_many_rows_as_ever(tiny_encoder: SentenceEncoder) -> None:
     """`F.linear` keeps a row's bits in a multiple of 16 only."""
-    layer: Any = tiny.bert.layers[0]
+    layer: Any = tiny_encoder.bert.layers[0]
     layer.forward = lambda *args, old=layer.forward: old(*args)
-    with as_in_encode(tiny) as multiple:
+    with as_in_encode(tiny_encoder) as multiple:
         assert multiple == 16
-    with as_in_encode(tiny.double()) as multiple:
+    with as_in_encode(tiny_encoder.double()) as multiple:
         assert multiple == 16
     with as_in_encode(nn.Sequential(nn.Linear(2, 2))) as multiple:
         assert multiple == 16
@@ -642,22 +649,24 @@ def test_layers_that_others_compute_get_as_many_rows_as_ever(tiny: SentenceEncod
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("last", ["embeddings", "layers.1.feed_forward_layer_norm"])
-def test_parts_that_are_scripted(tiny: SentenceEncoder, last: str) -> None:
-    expected = tiny.encode(TEXTS)
-    replace_layers(tiny.bert, [last], untyped.jit.script)
-    np.testing.assert_allclose(tiny.encode(TEXTS), expected, rtol=0, atol=ROUNDING)
+def test_parts_that_are_scripted(tiny_encoder: SentenceEncoder, last: str) -> None:
+    expected = tiny_encoder.encode(TEXTS)
+    replace_layers(tiny_encoder.bert, [last], untyped.jit.script)
+    np.testing.assert_allclose(tiny_encoder.encode(TEXTS), expected, rtol=0, atol=ROUNDING)
 
 
 @pytest.mark.filterwarnings("ignore:Dynamo :UserWarning")  # of what `attend` calls
 @pytest.mark.parametrize("in_place", [False, True])
-def test_layer_that_is_compiled(tiny: SentenceEncoder, in_place: bool) -> None:
-    expected = tiny.encode(TEXTS)
+def test_layer_that_is_compiled(tiny_encoder: SentenceEncoder, in_place: bool) -> None:
+    expected = tiny_encoder.encode(TEXTS)
     try:
         if in_place:
-            tiny.bert.layers[0].compile(backend="eager")
+            tiny_encoder.bert.layers[0].compile(backend="eager")
         else:
-            replace_layers(tiny.bert, ["layers.0"], partial(untyped.compile, backend="eager"))
-        np.testing.assert_allclose(tiny.encode(TEXTS), expected, rtol=0, atol=ROUNDING)
+            replace_layers(
+                tiny_encoder.bert, ["layers.0"], partial(untyped.compile, backend="eager")
+            )
+        np.testing.assert_allclose(tiny_encoder.encode(TEXTS), expected, rtol=0, atol=ROUNDING)
     finally:
         torch._dynamo.reset()
 
@@ -714,60 +723,57 @@ NEWLY_MADE: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def fresh_of_its_form(encoder: SentenceEncoder) -> SentenceEncoder:
-    """Another encoder with these modules, weights and layouts, which has computed nothing yet."""
-    return copy.deepcopy(encoder)
-
-
 @pytest.mark.parametrize("name", NEWLY_MADE)
-def test_flat_layers_are_made_anew_for_what_changed(tiny: SentenceEncoder, name: str) -> None:
-    before, first = tiny.encode(TEXTS), kept(tiny)
+def test_flat_layers_are_made_anew_for_what_changed(
+    tiny_encoder: SentenceEncoder, name: str
+) -> None:
+    before, first = tiny_encoder.encode(TEXTS), kept(tiny_encoder)
     assert len(first.layers) == 2
-    assert kept(tiny) is first
-    tiny.encode("one more")
-    assert kept(tiny) is first
-    NEWLY_MADE[name](tiny)
-    after = tiny.encode(TEXTS)
-    assert kept(tiny) is not first
-    assert kept(tiny) is kept(tiny)
+    assert kept(tiny_encoder) is first
+    tiny_encoder.encode("one more")
+    assert kept(tiny_encoder) is first
+    NEWLY_MADE[name](tiny_encoder)
+    after = tiny_encoder.encode(TEXTS)
+    assert kept(tiny_encoder) is not first
+    assert kept(tiny_encoder) is kept(tiny_encoder)
     assert np.abs(after - before).max() > 1e-5
-    expected = fresh_of_its_form(tiny).encode(TEXTS)
+    expected = copy.deepcopy(tiny_encoder).encode(TEXTS)  # which has computed nothing yet
     np.testing.assert_allclose(after, expected, rtol=0, atol=ROUNDING)
 
 
 @pytest.mark.parametrize("name", ["threads", "precision", "training", "hook", "dtype"])
 def test_flat_layers_are_made_anew_in_another_state(
-    tiny: SentenceEncoder, name: str, two_threads: None
+    tiny_encoder: SentenceEncoder, name: str, two_threads: None
 ) -> None:
-    expected, first = tiny.encode(TEXTS), kept(tiny)
+    expected, first = tiny_encoder.encode(TEXTS), kept(tiny_encoder)
     before = torch.get_float32_matmul_precision()
     try:
         if name == "threads":
             torch.set_num_threads(1)
-            assert kept(tiny) is not first
+            assert kept(tiny_encoder) is not first
         elif name == "precision":
             torch.set_float32_matmul_precision("high")
-            assert kept(tiny) is not first
+            assert kept(tiny_encoder) is not first
         elif name == "training":  # of one part, as `fast_products` alone sees it
-            part(tiny, "bert.layers.0.attention.dropout").train()
-            assert flat_layers(tiny) == ["bert.layers.1"]
-            part(tiny, "bert.layers.0.attention.dropout").eval()
+            part(tiny_encoder, "bert.layers.0.attention.dropout").train()
+            assert flat_layers(tiny_encoder) == ["bert.layers.1"]
+            part(tiny_encoder, "bert.layers.0.attention.dropout").eval()
         elif name == "hook":
-            handle = part(tiny, LAYER).register_forward_hook(lambda *_: None)
-            assert flat_layers(tiny) == ["bert.layers.1"]
+            handle = part(tiny_encoder, LAYER).register_forward_hook(lambda *_: None)
+            assert flat_layers(tiny_encoder) == ["bert.layers.1"]
             handle.remove()
         else:
-            tiny.double()
-            assert flat_layers(tiny) == []
-            tiny.float()
+            tiny_encoder.double()
+            assert flat_layers(tiny_encoder) == []
+            tiny_encoder.float()
     finally:
         torch.set_float32_matmul_precision(before)
-    np.testing.assert_allclose(tiny.encode(TEXTS), expected, rtol=0, atol=ROUNDING)
-    assert flat_layers(tiny) == ["bert.layers.0", "bert.layers.1"]
+    np.testing.assert_allclose(tiny_encoder.encode(TEXTS), expected, rtol=0, atol=ROUNDING)
+    assert flat_layers(tiny_encoder) == ["bert.layers.0", "bert.layers.1"]
 
 
-def test_model_is_freed_with_its_last_reference(tiny: SentenceEncoder) -> None:
-    encoder = copy.deepcopy(tiny)
+def test_model_is_freed_with_its_last_reference(tiny_encoder: SentenceEncoder) -> None:
+    encoder = copy.deepcopy(tiny_encoder)
     encoder.encode(TEXTS)
     weights: list[Any] = [weakref.ref(parameter) for parameter in encoder.parameters()]
     modules = [weakref.ref(module) for module in encoder.modules()]
@@ -808,23 +814,23 @@ def test_accelerate_keeps_what_can_be_seen() -> None:
     seeded_bert(seed=1).load_state_dict(model.state_dict(), strict=True)
 
 
-def test_accelerate_twice_changes_nothing(tiny: SentenceEncoder) -> None:
-    expected = tiny.encode(TEXTS)
-    accelerate(tiny)
-    np.testing.assert_array_equal(tiny.encode(TEXTS), expected)
+def test_accelerate_twice_changes_nothing(tiny_encoder: SentenceEncoder) -> None:
+    expected = tiny_encoder.encode(TEXTS)
+    accelerate(tiny_encoder)
+    np.testing.assert_array_equal(tiny_encoder.encode(TEXTS), expected)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.ao.quantization.*:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:.*quantized.*:UserWarning")
-def test_tools_that_ask_for_linear_layers_find_them(tiny: SentenceEncoder) -> None:
+def test_tools_that_ask_for_linear_layers_find_them(tiny_encoder: SentenceEncoder) -> None:
     """In silence nothing was quantized: no layer was of that class."""
-    expected = tiny.encode(TEXTS)
-    quantized = untyped.ao.quantization.quantize_dynamic(tiny, {nn.Linear})
+    expected = tiny_encoder.encode(TEXTS)
+    quantized = untyped.ao.quantization.quantize_dynamic(tiny_encoder, {nn.Linear})
     assert not linear_layers(quantized)
-    assert len(linear_layers(tiny)) == 12
+    assert len(linear_layers(tiny_encoder)) == 12
     difference = np.abs(quantized.encode(TEXTS) - expected).max()
     assert 1e-4 < difference < 0.05  # weights of 8 bits
-    np.testing.assert_array_equal(tiny.encode(TEXTS), expected)
+    np.testing.assert_array_equal(tiny_encoder.encode(TEXTS), expected)
 
 
 class OtherLinear(nn.Linear):
@@ -848,12 +854,14 @@ def test_accelerate_leaves_other_classes_alone() -> None:
 
 
 @pytest.mark.parametrize("last", ["attention.query", "feed_forward.intermediate"])
-def test_class_that_a_layer_is_given_later_is_called(tiny: SentenceEncoder, last: str) -> None:
+def test_class_that_a_layer_is_given_later_is_called(
+    tiny_encoder: SentenceEncoder, last: str
+) -> None:
     plain = seeded_bert()
-    for model in (tiny.bert, plain):
+    for model in (tiny_encoder.bert, plain):
         model.layers[1].get_submodule(last).__class__ = OtherLinear
-    vectors = tiny.encode(TEXTS, convert_to_tensor=True)
-    torch.testing.assert_close(vectors, plain_vectors(plain, tiny), rtol=0, atol=ROUNDING)
+    vectors = tiny_encoder.encode(TEXTS, convert_to_tensor=True)
+    torch.testing.assert_close(vectors, plain_vectors(plain, tiny_encoder), rtol=0, atol=ROUNDING)
 
 
 def test_accelerate_converts_the_matrices_only() -> None:
