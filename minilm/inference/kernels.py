@@ -101,10 +101,10 @@ Multiply = Callable[[Tensor], Tensor]
 _DTYPES = (torch.float32, torch.bfloat16)
 _SLICE = 384  # columns that `Slices` adds up in one chain
 # Numbers of rows that are tried: multiples of 16 with as many threads as there are now, and with
-# one; and, in case batches need not be filled up so far, multiples of 4.
-_TRIAL = (16, 32, 48, 80, 144, 272, 512)
-_TRIAL_ALONE = (16, 48, 144)
-_TRIAL_FEW = (4, 8, 12, 20, 28, 44)
+# one; and, in case batches need not be filled up so far, multiples of 4. Few, since oneDNN keeps
+# 0.6 MB for each.
+_TRIAL, _TRIAL_ALONE = (16, 48, 272, 512), (16, 144)
+_TRIAL_FEW, _TRIAL_FEW_ALONE = (4, 12, 28), (4, 28)
 # How much a product may err, times the error of `F.linear`, root mean square: those that token
 # vectors go into, whose rounding reaches the sentence vectors most, less than the two others.
 _MOST_ERRORS = (1.2, 1.2, 1.2, 1.5, 1.2, 1.5)  # query, key, value, output; the feed-forward's two
@@ -169,7 +169,8 @@ class Chains(Product):
     def of(self, weight: Tensor, bias: Tensor | None) -> Multiply:
         multiply = torch.ops.mkldnn._linear_pointwise.default
         size = self.columns or weight.shape[1]
-        first, *others = torch.split(weight, size, 1)
+        parts = -(-weight.shape[1] // size)
+        first, *others = weight.chunk(parts, 1)
         if not all(_is_dense(part) for part in (first, *others)):
             # oneDNN has a reference implementation only for matrices with gaps between the rows.
             return lambda rows: self.of(_transpose(weight), bias)(rows)
@@ -179,7 +180,7 @@ class Chains(Product):
             return output
 
         def in_chains(rows: Tensor) -> Tensor:
-            columns = torch.split(rows, size, 1)
+            columns = rows.chunk(parts, 1)
             output: Tensor = multiply(columns[0], first, bias, "none", [], "")
             for part, matrix in zip(columns[1:], others, strict=True):
                 output.add_(multiply(part, matrix, None, "none", [], ""))
@@ -325,13 +326,13 @@ class _Trial:
         make = {"generator": random, "dtype": torch.float32, "device": "cpu"}
         weight = torch.randn(out_features, in_features, **make).to(dtype) * 0.05  # type: ignore[call-overload]
         bias = torch.randn(out_features, **make).to(dtype)  # type: ignore[call-overload]
-        rows = torch.randn(640, in_features, **make).to(dtype)  # type: ignore[call-overload]
+        rows = torch.randn(528, in_features, **make).to(dtype)  # type: ignore[call-overload]
         if product.copies(dtype):
             weight = _transpose(weight)
         multiply, plain = product.of(weight, bias), _plain.of(weight, bias)
-        exact = F.linear(rows[:32].double(), weight.double(), bias.double())
+        exact = F.linear(rows[:48].double(), weight.double(), bias.double())
         bound = 8 * torch.finfo(dtype).eps * exact.abs().max()
-        off, usual = (each(rows[:32]).double() - exact for each in (multiply, plain))
+        off, usual = (each(rows[:48]).double() - exact for each in (multiply, plain))
         error = float(off.norm() / usual.norm().clamp(min=1e-300))
         is_right = bool((off.abs() <= bound).all())
         return cls(product, multiply, rows, is_right, error)
@@ -342,7 +343,7 @@ class _Trial:
 
     def choice(self) -> Choice:
         """What is chosen if this is: with few rows to fill up, if that keeps the bits too."""
-        return Choice(self.product, 4 if self._keeps_bits(_TRIAL_FEW, _TRIAL_FEW) else 16)
+        return Choice(self.product, 4 if self._keeps_bits(_TRIAL_FEW, _TRIAL_FEW_ALONE) else 16)
 
     def _keeps_bits(self, counts: tuple[int, ...], counts_alone: tuple[int, ...]) -> bool:
         threads = torch.get_num_threads()
@@ -734,7 +735,7 @@ def _keep_freed_memory() -> None:
 def keep_few_kernels() -> None:
     """Let oneDNN, and torch before it, keep 16 of the kernels made for a size, instead of 1,024.
 
-    Each takes up to 0.1 MB, and batches of texts have so many sizes that few are used again: a
+    Each takes 0.6 MB, and batches of texts have so many sizes that few are used again: a
     process that embeds for hours grew by 100 MB, and was no faster for it. This sets the
     environment of the process, but for what is set there, and works only before its first product:
     so it is for processes of our own.
