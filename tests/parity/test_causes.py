@@ -803,7 +803,7 @@ def test_command_takes_the_golden_texts_for_an_array(
     assert cli.main(["parity", "--against", str(tmp_path / "a.npy"), *model]) == 0
     np.save(tmp_path / "b.npy", port(encoder, TINY))
     assert cli.main(["parity", "--against", str(tmp_path / "b.npy"), *model]) == 1
-    assert "but the golden texts are 50; pass --texts FILE" in capsys.readouterr().err
+    assert "but the golden texts are 64; pass --texts FILE" in capsys.readouterr().err
     assert cli.main(["parity", "--against", str(tmp_path / "c.npy"), *model]) == 1
     assert "c.npy: No such file or directory" in capsys.readouterr().err
 
