@@ -1,4 +1,4 @@
-"""The golden file for ports: fifty texts, and what every stage of the model makes of them.
+"""The golden file for ports: 64 texts, and what every stage of the model makes of them.
 
 In: an encoder. Out: a folder with the texts and ids as JSON, and the tensors in float64 and
 float32, which any language can read; and for the stages that a port wrote under the same names,

@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import re
+import unicodedata
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +56,9 @@ def compared(folder: Path, dump: Dump) -> StageReport:
     return compare_stages_file(folder, file)
 
 
-def test_fifty_texts_that_tell_causes_apart(encoder: SentenceEncoder) -> None:
+def test_texts_that_tell_causes_apart(encoder: SentenceEncoder) -> None:
     texts = [each.text for each in TEXTS]
-    assert len(texts) == len(set(texts)) == 50
+    assert len(texts) == 64
     assert encoder.tokenizer is not None
     counts = encoder.tokenizer(texts).token_counts
     for limit, least in ((128, 6), (256, 4), (512, 2)):
@@ -67,6 +70,44 @@ def test_fifty_texts_that_tell_causes_apart(encoder: SentenceEncoder) -> None:
     assert all(each.why for each in TEXTS)
     unknown = encoder.tokenizer.backend.token_to_id("[UNK]")
     assert sum(unknown in ids for ids in encoder.tokenizer(texts).input_ids) >= 2
+
+
+def test_two_texts_are_there_twice_in_other_batches() -> None:
+    texts = [each.text for each in TEXTS]
+    assert len(set(texts)) == 62
+    assert texts[62:] == [texts[6], texts[0]]
+    assert 62 // 32 != 6 // 32
+
+
+@pytest.mark.parametrize(
+    ("number", "other"),
+    [
+        (50, lambda text: re.sub("[\v\f]", " ", text)),
+        (50, lambda text: text.replace("\x85", " ")),
+        (51, lambda text: re.sub("[\u202f\u3000\u2003]", "-", text)),
+        (52, lambda text: re.sub("[\xab\xbb]", "", text)),
+        (52, lambda text: text.replace("\u2019", "")),
+        (53, lambda text: unicodedata.normalize("NFKC", text)),
+        (53, lambda text: text.replace("\uff01", "")),
+        (54, lambda text: re.sub("[\u093e\u093f\u0940]", "", text)),
+        (55, lambda text: re.sub("[\u0e48\u0e49]", "\u0e44", text)),
+        (55, lambda text: re.sub("[\u0e20\u0e29\u0e44]", "", text)),
+        (56, str.lower),  # with a final sigma
+        (57, lambda text: unicodedata.normalize("NFKC", text)),
+        (58, lambda text: text[:50] + " " + text[50:]),
+        (59, lambda text: text[:100] + " " + text[100:]),
+        (60, lambda text: re.sub("[\U0001f60d\u2603]", " ", text)),
+        (61, lambda text: re.sub("[\u1dfb\u1ac5]", "", text)),
+        (61, lambda text: text.replace("\u2e5d", " \u2e5d")),
+    ],
+)
+def test_texts_show_how_another_tokenizer_reads(
+    encoder: SentenceEncoder, number: int, other: Callable[[str], str]
+) -> None:
+    assert encoder.tokenizer is not None
+    text = TEXTS[number].text
+    right, wrong = encoder.tokenizer([text, other(text)]).input_ids
+    assert right != wrong
 
 
 def test_stage_names() -> None:
