@@ -14,9 +14,15 @@ import fnmatch
 import itertools
 import logging
 import os
+import queue
 import re
+import socket
 import sys
+import threading
+import time
 import traceback
+import urllib.parse
+import urllib.request
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, suppress
@@ -456,6 +462,15 @@ def _fetch(
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     with _asking_the_hub(token, local_files_only) as secret:
+        if re.fullmatch("[0-9a-f]{40}", revision):
+            # The first request for a commit would be repeated for 23 s.
+            first = next(iter(names or ("modules.json",)))
+            url = huggingface_hub.hf_hub_url(name, first, revision=revision)
+            try:
+                huggingface_hub.get_hf_file_metadata(url, token=secret)
+            except Exception as error:
+                if type(error).__name__ in _NO_CONNECTION:
+                    raise
         for patterns in (_READ, _WEIGHTS) if names is None else (names,):
             found = huggingface_hub.snapshot_download(
                 name,
@@ -500,6 +515,9 @@ def _asking_the_hub(
     if local_files_only or constants.HF_HUB_OFFLINE:
         why = "local_files_only=True" if local_files_only else "HF_HUB_OFFLINE is set"
         raise _NotFetchedError(f"not asked: {why}")
+    closed = _knock(constants.ENDPOINT)
+    if closed:
+        raise _NotFetchedError(f"can't be reached: {_hidden(closed)}")
     secret = token.reveal() if isinstance(token, AccessToken) else token
     try:
         # Progress bars are drawn, for which there need be no standard error.
@@ -520,6 +538,64 @@ def _asking_the_hub(
         is_harmless = _hidden(report, token) == report
         why = f"{state}: {_hidden(reason[0], token)}"
         raise _NotFetchedError(why) from (error if is_harmless else None)
+
+
+# What the libraries below call that there is no connection, because of a proxy or TLS for example.
+_NO_CONNECTION = ("ConnectError", "ConnectionError", "ProxyError", "SSLError")
+_PATIENCE = 2.5  # seconds in which a network that works finds an address and connects
+
+
+def _knock(address: str) -> str | None:
+    """Say why no connection can be made to a server, or to the proxy before it; None if one can.
+
+    What comes after it may take its time. The libraries below wait up to 10 s for each address of
+    the server, and their system for names as long as it likes; so all are tried at once.
+    """
+    from huggingface_hub.utils import _http
+
+    ours = getattr(_http, "default_client_factory", None)
+    if getattr(_http, "_GLOBAL_CLIENT_FACTORY", ours) is not ours:
+        return None  # the user's own client, which may need no connection of this kind
+    url = urllib.parse.urlsplit(address)
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(url.scheme) or proxies.get("all")
+    if proxy and not urllib.request.proxy_bypass(url.hostname or ""):
+        url = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    host, port = url.hostname, url.port or {"https": 443, "http": 80}.get(url.scheme, 1080)
+    answers: queue.SimpleQueue[Exception | set[tuple[Any, ...]] | None] = queue.SimpleQueue()
+
+    def resolve() -> None:
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            answers.put({entry[4][:2] for entry in found})
+        except (OSError, UnicodeError) as error:
+            answers.put(error)
+
+    def connect(address: tuple[Any, ...]) -> None:
+        try:
+            socket.create_connection(address, _PATIENCE).close()
+            answers.put(None)
+        except OSError as error:
+            answers.put(error)
+
+    tasks: list[Callable[[], None]] = [resolve]
+    deadline, waiting, reason = time.monotonic() + _PATIENCE, 0, ""
+    while tasks or waiting:
+        waiting += len(tasks)
+        for task in tasks:  # of no use after the deadline, so nobody need wait for them
+            threading.Thread(target=task, daemon=True).start()
+        try:
+            answer = answers.get(timeout=max(0, deadline - time.monotonic()))
+        except queue.Empty:
+            return f"{host} port {port} doesn't answer within {_PATIENCE} s"
+        tasks, waiting = [], waiting - 1
+        if answer is None:
+            return None
+        if isinstance(answer, Exception):
+            reason = f"{host} port {port}: {answer}"
+        else:
+            tasks = [partial(connect, found) for found in answer]
+    return reason
 
 
 # --- damaged files

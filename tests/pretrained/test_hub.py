@@ -467,8 +467,143 @@ MODEL_ERRORS = (ModelNotFoundError, ValueError)  # "" is the current directory, 
 def test_no_server_at_all(cache: Path) -> None:
     message = not_found()
     assert f"{cache} (the Hub cache): no modules.json of revision main" in message
-    assert "http://127.0.0.1:9 (the Hub): not in the cache, and the Hub can't be asked" in message
+    assert "http://127.0.0.1:9 (the Hub): can't be reached: 127.0.0.1 port 9: [Errno" in message
     assert "set HF_ENDPOINT to a mirror" in message
+
+
+# A quick "no": what can't be reached is given up within 3 s, what only takes its time is not.
+
+
+@pytest.fixture
+def silent_address() -> Iterator[str]:
+    """A port that takes no more connections: what is sent there is never answered."""
+    with socket.socket() as listener, contextlib.ExitStack() as stack:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        address = listener.getsockname()
+        for _ in range(5):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(address)
+        yield f"http://127.0.0.1:{address[1]}"
+
+
+def how_long(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+@pytest.mark.parametrize("name", [NAME, hub.DEFAULT_MODEL], ids=["by branch", "by commit"])
+@pytest.mark.parametrize("kind", ["refuses", "swallows", "no such name", "names take forever"])
+def test_a_quick_no(
+    pinned: dict[str, str],
+    silent_address: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    kind: str,
+) -> None:
+    monkeypatch.setattr("time.sleep", SLEEP)  # the real one
+    ended = threading.Event()
+
+    def resolve(host: str, *arguments: Any, **options: Any) -> Any:
+        if kind == "names take forever":
+            ended.wait(60)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    address = "http://127.0.0.1:9"
+    if kind == "swallows":
+        address = silent_address
+    elif kind != "refuses":
+        address = "http://hub.invalid"
+        monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    use_endpoint(address, monkeypatch)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,hub.invalid")
+    messages = []
+    try:
+        took = how_long(lambda: messages.append(not_found(name, cache_dir="cache")))
+    finally:
+        ended.set()
+    assert took < 3
+    assert caplog.records == []  # none of the attempts that another library makes
+    reason = {
+        "refuses": "127.0.0.1 port 9: [Errno",
+        "swallows": "doesn't answer within 2.5 s",
+        "no such name": "hub.invalid port 80: [Errno",
+        "names take forever": "hub.invalid port 80 doesn't answer within 2.5 s",
+    }[kind]
+    assert f"{address} (the Hub): can't be reached: " in messages[0]
+    assert reason in messages[0]
+
+
+def test_a_quick_no_of_a_proxy_and_of_what_is_no_server(
+    silent_address: str, monkeypatch: pytest.MonkeyPatch, pinned: dict[str, str]
+) -> None:
+    """The Hub itself can't be found from here, and need not be where there is a proxy."""
+    use_endpoint("http://hub.invalid", monkeypatch)
+    monkeypatch.setenv("http_proxy", "http://me:secret@127.0.0.1:9")
+    message = not_found()
+    assert "(the Hub): can't be reached: 127.0.0.1 port 9: [Errno" in message
+    assert "secret" not in message
+    # A proxy that takes the connection, and hangs up.
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        seen: list[object] = []
+
+        def hang_up() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = proxy.accept()
+                    seen.append(connection)
+                    connection.close()
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        use_endpoint("https://hub.invalid", monkeypatch)
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        for name in (NAME, hub.DEFAULT_MODEL):
+            assert "https://hub.invalid (the Hub): " in not_found(name)
+        proxy.shutdown(socket.SHUT_RDWR)
+        thread.join()
+    assert seen
+
+
+@pytest.mark.parametrize("name", [NAME, hub.DEFAULT_MODEL], ids=["by branch", "by commit"])
+def test_a_slow_hub_is_waited_for(pinned_hub: FakeHub, name: str) -> None:
+    pinned_hub.delay = 5
+    assert how_long(lambda: load(name)) > 5
+
+
+def test_a_client_of_the_users_own_is_asked_without_knocking(
+    fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may reach what has no address here."""
+    set_factory = getattr(huggingface_hub, "set_client_factory", None)
+    if set_factory is None:
+        pytest.skip("this version of huggingface_hub takes no client")
+    default = huggingface_hub.utils._http.default_client_factory
+    use_endpoint("http://hub.invalid", monkeypatch)
+    assert "can't be reached" in not_found()
+    asked: list[str] = []
+
+    def elsewhere() -> Any:
+        client: Any = default()
+        send = client.send
+
+        def redirected(request: Any, **options: Any) -> Any:
+            asked.append(str(request.url))
+            request.url = request.url.copy_with(host="127.0.0.1", port=fake_hub.server_port)
+            return send(request, **options)
+
+        client.send = redirected
+        return client
+
+    set_factory(elsewhere)
+    try:
+        assert load().encode("the dog").shape == (32,)
+    finally:
+        set_factory(default)
+    assert asked[0].startswith("http://hub.invalid/")
 
 
 def test_offline_with_an_empty_cache_says_so(
@@ -658,7 +793,7 @@ def test_a_damaged_file_where_the_hub_cannot_be_asked(
     assert info.value.expected in message
     assert info.value.actual in message
     assert ("SHA-256 is" if name == "model.safetensors" else "SHA-1 in git is") in message
-    reasons = {"no server": "failed: "}
+    reasons = {"no server": "can't be reached: 127.0.0.1 port 9"}
     assert f"it can't be fetched again ({reasons.get(how, 'not asked: ' + how)}" in message
     assert blob(name).read_bytes() == damaged  # nothing is removed that can't be had again
     copy = pickle.loads(pickle.dumps(info.value))
