@@ -81,7 +81,8 @@ class SentenceEncoder(Pipeline):
             source = hub.locate(model_name_or_path, **wanted.where)
             assert target is not None
             kind = dtype_on(target, dtype)
-            parts = folder.read_model(source, kind)
+            read = partial(folder.read_model, source, kind)
+            parts = hub.mended(source, read, **wanted.where)
             modules, tokenizer = parts.build(), parts.tokenizer
             max_seq_length = parts.max_seq_length if max_seq_length is None else max_seq_length
             similarity_fn_name = similarity_fn_name or parts.similarity_fn_name
@@ -137,7 +138,8 @@ class SentenceEncoder(Pipeline):
 
         Raises:
             ModelNotFoundError: The model is in none of the places looked at.
-            HashMismatchError: A file of the published model is damaged.
+            HashMismatchError: A file of the published model, or one that was fetched from the Hub,
+                is damaged, and can't be fetched again.
             ConfigError, TokenizerError, WeightsError, ModelFolderError: The files of the model
                 are broken, or ask for what is not implemented.
             InputError: The device or dtype can't be used, or an option has no effect here.

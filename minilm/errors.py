@@ -11,7 +11,7 @@ what it is about as attributes, so that nobody has to parse a message::
     ├── ConfigError (ValueError)             a JSON file of a model folder
     ├── TokenizerError (ValueError)          tokenizer.json
     ├── WeightsError (ValueError)            model.safetensors
-    ├── HashMismatchError (ValueError)       a file that is not the published one
+    ├── HashMismatchError (ValueError)       a file that is not what was published
     ├── ModelFolderError (ValueError)        several of the above in one folder
     ├── NotFiniteError (ArithmeticError)     the model gave NaN or infinity
     ├── WorkerError (RuntimeError)           a process of a pool died
@@ -150,21 +150,39 @@ class WeightsError(_FileError):
 
 
 class HashMismatchError(MinilmError, ValueError):
-    """A file of the pinned model is not the published one.
+    """A file is not the published one, or not what the Hub said that it is.
 
     Attributes:
         path: The file.
-        expected: SHA-256 of the published file, in hex.
-        actual: SHA-256 of the file found, in hex.
+        expected: The hash that it should have, in hex: 64 digits of SHA-256, or 40 of the SHA-1
+            that git gives to small files.
+        actual: That hash of the file found.
+        kind: "published", or "downloaded" for any other model of the Hub.
+        record: Where the expected hash is written, if that is a file beside it.
+        advice: What to do, unless it is to delete the file.
     """
 
-    def __init__(self, path: str | Path, expected: str, actual: str) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        expected: str,
+        actual: str,
+        kind: str = "published",
+        record: Path | None = None,
+        advice: str = "",
+    ) -> None:
         self.path, self.expected, self.actual = Path(path), expected, actual
+        self.kind, self.record, self.advice = kind, record, advice
         # In the Hub cache the name is a link: deleting it alone would bring the same bytes back.
         target = f" and {self.path.resolve()}" if self.path.is_symlink() else ""
+        todo = f"delete it{target}, so that it is fetched again"
+        if record is not None:
+            todo = f"download it again; or delete {record}, if you changed the file yourself"
+        what = "the published file" if kind == "published" else "the file that the Hub has"
+        name = "SHA-1 in git" if len(expected) == 40 else "SHA-256"
         super().__init__(
-            f"{self.path}: this is not the published file: its SHA-256 is {actual}, "
-            f"expected {expected}; delete it{target}, so that it is fetched again"
+            f"{self.path}: this is not {what}: its {name} is {actual}, "
+            f"expected {expected}; {advice or todo}"
         )
 
 

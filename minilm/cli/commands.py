@@ -507,6 +507,19 @@ def _show_finding(finding: Any, is_good: bool, options: argparse.Namespace) -> i
     return 0 if is_good else 1
 
 
+def verify(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    """Compare the files of a model with what they should be."""
+    files, states = hub.verify(options.model)
+    damaged = sum(state.state == "damaged" for state in states)
+    if options.json:
+        rows = [state._asdict() for state in states]
+        _show(json.dumps({"model": files.location, "damaged": damaged, "files": rows}, indent=2))
+    else:
+        width = max(len(state.name) for state in states) if states else 0
+        _show(files.location, *(f"{n:<{width}}  {state}: {text}" for n, state, text in states))
+    return 1 if damaged or not states else 0
+
+
 def download(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Put the published files into a folder."""
     if options.output in ("", "-"):

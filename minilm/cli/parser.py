@@ -1,8 +1,8 @@
 """The command line `minilm`: its commands, their options and help. `commands.py` runs them.
 
 Each command is one call in Python too. torch is loaded only once a command runs, so that `--help`
-answers at once. Exit codes: 0 done, 1 failed, or for `parity` and `check` different, 2 wrong usage,
-130 interrupted.
+answers at once. Exit codes: 0 done, 1 failed, or for `parity`, `check` and `verify` different, 2
+wrong usage, 130 interrupted.
 """
 
 import argparse
@@ -250,6 +250,22 @@ def _parser() -> argparse.ArgumentParser:
     for one in (check, parity):
         _add_column(one, "the name of the text (default: text)")
         _add_json(one, "print the finding as JSON")
+
+    verify = command(
+        "verify",
+        "whether a model's files are what was published",
+        "Hash every file of a model that may be read, and compare it with what the Hub said it is; "
+        "fetch a damaged one in the Hub's cache again.",
+        model=False,
+    )
+    verify.add_argument(
+        "model",
+        nargs="?",
+        metavar="NAME_OR_FOLDER",
+        default=hub.DEFAULT_MODEL,
+        help="a folder, or a name on the Hugging Face Hub (default: %(default)s)",
+    )
+    _add_json(verify, "print it as JSON")
 
     download = command("download", "put the published files into a folder, verified", model=False)
     _add_output(download, "FOLDER", f"(default: {hub.WEIGHTS_FOLDER.as_posix()})")

@@ -34,6 +34,7 @@ from minilm.errors import (
     TokenizerError,
     WeightsError,
 )  # fmt: skip
+from minilm.inference.truncation import caller_level
 from minilm.pooling import ClsPooling, MeanPooling, Normalize
 from minilm.pretrained.checkpoint import build_bert, read_checkpoint
 from minilm.pretrained.hub import looks_like
@@ -170,7 +171,8 @@ def read_model(files: ModelFiles, dtype: torch.dtype) -> ModelParts:
     Raises:
         ConfigError, TokenizerError, WeightsError: One file is wrong.
         ModelFolderError: Several are; it lists the errors of all.
-        HashMismatchError: A file of the default model is not the published one.
+        HashMismatchError: A file of the default model is not the published one, or one that was
+            fetched from the Hub is not what the Hub said.
     """
     stages = _read_stages(files)  # first, since it says where the others are
     folder = stages.transformer
@@ -207,6 +209,14 @@ def read_model(files: ModelFiles, dtype: torch.dtype) -> ModelParts:
         raise errors[0]
     if errors:
         raise ModelFolderError(files.location, errors)
+    if files.unverifiable:
+        named = ", ".join(files.unverifiable)
+        called = next(iter(files.unverifiable.values()))
+        warnings.warn(
+            f"{files.location}: {named} can't be verified: the Hub called it {called!r}, which is "
+            "no SHA-256 and no SHA-1 of git",
+            stacklevel=caller_level(),
+        )
     assert config and state and tokenizer and pooling and limit and own  # noqa: PT018
     return ModelParts(config, state, tokenizer, pooling, bool(stages.normalize), limit, **own)
 

@@ -4,27 +4,44 @@ In: what the user names. Out: `ModelFiles`, the folder that `folder.py` reads. A
 a folder too: its snapshot in the cache, which is fetched first if it is not complete.
 
 huggingface_hub does the fetching (cache, resuming, progress bars, `HF_HOME`, `HF_TOKEN`,
-`HF_ENDPOINT`, `HF_HUB_OFFLINE`, proxies). It checks sizes, not contents: the published default
-model is therefore pinned here by revision and SHA-256, and every byte that is loaded is hashed
-first, also when it comes from a cache.
+`HF_ENDPOINT`, `HF_HUB_OFFLINE`, proxies). It checks sizes, not contents (seen with 2.4.0, November
+2026). So every byte that is loaded is hashed first, also when it comes from a cache: the published
+default model is pinned here by revision and SHA-256, and what other models' files should be is
+written beside them (`source.py`). A damaged file of the cache is fetched again.
 """
 
 import fnmatch
 import itertools
 import logging
 import os
+import queue
 import re
+import socket
 import sys
+import threading
+import time
 import traceback
+import urllib.parse
+import urllib.request
 import warnings
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from functools import partial
 from operator import methodcaller
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
-from minilm.disk import absolute, inside, make_folder, with_home, write_atomically
+from minilm.disk import (
+    absolute,
+    inside,
+    make_folder,
+    temporary_name,
+    with_home,
+    write_atomically,
+)  # fmt: skip
 from minilm.errors import (
+    ConfigError,
+    HashMismatchError,
     InputError,
     InputTypeError,
     ModelNotFoundError,
@@ -35,8 +52,8 @@ from minilm.source import ModelFiles, verified
 from minilm.streams import is_open, present
 
 __all__ = [
-    "DEFAULT_MODEL", "REVISION", "SHA256", "AccessToken", "download", "from_hub", "locate",
-    "looks_like", "settled",
+    "DEFAULT_MODEL", "REVISION", "SHA256", "AccessToken", "FileState", "download", "from_hub",
+    "locate", "looks_like", "mended", "settled", "verify",
 ]  # fmt: skip
 
 DEFAULT_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
@@ -60,6 +77,8 @@ SHA256 = {
 WEIGHTS_FOLDER = Path("weights", "all-MiniLM-L6-v2")
 
 _PUBLISHER_OF_SHORT_NAMES = "sentence-transformers/"
+
+_Result = TypeVar("_Result")
 
 logger = logging.getLogger(__name__)
 
@@ -163,7 +182,7 @@ def locate(
                 return _local_files(name, folder, pinned=True)
             state = f"lacks {', '.join(missing)}" if folder.is_dir() else "no such folder"
             looked.append(f"{folder}: {state}")
-    folder = _snapshot(
+    return _snapshot(
         name,
         REVISION if pinned else revision or "main",
         names=SHA256 if pinned else None,
@@ -172,8 +191,6 @@ def locate(
         local_files_only=local_files_only,
         looked=looked,
     )
-    commit = REVISION if pinned else folder.name  # another commit of the same bytes is as good
-    return ModelFiles(name, f"{name}@{commit}", folder, SHA256 if pinned else {}, revision=commit)
 
 
 def settled(name_or_path: str | os.PathLike[str]) -> str | os.PathLike[str]:
@@ -195,12 +212,12 @@ def from_hub(names: Sequence[str]) -> Iterator[tuple[Path, bytes]]:
     Raises:
         ModelNotFoundError: They are not in the cache, and the Hub can't be asked or lacks one.
     """
-    folder = _snapshot(DEFAULT_MODEL, REVISION, names=names)
-    for path in (folder / name for name in names):
-        if not path.is_file():
-            name = path.relative_to(folder).as_posix()
+    files = _snapshot(DEFAULT_MODEL, REVISION, names=names)
+    for name in names:
+        data = mended(files, partial(files.read, name))
+        if data is None:
             raise ModelNotFoundError(f"{DEFAULT_MODEL}@{REVISION} has no {name}")
-        yield path, path.read_bytes()
+        yield files.path(name), data
 
 
 # Gives the origin and the contents of each of some files of the default model.
@@ -353,8 +370,8 @@ def _snapshot(
     token: AccessToken | bool | None = None,
     local_files_only: bool = False,
     looked: Sequence[str] = (),
-) -> Path:
-    """The folder of a commit in the Hub's cache, fetched first unless it is complete.
+) -> ModelFiles:
+    """The files of a commit in the Hub's cache, fetched first unless they are complete.
 
     Args:
         name, revision, cache_dir, token, local_files_only: As in `locate`.
@@ -375,6 +392,13 @@ def _snapshot(
         raise InputError(
             f"revision is {revision!r}; pass a commit, branch or tag of the Hub", "revision"
         ) from error
+
+    def found_in(folder: Path) -> ModelFiles:
+        # Of the pinned model another commit of the same bytes is as good.
+        commit, pinned = (REVISION, SHA256) if names is not None else (folder.name, {})
+        where = f"{name}@{commit}"
+        return ModelFiles(name, where, folder, pinned, revision=commit, cache=cache)
+
     repository = cache / f"models--{name.replace('/', '--')}"
     folder = repository / "snapshots" / _commit(repository, revision)
     doubt = ""  # why files may be missing that the model has
@@ -395,10 +419,10 @@ def _snapshot(
         for other in sorted((repository / "snapshots").glob("*")) if names else ():
             differing = [file for file in names or () if not _is_published(other / file, file)]
             if not differing:
-                return other
+                return found_in(other)
             looked.append(f"{other}: {differing[0]} is missing, or is not the published one")
         try:
-            return _fetch(name, revision, names, cache, token, local_files_only)
+            return found_in(_fetch(name, revision, names, cache, token, local_files_only))
         except _NotFetchedError as error:
             folder = repository / "snapshots" / _commit(repository, revision)
             needed, optional = _lacking(folder, names)
@@ -418,7 +442,7 @@ def _snapshot(
             "taken as absent from the model",
             stacklevel=4,
         )
-    return folder
+    return found_in(folder)
 
 
 class _NotFetchedError(Exception):
@@ -435,9 +459,54 @@ def _fetch(
 ) -> Path:
     """Fetch the files of a commit, and return the folder of its snapshot."""
     import huggingface_hub
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    with _asking_the_hub(token, local_files_only) as secret:
+        if re.fullmatch("[0-9a-f]{40}", revision):
+            # The first request for a commit would be repeated for 23 s.
+            first = next(iter(names or ("modules.json",)))
+            url = huggingface_hub.hf_hub_url(name, first, revision=revision)
+            try:
+                huggingface_hub.get_hf_file_metadata(url, token=secret)
+            except Exception as error:
+                if type(error).__name__ in _NO_CONNECTION:
+                    raise
+        for patterns in (_READ, _WEIGHTS) if names is None else (names,):
+            found = huggingface_hub.snapshot_download(
+                name,
+                revision=revision,
+                cache_dir=cache,
+                allow_patterns=list(patterns),
+                ignore_patterns=list(_NOT_READ),
+                token=secret,
+            )
+            folder = Path(found)
+            revision = folder.name  # all of one commit, also when the branch moves on meanwhile
+        # Does the model lack a file, or could the list of its files not be fetched? Some
+        # versions don't say. If the Hub lacks it, the cache has a mark of that from now on.
+        for file in itertools.chain(*_lacking(folder, names)):
+            try:
+                huggingface_hub.hf_hub_download(
+                    name, file, revision=revision, cache_dir=cache, token=secret
+                )
+            except LocalEntryNotFoundError:
+                raise
+            except EntryNotFoundError:
+                pass
+    return folder
+
+
+@contextmanager
+def _asking_the_hub(
+    token: AccessToken | bool | None, local_files_only: bool
+) -> Iterator[str | bool | None]:
+    """Inside a `with`, the Hub may be asked, with the token that this gives.
+
+    Raises:
+        _NotFetchedError: It must not be asked, or it gave nothing.
+    """
     from huggingface_hub import constants
     from huggingface_hub.errors import (
-        EntryNotFoundError,
         HfHubHTTPError,
         HFValidationError,
         LocalEntryNotFoundError,
@@ -446,32 +515,14 @@ def _fetch(
     if local_files_only or constants.HF_HUB_OFFLINE:
         why = "local_files_only=True" if local_files_only else "HF_HUB_OFFLINE is set"
         raise _NotFetchedError(f"not asked: {why}")
+    closed = _knock(constants.ENDPOINT)
+    if closed:
+        raise _NotFetchedError(f"can't be reached: {_hidden(closed)}")
     secret = token.reveal() if isinstance(token, AccessToken) else token
     try:
         # Progress bars are drawn, for which there need be no standard error.
         with nullcontext() if is_open(sys.stderr) else present():
-            for patterns in (_READ, _WEIGHTS) if names is None else (names,):
-                found = huggingface_hub.snapshot_download(
-                    name,
-                    revision=revision,
-                    cache_dir=cache,
-                    allow_patterns=list(patterns),
-                    ignore_patterns=list(_NOT_READ),
-                    token=secret,
-                )
-                folder = Path(found)
-                revision = folder.name  # all of one commit, also when the branch moves on meanwhile
-            # Does the model lack a file, or could the list of its files not be fetched? Some
-            # versions don't say. If the Hub lacks it, the cache has a mark of that from now on.
-            for file in itertools.chain(*_lacking(folder, names)):
-                try:
-                    huggingface_hub.hf_hub_download(
-                        name, file, revision=revision, cache_dir=cache, token=secret
-                    )
-                except LocalEntryNotFoundError:
-                    raise
-                except EntryNotFoundError:
-                    pass
+            yield secret
     except Warning:  # python -W error
         raise
     except Exception as error:
@@ -487,7 +538,210 @@ def _fetch(
         is_harmless = _hidden(report, token) == report
         why = f"{state}: {_hidden(reason[0], token)}"
         raise _NotFetchedError(why) from (error if is_harmless else None)
-    return folder
+
+
+# What the libraries below call that there is no connection, because of a proxy or TLS for example.
+_NO_CONNECTION = ("ConnectError", "ConnectionError", "ProxyError", "SSLError")
+_PATIENCE = 2.5  # seconds in which a network that works finds an address and connects
+
+
+def _knock(address: str) -> str | None:
+    """Say why no connection can be made to a server, or to the proxy before it; None if one can.
+
+    What comes after it may take its time. The libraries below wait up to 10 s for each address of
+    the server, and their system for names as long as it likes; so all are tried at once.
+    """
+    from huggingface_hub.utils import _http
+
+    ours = getattr(_http, "default_client_factory", None)
+    if getattr(_http, "_GLOBAL_CLIENT_FACTORY", ours) is not ours:
+        return None  # the user's own client, which may need no connection of this kind
+    url = urllib.parse.urlsplit(address)
+    proxies = urllib.request.getproxies()
+    proxy = proxies.get(url.scheme) or proxies.get("all")
+    if proxy and not urllib.request.proxy_bypass(url.hostname or ""):
+        url = urllib.parse.urlsplit(proxy if "://" in proxy else f"http://{proxy}")
+    host, port = url.hostname, url.port or {"https": 443, "http": 80}.get(url.scheme, 1080)
+    answers: queue.SimpleQueue[Exception | set[tuple[Any, ...]] | None] = queue.SimpleQueue()
+
+    def resolve() -> None:
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            answers.put({entry[4][:2] for entry in found})
+        except (OSError, UnicodeError) as error:
+            answers.put(error)
+
+    def connect(address: tuple[Any, ...]) -> None:
+        try:
+            socket.create_connection(address, _PATIENCE).close()
+            answers.put(None)
+        except OSError as error:
+            answers.put(error)
+
+    tasks: list[Callable[[], None]] = [resolve]
+    deadline, waiting, reason = time.monotonic() + _PATIENCE, 0, ""
+    while tasks or waiting:
+        waiting += len(tasks)
+        for task in tasks:  # of no use after the deadline, so nobody need wait for them
+            threading.Thread(target=task, daemon=True).start()
+        try:
+            answer = answers.get(timeout=max(0, deadline - time.monotonic()))
+        except queue.Empty:
+            return f"{host} port {port} doesn't answer within {_PATIENCE} s"
+        tasks, waiting = [], waiting - 1
+        if answer is None:
+            return None
+        if isinstance(answer, Exception):
+            reason = f"{host} port {port}: {answer}"
+        else:
+            tasks = [partial(connect, found) for found in answer]
+    return reason
+
+
+# --- damaged files
+
+
+def mended(
+    files: ModelFiles,
+    read: Callable[[], _Result],
+    *,
+    token: AccessToken | str | bool | None = None,
+    local_files_only: bool = False,
+    **_: Any,
+) -> _Result:
+    """Call `read`, and again after each damaged file of the Hub's cache that it meets was fetched
+    again, with a warning.
+
+    A file is replaced when the new one is complete. Of a folder that was asked for by its path,
+    and where another program put a file in the place of a link, nothing is replaced.
+
+    Args:
+        files: What is read.
+        read: Reads them, verified. Its result is returned.
+        token, local_files_only: As in `locate`.
+
+    Raises:
+        HashMismatchError: A file is damaged, and can't be fetched again, or arrived damaged too;
+            then it is removed from the cache, for other programs would load it.
+    """
+    token = AccessToken(token) if isinstance(token, str) else token
+    fetched = set()
+    while True:
+        try:
+            return read()
+        except HashMismatchError as error:
+            if files.cache is None:
+                raise
+            given = error.path, error.expected, error.actual, error.kind, error.record
+            if error.path in fetched:
+                _remove(error.path)
+                advice = "it was fetched twice and removed again; try later, or another HF_ENDPOINT"
+                raise HashMismatchError(*given, advice) from None
+            try:
+                _fetch_again(files, error.path, token, local_files_only)
+            except (_NotFetchedError, OSError) as why:
+                advice = (
+                    f"it can't be fetched again ({why}); connect, and load the model again, or "
+                    "pass the folder of a good copy"
+                )
+                raise HashMismatchError(*given, advice) from why.__cause__
+            fetched.add(error.path)
+            # Not at the top: it loads torch, and this file is read for `--help` too.
+            from minilm.inference.truncation import caller_level
+
+            warnings.warn(
+                f"{error.path} was damaged, and was fetched again: its hash was {error.actual}, "
+                f"expected {error.expected}",
+                stacklevel=caller_level(),
+            )
+
+
+def _fetch_again(
+    files: ModelFiles, path: Path, token: AccessToken | bool | None, local_files_only: bool
+) -> None:
+    """Replace a file of the cache."""
+    import huggingface_hub
+
+    is_link, aside = path.is_symlink(), None
+    if not is_link and any(other.is_symlink() for other in files.folder.rglob("*")):
+        raise _NotFetchedError("a file among links, which another program put there")
+    with _asking_the_hub(token, local_files_only) as secret:
+        try:
+            if not is_link:  # where there are no links, huggingface_hub would leave it
+                aside = path.with_name(temporary_name(path.name))
+                path.replace(aside)
+            huggingface_hub.hf_hub_download(
+                files.name,
+                path.relative_to(files.folder).as_posix(),
+                revision=files.folder.name,
+                cache_dir=files.cache,
+                force_download=True,
+                token=secret,
+            )
+        finally:
+            if aside is not None and path.exists():
+                aside.unlink()
+            elif aside is not None:
+                aside.replace(path)
+
+
+def _remove(path: Path) -> None:
+    """Remove a file from the cache, and the blob that it is a link to."""
+    for each in (path.resolve(), path):
+        with suppress(OSError):
+            each.unlink()
+
+
+class FileState(NamedTuple):
+    """What `verify` found of a file.
+
+    Attributes:
+        name: Its name inside the model's folder.
+        state: "verified", "damaged", or "not verifiable": nothing says what it should be.
+        detail: The hash, the error, or why there is none.
+    """
+
+    name: str
+    state: str
+    detail: str
+
+
+def verify(
+    name_or_path: str | os.PathLike[str] = DEFAULT_MODEL, **where: Any
+) -> tuple[ModelFiles, list[FileState]]:
+    """Hash every file of a model that may be read, and compare it with what it should be.
+
+    As when the model is loaded, a damaged file of the Hub's cache is fetched again, if it can be.
+
+    Args:
+        name_or_path, where: As in `locate`.
+
+    Returns:
+        Where the files are, and the state of each.
+
+    Raises:
+        ModelNotFoundError, InputTypeError: As in `locate`.
+    """
+    files = locate(name_or_path, **where)
+    paths = (path for path in files.folder.rglob("*") if path.is_file() or path.is_symlink())
+    names = (path.relative_to(files.folder).as_posix() for path in paths)
+    wanted = [name for name in sorted(names) if _is_read(name)]
+    return files, [_state(files, name, where) for name in files.pinned or wanted]
+
+
+def _state(files: ModelFiles, name: str, where: Mapping[str, Any]) -> FileState:
+    try:
+        data = mended(files, partial(files.read, name), **where)
+    except (HashMismatchError, ConfigError) as error:
+        return FileState(name, "damaged", str(error))
+    if data is None:
+        return FileState(name, "damaged", "is missing")
+    if name in files.unverifiable:
+        called = files.unverifiable[name]
+        return FileState(name, "not verifiable", f"the Hub called it {called!r}, which is no hash")
+    if not files.pinned and not files.record(name).hashes:
+        return FileState(name, "not verifiable", "nothing beside it says what it should be")
+    return FileState(name, "verified", f"SHA-256 {files.sha256[name]}")
 
 
 def _commit(repository: Path, revision: str) -> str:
@@ -510,13 +764,15 @@ def _lacking(folder: Path, names: Collection[str] | None) -> tuple[list[str], li
     needed = [some[0] for some in _NEEDED if not any(fnmatch.filter(there, one) for one in some)]
     # Links to what was deleted, or never arrived.
     dangling = [path.relative_to(folder).as_posix() for path in paths if not path.exists()]
-    needed += [
-        name
-        for name in dangling
-        if any(fnmatch.fnmatch(name, one) for one in (*_READ, *_WEIGHTS))
-        and not any(fnmatch.fnmatch(name, one) for one in _NOT_READ)
-    ]
+    needed += filter(_is_read, dangling)
     return needed, [name for name in _OPTIONAL if name not in there]
+
+
+def _is_read(name: str) -> bool:
+    """Whether a file of a model may be read, or tells that the model can't be."""
+    return any(fnmatch.fnmatch(name, one) for one in (*_READ, *_WEIGHTS)) and not any(
+        fnmatch.fnmatch(name, one) for one in _NOT_READ
+    )
 
 
 def _hidden(text: str, token: AccessToken | bool | None = None) -> str:

@@ -41,7 +41,7 @@ from minilm.pipeline import Pipeline
 from minilm.pooling import ClsPooling, MeanPooling, Normalize
 from minilm.pretrained.checkpoint import published_name, published_shapes, read_unused
 from minilm.pretrained.folder import check_beside
-from minilm.source import ModelFiles
+from minilm.source import ModelFiles, record_of
 from minilm.tokenizer import WordPieceTokenizer
 from minilm.version import __version__
 
@@ -401,6 +401,8 @@ def _write(target: Path, contents: Mapping[str, bytes]) -> None:
             sync_folder(target.parent)
             return
         _replace_files(staging, target, list(contents))
+        for file in contents:  # what huggingface_hub noted of the files that were there
+            record_of(target, file).unlink(missing_ok=True)
         for folder in inner:
             sync_folder(target / folder)
     except BaseException:

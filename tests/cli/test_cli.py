@@ -352,7 +352,7 @@ def workplace(tmp_path: Path, model: list[str]) -> Path:
     [
         pytest.param(name, marks=[pytest.mark.process] if name == "encode" else [])
         for name in parser._EXAMPLES
-        if name != "download"
+        if name not in ("download", "verify")  # which take no --model
     ],
 )
 def test_examples_of_the_help_run(

