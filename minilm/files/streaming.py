@@ -1,8 +1,8 @@
 """Files of any size in, a folder of Parquet files with their vectors out, in bounded memory.
 
 In: an encoder, and .jsonl, .csv, .parquet or .txt files. Out: `OUTPUT/part-00000.parquet` and so
-on, each of a fixed number of rows, with all columns and the vectors; and a manifest. Next: `minilm
-check OUTPUT`, or any program that reads Parquet.
+on, each of a fixed number of rows, with all columns and the vectors; and beside it a manifest.
+Next: `minilm check OUTPUT`, or any program that reads Parquet.
 
 It can be killed at any moment. The same call goes on where it was, and the result is, byte for
 byte, that of an uninterrupted run (with the same versions of torch and pyarrow, on a processor of
@@ -28,7 +28,7 @@ from minilm.encoder import SentenceEncoder
 from minilm.errors import BadRowWarning, InputError, NotFiniteError, TruncationError
 from minilm.files.arrow import embedding_array, embedding_type, import_pyarrow, with_fingerprint
 from minilm.files.rows import DEFAULT_COLUMN
-from minilm.files.shards import Part, ShardFolder
+from minilm.files.shards import Part, ShardFolder, run_of
 from minilm.files.sources import ON_BAD_ROW, Layout, Shard, find_files, read_shards, survey
 from minilm.inference.encode import required_ranges
 from minilm.inference.kernels import give_back_freed_memory
@@ -46,7 +46,7 @@ from minilm.version import __version__
 
 __all__ = ["FilesReport", "encode_files"]
 
-FORMAT_VERSION = 1  # of the manifest
+FORMAT_VERSION = 2  # of the manifest; in 1 it is in the folder, and the parts know less
 
 _ATTEMPTS = 3  # processes that may die of one part: a run takes a night, and memory may run out
 
@@ -123,8 +123,9 @@ def encode_files(
     no whole number is rounded.
 
     Each file is read once before anything is computed, and once to compute. Called again with the
-    same arguments after it was interrupted, it goes on. In `output`, every part has the fingerprint
-    of the model, and `_manifest.json` says what was made from which files, with SHA-256.
+    same arguments after it was interrupted, it goes on. The finished folder has parts in it and
+    nothing else. Each has the fingerprint of the model, and knows which part of which run it is;
+    `OUTPUT.manifest.json`, beside the folder, says what was made from which files, with SHA-256.
 
     Args:
         encoder: The model.
@@ -225,11 +226,12 @@ def encode_files(
                 )
             if differing:
                 shards.clear()
-        header = shards.header
-        if header is None:
+        header, known = shards.header, shards.header or {}
+        if header is None or shards.is_lost:
             with progress_bar(show_progress_bar, desc="Reading", unit=" rows") as bar:
                 layout = survey(files, column, on_bad_row, bar.update)
-            header = _header(wanted, described, layout, on_bad_row)
+            told = {name: known.get(name, value) for name, value in wanted.items()}
+            header = _header(told, described, layout, on_bad_row)
         else:
             layout = _layout(header)
         if embedding_column in layout.columns:
@@ -470,9 +472,13 @@ def _differing(
             for key, value in now.items()
             if before.get(key) != value and not _is_the_same(name, key, header, value)
         ]
-    if header.get("format_version") != wanted["format_version"]:
+    if header.get("format_version") not in (1, wanted["format_version"]):
         differing.append(f"format_version ({header.get('format_version')!r} there)")
-    before = [(each["sha256"], each["name"]) for each in header.get("inputs", [])]
+    inputs = header.get("inputs", [])
+    if isinstance(inputs, dict):  # what the parts know, see `run_of`
+        same = inputs == run_of({"inputs": described})["inputs"]
+        return "; ".join(differing if same else [*differing, "content of the input files"])
+    before = [(each["sha256"], each["name"]) for each in inputs]
     now = [(each["sha256"], each["name"]) for each in described]
     if len(before) != len(now):
         differing.append(f"number of input files ({len(before)} there, {len(now)} now)")

@@ -33,7 +33,7 @@ from minilm.errors import (
 from minilm.files import streaming
 from minilm.files.arrow import embeddings_of
 from minilm.files.records import read_fingerprint
-from minilm.files.shards import MANIFEST, PROGRESS, ShardFolder
+from minilm.files.shards import PROGRESS, ShardFolder, manifest_path
 from minilm.files.sources import read_shards
 from minilm.files.streaming import FilesReport, embed, encode_files
 from minilm.inference.process_pool import ProcessPool
@@ -72,6 +72,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def with_manifest(folder: Path) -> dict[str, bytes]:
+    return contents(folder) | {"manifest": manifest_path(folder).read_bytes()}
+
+
 def read(folder: Path) -> Any:
     return pyarrow.dataset.dataset(folder, format="parquet").to_table()
 
@@ -96,7 +100,7 @@ def test_rows_and_vectors_are_those_of_the_file(
     for path in parts:
         assert read_fingerprint(path) == tiny_encoder.fingerprint()
     assert len(pd.read_parquet(tmp_path / "out")) == 50
-    manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    manifest = json.loads(manifest_path(tmp_path / "out").read_text())
     assert manifest["parts"][0]["unique"] == len(set(texts[:16])) == 15
     assert manifest["rows"] == {"read": 50, "bad": 0, "written": 50}
     assert manifest["columns"] == {"id": "int64", "text": "string"}
@@ -225,7 +229,7 @@ def test_bad_rows(tiny_encoder: SentenceEncoder, tmp_path: Path) -> None:
     assert table["id"].to_pylist() == [1, 2, 3, *[None] * 7]
     expected = tiny_encoder.encode(["a cat", "", "", "sun", *[""] * 6])
     np.testing.assert_array_equal(embeddings_of(table["embedding"]), expected)
-    manifest = json.loads((tmp_path / "empty" / MANIFEST).read_text())
+    manifest = json.loads(manifest_path(tmp_path / "empty").read_text())
     assert manifest["rows"] == {"read": 10, "bad": 8, "written": 10}
     with pytest.raises(InputError, match="line 2: text is null"):
         run(tiny_encoder, file, tmp_path / "error")
@@ -288,7 +292,40 @@ def test_another_run_is_refused(
     assert contents(out) == before
     report = run(tiny_encoder, source, out, overwrite=True)
     assert (report.rows, report.computed) == (1, 1)
-    assert sorted(contents(out)) == [MANIFEST, "part-00000.parquet"]
+    assert sorted(contents(out)) == ["part-00000.parquet"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path != source) == [
+        "moved.jsonl", "out", "out.manifest.json"
+    ]  # fmt: skip
+
+
+def test_a_folder_that_was_moved_without_its_manifest_gets_it_again(
+    tiny_encoder: SentenceEncoder, source: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run(tiny_encoder, source, out, shard_rows=16)
+    before = with_manifest(out)
+    manifest_path(out).unlink()
+    with pytest.raises(InputError, match=r"another shard_rows \(16 there, 7 now\)"):
+        run(tiny_encoder, source, out, shard_rows=7)
+    with pytest.raises(InputError, match="another content of the input files"):
+        run(tiny_encoder, write_jsonl(tmp_path / "b.jsonl", ["a cat"]), out, shard_rows=16)
+    (out / "part-00002.parquet").unlink()
+    assert run(tiny_encoder, source, out, shard_rows=16).computed == 1
+    assert with_manifest(out) == before
+
+
+def test_a_run_that_0_1_0_began_goes_on(
+    tiny_encoder: SentenceEncoder, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "FORMAT_VERSION", 1)
+        run(tiny_encoder, source, out, shard_rows=16)
+    manifest_path(out).rename(out / "_manifest.json")
+    (out / "part-00001.parquet").unlink()
+    assert run(tiny_encoder, source, out, shard_rows=16).computed == 1
+    assert len(contents(out)) == 4
+    assert json.loads(manifest_path(out).read_text())["format_version"] == 1
 
 
 def test_threads_that_write_one_folder_wait_for_each_other(
@@ -375,7 +412,7 @@ def test_a_file_that_changes_meanwhile(
     source.write_bytes(before)
     change = partial(os.utime, source, (1, 1))  # touched only
     run(tiny_encoder, source, tmp_path / "out", shard_rows=10)
-    assert (tmp_path / "out" / MANIFEST).exists()
+    assert manifest_path(tmp_path / "out").exists()
 
 
 def test_rows_that_were_there_at_one_reading_only(
@@ -411,6 +448,7 @@ import json, os, random, resource, shutil, signal, sys
 from pathlib import Path
 import pyarrow.parquet
 from minilm import SentenceEncoder
+from minilm.files.shards import manifest_path
 from minilm.files.streaming import encode_files
 
 model, source, place = map(Path, sys.argv[1:])
@@ -457,7 +495,9 @@ def child(output, stop, limit=None):
     return os.waitstatus_to_exitcode(status), told
 
 def contents(output):
-    return {path.name: path.read_bytes() for path in output.iterdir()}
+    beside = manifest_path(output)
+    files = [*output.iterdir(), *([beside] if beside.exists() else [])]
+    return {path.name.replace(output.name, "out"): path.read_bytes() for path in files}
 
 status, told = child(place / "whole", 10**9)
 assert status == 0
@@ -541,7 +581,7 @@ def test_workers_that_die_leave_no_trace(
     monkeypatch.setattr(streaming, "ProcessPool", _Watched)
     run(tiny_encoder, source, tmp_path / "two", shard_rows=6, workers=2)
     assert len(killed) == 2
-    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    assert with_manifest(tmp_path / "two") == with_manifest(tmp_path / "one")
     assert _Watched.started[-1]["processes"] == []
 
 
@@ -620,4 +660,4 @@ def test_interrupted_command_leaves_a_clean_state(tmp_path: Path) -> None:
     report = run(encoder, source, out, shard_rows=10)
     assert report.computed == 200 - finished
     run(encoder, source, tmp_path / "whole", shard_rows=10)
-    assert contents(out) == contents(tmp_path / "whole")
+    assert with_manifest(out) == with_manifest(tmp_path / "whole")
