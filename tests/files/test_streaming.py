@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -149,7 +150,12 @@ def test_precisions(
     dtype: str,
     width: int,
 ) -> None:
-    run(tiny_encoder, source, tmp_path / "out", precision=precision, embedding_column="v")
+    with (
+        pytest.warns(UserWarning, match="choose 'ubinary'")
+        if precision == "binary"
+        else (nullcontext())
+    ):
+        run(tiny_encoder, source, tmp_path / "out", precision=precision, embedding_column="v")
     table = read(tmp_path / "out")
     vectors = embeddings_of(table["v"])
     assert (vectors.dtype, vectors.shape) == (np.dtype(dtype), (50, width))
@@ -160,6 +166,29 @@ def test_precisions(
     np.testing.assert_array_equal(vectors, expected)
     record = read_fingerprint(tmp_path / "out" / "part-00000.parquet")
     assert record == tiny_encoder.fingerprint().for_call(precision=coded)
+
+
+def test_row_numbers_go_through_all_parts(
+    tiny_encoder: SentenceEncoder, source: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run(tiny_encoder, source, out, shard_rows=16, row_number="row")
+    table = read(out)
+    assert table.column_names == ["id", "text", "row", "embedding"]
+    assert table.schema.field("row").equals(pa.field("row", pa.int64(), nullable=False))
+    assert table["row"].to_pylist() == list(range(50))
+    with pytest.raises(InputError, match=r"row_number \('row' there, None now\)"):
+        run(tiny_encoder, source, out, shard_rows=16)
+
+
+def test_a_column_that_the_path_overwrites_is_told(
+    tiny_encoder: SentenceEncoder, source: Path, tmp_path: Path
+) -> None:
+    run(tiny_encoder, source, tmp_path / "out" / "lang=de")
+    assert len(pd.read_parquet(tmp_path / "out")) == 50  # nothing of ours is in the way
+    with pytest.warns(UserWarning, match="the rows have a column 'id': DuckDB") as caught:
+        run(tiny_encoder, source, tmp_path / "id=5" / "b=1")
+    assert caught[0].filename == __file__
 
 
 def test_int8_of_the_published_model(encoder: SentenceEncoder, tmp_path: Path) -> None:
@@ -370,7 +399,9 @@ def test_arguments_that_cannot_be_used(
         ({"truncation": "no"}, "truncation is 'no'"),
         ({"precision": "float8"}, "precision is 'float8'; pass one of float32"),
         ({"precision": "int8"}, "this model has no fixed ranges"),
-        ({"embedding_column": "id"}, "the rows have 'id' already"),
+        ({"embedding_column": "id"}, "the rows have 'id' already; .* --embedding-column"),
+        ({"row_number": "text"}, "the rows have 'text' already; .* --row-number"),
+        ({"row_number": "embedding"}, "the rows have 'embedding' already"),
     ):
         with pytest.raises(InputError, match=message):
             run(tiny_encoder, source, tmp_path / "out", **options)
