@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minilm.disk import with_home
-from minilm.errors import InputError
+from minilm.errors import InputError, MinilmError
 from minilm.files.rows import DEFAULT_COLUMN, as_json
 from minilm.files.tables import (
     ROW_SUFFIXES,
@@ -28,6 +28,7 @@ from minilm.files.tables import (
     form_of,
     is_utf8,
     read_table,
+    reading_line,
     sidecars_of,
     write_jsonl,
     write_rows,
@@ -57,7 +58,7 @@ def encode(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None
     if output is not None and _means_folder(options.output, output):
         _encode_files(options, parser)
         return
-    for name in ("shard_rows", "on_bad_row", "workers", "overwrite"):
+    for name in ("shard_rows", "row_number", "on_bad_row", "workers", "overwrite"):
         if getattr(options, name):
             parser.error(f"argument --{name.replace('_', '-')}: goes with -o FOLDER")
     if options.precision == "float16":
@@ -99,11 +100,17 @@ def encode(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None
                 write_jsonl(file, table, embeddings, options.embedding_column)
         else:
             write(output)
+            if not is_stream(output):
+                tell(f"read it by {reading_line(output)}")
     except BrokenPipeError:
         raise
     except OSError as error:
         reason = f"{error.strerror}; {_write_elsewhere(write, suffix)}"
         raise OSError(error.errno, reason, error.filename or "standard output") from error
+    except Exception as error:
+        # The form can't hold something that nobody thought of; .npy holds the vectors alone.
+        reason = f"{error}; {_write_elsewhere(write, '.npy')}"
+        raise MinilmError(f"{output or 'standard output'}: {reason}") from error
 
 
 def _call(options: argparse.Namespace) -> dict[str, Any]:
@@ -149,7 +156,7 @@ def _encode_files(options: argparse.Namespace, parser: argparse.ArgumentParser) 
         parser.error("argument -o: a folder is written from files; name them")
     folder = _folder(options.output, "-o", parser)
     keep_few_kernels()
-    names = ("shard_rows", "on_bad_row", "workers")
+    names = ("shard_rows", "row_number", "on_bad_row", "workers")
     given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
     report = encode_files(
         _load(options),
@@ -164,6 +171,7 @@ def _encode_files(options: argparse.Namespace, parser: argparse.ArgumentParser) 
         **given,
     )
     tell(str(report))
+    tell(f"read it by {reading_line(folder)}")
 
 
 def _table(options: argparse.Namespace) -> Table:

@@ -121,7 +121,8 @@ def _parser() -> argparse.ArgumentParser:
         "--precision",
         choices=("float32", "float16", "int8", "uint8", "binary", "ubinary"),
         default="float32",
-        help="what the numbers are rounded to (default: %(default)s; float16 only into a folder)",
+        help="what the numbers are rounded to (default: %(default)s; float16 only into a folder; "
+        "of the two of bits, most tools take ubinary only)",
     )
     _add_number(encode, "--truncate-dim", "keep N numbers of each")
     encode.add_argument(
@@ -130,6 +131,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_number(encode, "--batch-size", "sentences at a time")
     folder = encode.add_argument_group("with -o FOLDER")
     _add_number(folder, "--shard-rows", "rows of each part (default: 4096)")
+    folder.add_argument(
+        "--row-number",
+        metavar="NAME",
+        help="also a column 0, 1, 2, ... of that name, for tools that read rows in any order",
+    )
     folder.add_argument(
         "--on-bad-row",
         choices=("error", "skip", "empty"),

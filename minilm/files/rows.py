@@ -328,4 +328,4 @@ def lone_surrogate(value: Any) -> str | None:
 def as_json(value: Any, is_ascii: bool = False) -> str:
     """Write a value as JSON that UTF-8 can hold: half a character is escaped."""
     text = json.dumps(value, ensure_ascii=is_ascii)
-    return text if text.isascii() or not _HALF.search(text) else json.dumps(value)
+    return text if text.isascii() else _HALF.sub(lambda half: f"\\u{ord(half[0]):04x}", text)

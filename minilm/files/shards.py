@@ -1,22 +1,31 @@
 """A folder of Parquet files that is written part by part, and can be continued and verified.
 
 In: a header, which says what a run is about, and tables one after the other. Out:
-`part-00000.parquet` and so on, and `_manifest.json`, which says what they hold. Next:
-`streaming.py` writes them, `parity/check_folder.py` verifies them.
+`part-00000.parquet` and so on, and beside the folder a manifest, which says what they hold: see
+`manifest_path`. Next: `streaming.py` writes them, `parity/check_folder.py` verifies them.
 
-Until the last part is written there is `_progress.jsonl` in place of the manifest: the header, then
-a line for each finished part. Each part is written under a hidden name and renamed once it is on
-the disk; only then its line is added. So at any moment each part is either complete and listed, or
-will be made again. Readers of such folders ignore names that begin with . or _.
+The finished folder has the parts in it and nothing else, since Polars, datasets, Daft and others
+read every file of a folder, also those whose names begin with . or _ (November 2026). Each part
+knows by itself what the manifest says, but for hashes and names of files: so a folder that was
+moved without its manifest can be verified, and the same run gives it a new one.
+
+Until the last part is written there is `_progress.jsonl` in the folder, in place of the manifest:
+the header, then a line for each finished part. Each part is written under a hidden name and renamed
+once it is on the disk; only then its line is added. So at any moment each part is either complete
+and listed, or will be made again.
 """
 
+import errno
+import hashlib
 import json
+import os
 import re
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from minilm.disk import (
     absolute,
@@ -26,16 +35,25 @@ from minilm.disk import (
     make_folder,
     sync,
     sync_folder,
+    with_home,
     write_atomically,
 )  # fmt: skip
 from minilm.errors import ConfigError, InputError
 from minilm.files.arrow import fingerprint_in, import_pyarrow
+from minilm.inference.truncation import caller_level
 from minilm.outputs import check_folder
 
-__all__ = ["MANIFEST", "PROGRESS", "Part", "ShardFolder", "part_paths", "verify_parts"]
+__all__ = [
+    "PROGRESS", "Part", "ShardFolder", "Verified", "manifest_path", "part_paths", "run_of",
+    "verify_parts",
+]  # fmt: skip
 
-MANIFEST = "_manifest.json"
 PROGRESS = "_progress.jsonl"
+PART_KEY = "minilm.part"  # in the metadata of a part: what it knows of its run and of itself
+# In the folder: until it is moved beside it, and for ever in those that 0.1.0 wrote.
+_INSIDE = "_manifest.json"
+# A folder that can be written to, in one that can't be, or on another disk.
+_NOT_BESIDE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EXDEV, errno.EBUSY}
 _LOCK = ".lock"
 _PART = re.compile(r"part-\d{5,}\.parquet")
 # As `write_atomically` names them.
@@ -92,6 +110,33 @@ def part_paths(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.parquet") if path.name[0] not in "._")
 
 
+def manifest_path(folder: Path) -> Path:
+    """Where the manifest of a folder is: `vectors.manifest.json` beside `vectors/`.
+
+    A folder such as `out/lang=de` is one partition of `out`, which people read as a whole: its
+    manifest is `out.lang=de.manifest.json`, beside `out`. Links are followed.
+    """
+    real = Path(os.path.realpath(with_home(folder)))
+    names = [real.name]
+    while "=" in real.name:
+        real = real.parent
+        names.insert(0, real.name)
+    return real.with_name(".".join([*names, "manifest.json"]))
+
+
+def run_of(header: Mapping[str, Any]) -> dict[str, Any]:
+    """What all parts of a run know of it: its header, with one hash for all input files.
+
+    The record of the model is not in it: it has a place of its own in a part.
+    """
+    inputs = header.get("inputs", [])
+    hashes = " ".join(each["sha256"] for each in inputs)
+    digest = hashlib.sha256(hashes.encode()).hexdigest()
+    left_out = ("fingerprint", "inputs", "bad_rows", "parts")
+    kept = {name: value for name, value in header.items() if name not in left_out}
+    return {**kept, "inputs": {"files": len(inputs), "sha256": digest}}
+
+
 class ShardFolder:
     """A folder of parts, a context manager that lets one writer in at a time.
 
@@ -99,18 +144,25 @@ class ShardFolder:
 
     Attributes:
         folder: Where it is.
-        header: What the run in it is about; None if there is no run.
+        manifest: Where its manifest is, or will be.
+        header: What the run in it is about, or what its parts know of that, see `run_of`, if the
+            manifest is lost; None if there is no run.
         done: The parts that this run finished, by number.
         is_complete: Whether it finished all.
+        is_lost: Whether the manifest is lost.
     """
 
     def __init__(self, folder: Path) -> None:
         """Name a folder that is there, or should be made; nothing is done before it is entered."""
         self.folder = absolute(folder)
+        self.manifest = manifest_path(self.folder)
+        self._forget()
+        self._hold: Any = None
+
+    def _forget(self) -> None:
         self.header: dict[str, Any] | None = None
         self.done: dict[int, Part] = {}
-        self.is_complete = False
-        self._hold: Any = None
+        self.is_complete = self.is_lost = False
 
     def __enter__(self) -> "ShardFolder":
         """Lock the folder, and read what was done before.
@@ -126,12 +178,17 @@ class ShardFolder:
         self._hold.__enter__()
         try:
             found = _read(self.folder)
-            if found is not None:
-                self.header, parts, self.is_complete = found
-                self.done = {_number(part.name): part for part in parts}
-            else:
-                others = sorted(path.name for path in self.folder.iterdir() if path.name[0] != ".")
-                others = [name for name in others if name != PROGRESS]
+            if found.source in (None, self.manifest) and not any(
+                (self.folder / part.name).exists() for part in found.parts
+            ):
+                found = _Found()  # of a folder that was here before
+            self.header, self.is_complete = found.header, found.is_complete
+            self.is_lost = found.header is not None and found.source is None
+            self.done = {_number(part.name): part for part in found.parts}
+            if found.source is None:
+                known = {PROGRESS, *(part.name for part in found.parts)}
+                names = sorted(path.name for path in self.folder.iterdir())
+                others = [name for name in names if name[0] != "." and name not in known]
                 if others:
                     raise InputError(
                         f"{self.folder}: has files in it that no such run has made, such as "
@@ -155,9 +212,9 @@ class ShardFolder:
             if _PART.fullmatch(path.name):
                 path.unlink()
         # Last: while they are there, the folder is known to be ours.
-        for name in (PROGRESS, MANIFEST):
-            (self.folder / name).unlink(missing_ok=True)
-        self.header, self.done, self.is_complete = None, {}, False
+        for path in (self.folder / PROGRESS, self.folder / _INSIDE, self.manifest):
+            path.unlink(missing_ok=True)
+        self._forget()
 
     def begin(self, header: dict[str, Any]) -> None:
         """Start a run, or continue that of this header without its broken parts.
@@ -165,18 +222,31 @@ class ShardFolder:
         Raises:
             OSError: The folder can't be written to.
         """
-        self.header = header
+        if self.is_lost:
+            known = self.header or {}
+            of_run = run_of(header) == {k: v for k, v in known.items() if k != "fingerprint"}
+            whole = [part for part in self.done.values() if of_run and self._is_readable(part)]
+            self.done = {
+                _number(part.name): replace(part, sha256=file_sha256(self.folder / part.name))
+                for part in whole
+            }
+        self.header, self.is_lost = header, False
         broken = [number for number, part in self.done.items() if not self._is_intact(part)]
         for number in broken:
             del self.done[number]
         self.is_complete &= not broken
         if self.is_complete:
-            (self.folder / PROGRESS).unlink(missing_ok=True)  # killed just before that
+            self._move_out()  # of a folder of 0.1.0
         else:
             lines = [header, *(asdict(self.done[number]) for number in sorted(self.done))]
             text = "".join(json.dumps(line) + "\n" for line in lines)
             with self._errors_about(PROGRESS):
                 write_atomically(self.folder / PROGRESS, lambda file: file.write(text.encode()))
+            for path in (self.folder / _INSIDE, self.manifest):
+                path.unlink(missing_ok=True)  # from now on it is not what the folder has
+
+    def _is_readable(self, part: Part) -> bool:
+        return not _problems_of(self.folder / part.name, part, self.header or {}, pages=True)
 
     def _is_intact(self, part: Part) -> bool:
         path = self.folder / part.name
@@ -196,6 +266,10 @@ class ShardFolder:
                 still is.
         """
         path = self.folder / name
+        told = asdict(Part(name, table.num_rows, "", **more))
+        del told["sha256"]
+        known = json.dumps({"run": run_of(self.header or {}), "part": told}, ensure_ascii=False)
+        table = table.replace_schema_metadata({**(table.schema.metadata or {}), PART_KEY: known})
         with self._errors_about(name):
             write_atomically(path, lambda file: _write_parquet(file, table))
             part = Part(name, table.num_rows, file_sha256(path), **more)
@@ -211,11 +285,33 @@ class ShardFolder:
             return
         parts = [asdict(self.done[number]) for number in sorted(self.done)]
         text = json.dumps({**(self.header or {}), "parts": parts}, indent=1)
-        with self._errors_about(MANIFEST):
-            write_atomically(self.folder / MANIFEST, lambda file: file.write(f"{text}\n".encode()))
+        with self._errors_about(_INSIDE):
+            # First into the folder, which is locked: what a process that is killed leaves of a file
+            # there is known to be nobody else's.
+            path = self.folder / _INSIDE
+            write_atomically(path, lambda file: file.write(f"{text}\n".encode()))
+            self._move_out()
             (self.folder / PROGRESS).unlink(missing_ok=True)
             sync_folder(self.folder)
         self.is_complete = True
+
+    def _move_out(self) -> None:
+        """Move the manifest from the folder to its place beside it."""
+        inside = self.folder / _INSIDE
+        if not inside.exists():
+            return
+        try:
+            inside.replace(self.manifest)
+            sync_folder(self.manifest.parent)
+        except OSError as error:
+            if error.errno not in _NOT_BESIDE:
+                raise
+            inside.unlink()
+            warnings.warn(
+                f"{self.manifest}: can't be written ({error.strerror}), and has no place in the "
+                "folder, which tools read as a whole; the parts themselves say what they hold",
+                stacklevel=caller_level(),
+            )
 
     @contextmanager
     def _errors_about(self, name: str) -> Iterator[None]:
@@ -237,23 +333,55 @@ def _number(name: str) -> int:
     return int(name.removeprefix("part-").removesuffix(".parquet"))
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], list[Part], bool] | None:
-    """Read the header, the parts, and whether these are all; None if no run has begun.
+class _Found(NamedTuple):
+    """What a folder holds: the header and the parts of a run, whether these are all, and the file
+    that says so; no file if only the parts say it, no header if there is no run.
+    """
+
+    header: dict[str, Any] | None = None
+    parts: list[Part] = []  # noqa: RUF012  # never changed
+    is_complete: bool = False
+    source: Path | None = None
+
+
+def _read(folder: Path) -> _Found:
+    """Find out which run is in a folder.
 
     Raises:
         ConfigError: The manifest is broken.
     """
-    path = folder / MANIFEST
-    if path.exists():
-        try:
-            header = json.loads(path.read_bytes())
-            parts = [Part.from_dict(each) for each in header.pop("parts")]
-            int(header["rows"]["written"])
-            return header, parts, True
-        except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-            what = f"is not a manifest, or broken: {error}; remove it, or choose another folder"
-            raise ConfigError(path, [what]) from error
-    path = folder / PROGRESS
+    found = _from_progress(folder / PROGRESS)
+    if found is not None:
+        return found
+    for path in (folder / _INSIDE, manifest_path(folder)):
+        if path.exists():
+            found = _from_manifest(path)
+            if path.parent == folder or _is_of(found, folder):
+                return found
+    told = {path.name: known for path in part_paths(folder) if (known := _told(path))}
+    first = next(iter(told.values()), None)
+    if first is None:
+        return _Found()
+    parts = [
+        Part.from_dict({**known["part"], "sha256": ""})
+        for name, known in told.items()
+        if known["run"] == first["run"] and known["part"]["name"] == name
+    ]
+    return _Found({**first["run"], "fingerprint": first["fingerprint"]}, parts)
+
+
+def _from_manifest(path: Path) -> _Found:
+    try:
+        header = json.loads(path.read_bytes())
+        parts = [Part.from_dict(each) for each in header.pop("parts")]
+        int(header["rows"]["written"])
+        return _Found(header, parts, True, path)
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        what = f"is not a manifest, or broken: {error}; remove it, or choose another folder"
+        raise ConfigError(path, [what]) from error
+
+
+def _from_progress(path: Path) -> _Found | None:
     if not path.exists():
         return None
     lines = path.read_bytes().split(b"\n")
@@ -267,7 +395,39 @@ def _read(folder: Path) -> tuple[dict[str, Any], list[Part], bool] | None:
     for line in lines[1:]:
         with suppress(ValueError):  # the last line may be cut short
             parts.append(Part.from_dict(json.loads(line)))
-    return header, parts, False
+    return _Found(header, parts, False, path)
+
+
+def _is_of(found: _Found, folder: Path) -> bool:
+    """Whether a manifest beside a folder is of its parts, and not of those that were there before.
+
+    Any part that is of its run, or knows of none, speaks for it.
+    """
+    header = found.header or {}
+    run = run_of(header)
+    paths = part_paths(folder)
+    return not paths or any(
+        each is None or (each["run"] == run and each["fingerprint"] == header.get("fingerprint"))
+        for each in map(_told, paths)
+    )
+
+
+def _told(path: Path) -> dict[str, Any] | None:
+    """What a part knows: its "run", its "part" and its "fingerprint"; None if nothing."""
+    import_pyarrow("reading Parquet files")
+    import pyarrow.parquet
+
+    try:
+        schema = pyarrow.parquet.read_schema(path)
+        known = json.loads((schema.metadata or {}).get(PART_KEY.encode(), b"null"))
+        if known is None:
+            return None
+        Part.from_dict({**known["part"], "sha256": ""})
+        int(known["run"]["rows"]["written"])
+        fingerprint = json.loads(fingerprint_in(schema) or b"null")
+        return {"run": known["run"], "part": known["part"], "fingerprint": fingerprint}
+    except (ValueError, KeyError, TypeError, OSError):
+        return None
 
 
 def _write_parquet(file: IO[bytes], table: Any) -> None:
@@ -276,61 +436,103 @@ def _write_parquet(file: IO[bytes], table: Any) -> None:
 
     plain = table.column_names[:-1]  # vectors neither repeat nor have an order
     pyarrow.parquet.write_table(
-        table, file, compression="snappy", use_dictionary=plain, write_statistics=plain
+        table,
+        file,
+        compression="snappy",
+        use_dictionary=plain,
+        write_statistics=plain,
+        write_page_checksum=True,
     )
 
 
-def verify_parts(folder: Path) -> tuple[dict[str, Any] | None, list[str], set[str]]:
+class Verified(NamedTuple):
+    """What `verify_parts` found.
+
+    Attributes:
+        header: The manifest without its parts, or what the parts know of it; None if neither is.
+        problems: All problems, a sentence each.
+        damaged: The names of parts that are not what was written.
+        source: The file that the parts were compared with; None if there is none.
+    """
+
+    header: dict[str, Any] | None
+    problems: list[str]
+    damaged: set[str]
+    source: Path | None
+
+
+def verify_parts(folder: Path) -> Verified:
     """Check that a folder holds what its manifest says: all parts, with their hashes and rows.
 
-    Returns:
-        The manifest without its parts, None if there is none; all problems; and the names of parts
-        that are not what was written.
+    Without a manifest, all is checked by what the parts know themselves, and by the checksums of
+    their pages.
 
     Raises:
         MissingPackageError: pyarrow is not installed.
         ConfigError: The manifest is broken.
     """
     import_pyarrow("reading Parquet files")
-    import pyarrow.parquet
-
     found = _read(folder)
-    if found is None:
-        return None, [], set()
-    header, parts, is_complete = found
+    header, source = found.header, found.source
+    if header is None:
+        return Verified(None, [], set(), None)
     problems, damaged = [], set()
-    if not is_complete:
+    if source is not None and not found.is_complete:
         problems.append(
-            f"is not complete: {len(parts):,} parts are written; run the same command again"
+            f"is not complete: {len(found.parts):,} parts are written; run the same command again"
         )
-    fingerprint = header.get("fingerprint")
-    for part in parts:
+    for part in found.parts:
         path = folder / part.name
         if not path.is_file():
             problems.append(f"{part.name} is missing")
             continue
-        if file_sha256(path) != part.sha256:
+        if source is not None and file_sha256(path) != part.sha256:
             damaged.add(part.name)
             problems.append(f"{part.name} is not the file that was written: its SHA-256 differs")
-        try:
-            with pyarrow.parquet.ParquetFile(path) as opened:
-                rows, record = opened.metadata.num_rows, fingerprint_in(opened.schema_arrow)
-            made_by = None if record is None else json.loads(record)
-        except (ValueError, OSError) as error:
-            problems.append(f"{part.name} can't be read: {error}")
-            continue
-        if rows != part.rows:
-            problems.append(f"{part.name} has {rows:,} rows, expected {part.rows:,}")
-        if made_by != fingerprint:
-            problems.append(f"{part.name} has another fingerprint than the manifest")
-    if is_complete:
-        names = {part.name for part in parts}
+        about_it = _problems_of(path, part, header, pages=source is None)
+        problems += about_it
+        if source is None and about_it:
+            damaged.add(part.name)
+    if found.is_complete or source is None:
+        what = "of this run" if source is None else "in the manifest"
+        names = {part.name for part in found.parts}
+        if source is None:
+            problems += [f"{name} is missing" for name in _expected(header, names) - names]
         problems += [
-            f"{path.name} is not in the manifest"
-            for path in part_paths(folder)
-            if path.name not in names
+            f"{path.name} is not {what}" for path in part_paths(folder) if path.name not in names
         ]
-        total = sum(part.rows for part in parts)
-        if total != header["rows"]["written"]:
-            problems.append(f"has {total:,} rows, the manifest says {header['rows']['written']:,}")
-    return header, problems, damaged
+        total, written = sum(part.rows for part in found.parts), header["rows"]["written"]
+        if total != written:
+            who = "they say" if source is None else "the manifest says"
+            problems.append(f"has {total:,} rows, {who} {written:,}")
+    return Verified(header, problems, damaged, source)
+
+
+def _problems_of(path: Path, part: Part, header: dict[str, Any], *, pages: bool) -> list[str]:
+    """What is wrong with a part; with `pages`, all of these are read, and their checksums count."""
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path, page_checksum_verification=pages) as opened:
+            rows, record = opened.metadata.num_rows, fingerprint_in(opened.schema_arrow)
+            for _ in opened.iter_batches() if pages else ():
+                pass
+        made_by = None if record is None else json.loads(record)
+    except (ValueError, OSError) as error:
+        return [f"{path.name} can't be read: {error}"]
+    problems = []
+    if rows != part.rows:
+        problems.append(f"{path.name} has {rows:,} rows, expected {part.rows:,}")
+    if made_by != header.get("fingerprint"):
+        problems.append(f"{path.name} has another fingerprint than the manifest")
+    return problems
+
+
+def _expected(header: dict[str, Any], names: Iterable[str]) -> set[str]:
+    """The names of all parts of a run."""
+    rows = header.get("settings", {}).get("shard_rows")
+    if not rows:
+        return set()
+    digits = len(min(names).removeprefix("part-").removesuffix(".parquet"))
+    count = max(1, -(-header["rows"]["written"] // rows))
+    return {f"part-{number:0{digits}}.parquet" for number in range(count)}

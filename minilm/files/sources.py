@@ -23,6 +23,7 @@ from minilm.disk import with_home
 from minilm.errors import BadRowError, InputError
 from minilm.files.arrow import import_pyarrow, text_column
 from minilm.files.rows import DEFAULT_COLUMN, FORMS, Reader, Row, input_form
+from minilm.files.shards import manifest_path
 
 __all__ = [
     "ON_BAD_ROW", "Layout", "Shard", "find_files", "read_shards", "readable", "survey",
@@ -88,7 +89,7 @@ def find_files(
         inputs: Files, folders and glob patterns (`**` reaches into folders). A folder is searched
             for .jsonl, .csv, .parquet and .txt files, in the folders within too; names that begin
             with . or _ are ignored. What a folder or a pattern gives is sorted by name.
-        output: A folder in which patterns match nothing.
+        output: A folder in which patterns match nothing, nor its manifest beside it.
 
     Raises:
         InputError: Nothing is there, the files are not of one form, or one is named twice.
@@ -113,7 +114,12 @@ def find_files(
             files = [match for match in files if match.is_file()]
             if output is not None:
                 there = output.resolve()
-                files = [match for match in files if not match.resolve().is_relative_to(there)]
+                files = [
+                    match
+                    for match in files
+                    if not match.resolve().is_relative_to(there)
+                    and match.resolve() != manifest_path(output)
+                ]
             if not files:
                 raise InputError(f"{name}: no file matches", "inputs")
         else:

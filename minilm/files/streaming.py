@@ -1,8 +1,8 @@
 """Files of any size in, a folder of Parquet files with their vectors out, in bounded memory.
 
 In: an encoder, and .jsonl, .csv, .parquet or .txt files. Out: `OUTPUT/part-00000.parquet` and so
-on, each of a fixed number of rows, with all columns and the vectors; and a manifest. Next: `minilm
-check OUTPUT`, or any program that reads Parquet.
+on, each of a fixed number of rows, with all columns and the vectors; and beside it a manifest.
+Next: `minilm check OUTPUT`, or any program that reads Parquet.
 
 It can be killed at any moment. The same call goes on where it was, and the result is, byte for
 byte, that of an uninterrupted run (with the same versions of torch and pyarrow, on a processor of
@@ -28,7 +28,7 @@ from minilm.encoder import SentenceEncoder
 from minilm.errors import BadRowWarning, InputError, NotFiniteError, TruncationError
 from minilm.files.arrow import embedding_array, embedding_type, import_pyarrow, with_fingerprint
 from minilm.files.rows import DEFAULT_COLUMN
-from minilm.files.shards import Part, ShardFolder
+from minilm.files.shards import Part, ShardFolder, run_of
 from minilm.files.sources import ON_BAD_ROW, Layout, Shard, find_files, read_shards, survey
 from minilm.inference.encode import required_ranges
 from minilm.inference.kernels import give_back_freed_memory
@@ -46,7 +46,7 @@ from minilm.version import __version__
 
 __all__ = ["FilesReport", "encode_files"]
 
-FORMAT_VERSION = 1  # of the manifest
+FORMAT_VERSION = 2  # of the manifest; in 1 it is in the folder, and the parts know less
 
 _ATTEMPTS = 3  # processes that may die of one part: a run takes a night, and memory may run out
 
@@ -103,6 +103,7 @@ def encode_files(
     column: str | None = None,
     shard_rows: int = 4096,
     embedding_column: str = "embedding",
+    row_number: str | None = None,
     precision: str = "float32",
     prompt: str | None = None,
     truncation: str = "warn",
@@ -123,8 +124,9 @@ def encode_files(
     no whole number is rounded.
 
     Each file is read once before anything is computed, and once to compute. Called again with the
-    same arguments after it was interrupted, it goes on. In `output`, every part has the fingerprint
-    of the model, and `_manifest.json` says what was made from which files, with SHA-256.
+    same arguments after it was interrupted, it goes on. The finished folder has parts in it and
+    nothing else. Each has the fingerprint of the model, and knows which part of which run it is;
+    `OUTPUT.manifest.json`, beside the folder, says what was made from which files, with SHA-256.
 
     Args:
         encoder: The model.
@@ -133,7 +135,10 @@ def encode_files(
         column: The name of the texts; by default "text", or the only one.
         shard_rows: Rows of each part. Memory grows with it.
         embedding_column: The name of the vectors: a list of fixed size.
-        precision: Of their numbers: "float32", "float16", or codes, see `encode`.
+        row_number: The name of another column, of int64: 0, 1, 2, ... through all parts.
+            ClickHouse, Spark, Ray and DataFusion read rows in any order; by it they can be sorted.
+        precision: Of their numbers: "float32", "float16", or codes, see `encode`. "binary" gives
+            int8, as sentence-transformers does, with a warning: most tools take "ubinary" only.
         prompt, truncation, truncate_dim, normalize_embeddings, batch_size: As in `encode`. A
             warning of truncation comes once, for all parts together.
         on_bad_row: What to do about a row whose text is missing, null or not a string, or about a
@@ -164,6 +169,7 @@ def encode_files(
     check_positive_int(workers, "workers")
     check_unicode([column or ""], "column")
     check_unicode([embedding_column], "embedding_column")
+    check_unicode([row_number or ""], "row_number")
     check_choice(on_bad_row, ON_BAD_ROW, "on_bad_row")
     check_choice(truncation, TRUNCATION, "truncation")
     check_choice(precision, (*PRECISIONS, "float16"), "precision")
@@ -202,6 +208,7 @@ def encode_files(
             "precision": precision,
             "shard_rows": shard_rows,
             "on_bad_row": on_bad_row,
+            "row_number": row_number,
         },
     }
     options = call | {
@@ -225,19 +232,16 @@ def encode_files(
                 )
             if differing:
                 shards.clear()
-        header = shards.header
-        if header is None:
+        header, known = shards.header, shards.header or {}
+        if header is None or shards.is_lost:
             with progress_bar(show_progress_bar, desc="Reading", unit=" rows") as bar:
                 layout = survey(files, column, on_bad_row, bar.update)
-            header = _header(wanted, described, layout, on_bad_row)
+            told = {name: known.get(name, value) for name, value in wanted.items()}
+            header = _header(told, described, layout, on_bad_row)
         else:
             layout = _layout(header)
-        if embedding_column in layout.columns:
-            raise InputError(
-                f"the rows have {embedding_column!r} already; choose another name with "
-                "--embedding-column",
-                "embedding_column",
-            )
+        _check_names(layout, embedding_column, row_number)
+        _warn_of_tools(folder, [*layout.columns, embedding_column, row_number], precision)
         shards.begin(header)
         there = len(shards.done)
         if not shards.is_complete:
@@ -357,10 +361,16 @@ class _Parts:
         vectors = as_stored(answer.vectors, self.settings["precision"], called)
         import pyarrow
 
+        table, number = shard.table, self.settings.get("row_number")
+        if number is not None:
+            first = shard.number * self.settings["shard_rows"]
+            numbers = pyarrow.array(range(first, first + len(rows)), pyarrow.int64())
+            field = pyarrow.field(number, pyarrow.int64(), nullable=False)
+            table = table.append_column(field, numbers)
         column = embedding_array(vectors[rows])
         kind = embedding_type(vectors.dtype, vectors.shape[1])
         field = pyarrow.field(self.settings["embedding_column"], kind, nullable=False)
-        table = with_fingerprint(shard.table.append_column(field, column), self.fingerprint)
+        table = with_fingerprint(table.append_column(field, column), self.fingerprint)
         self.characters += sum(map(len, shard.texts))
         cut = [
             row for row, place in enumerate(rows) if answer.token_counts[place] > answer.kept[place]
@@ -375,6 +385,37 @@ class _Parts:
             cut_tokens=sum(answer.token_counts[rows[row]] for row in cut),
             cut_read=sum(answer.kept[rows[row]] for row in cut),
             cut_first=cut[0] if cut else -1,
+        )
+
+
+def _check_names(layout: Layout, embedding_column: str, row_number: str | None) -> None:
+    """Refuse a new column of a name that the rows have."""
+    names = {"embedding_column": embedding_column, "row_number": row_number}
+    for argument, name in names.items():
+        others = [*layout.columns, *(each for key, each in names.items() if key != argument)]
+        if name is not None and name in others:
+            option = f"--{argument.replace('_', '-')}"
+            raise InputError(
+                f"the rows have {name!r} already; choose another name with {option}", argument
+            )
+
+
+def _warn_of_tools(folder: Path, columns: Iterable[str | None], precision: str) -> None:
+    """Warn of what tools, in November 2026, read otherwise than it is written."""
+    keys = [name.partition("=")[0] for name in folder.absolute().parts if "=" in name]
+    for name in columns:
+        if name in keys:
+            warnings.warn(
+                f"{folder}: has {name!r} in its path, and the rows have a column {name!r}: DuckDB, "
+                "ClickHouse and Spark put the value of the path in place of the column without a "
+                "word, pyarrow raises an error; choose another path, or rename the column",
+                stacklevel=caller_level(),
+            )
+    if precision == "binary":
+        warnings.warn(
+            "precision is 'binary': bits as int8, 128 less, as sentence-transformers has them; "
+            "most tools can't read them, or find wrong neighbours; choose 'ubinary'",
+            stacklevel=caller_level(),
         )
 
 
@@ -470,9 +511,13 @@ def _differing(
             for key, value in now.items()
             if before.get(key) != value and not _is_the_same(name, key, header, value)
         ]
-    if header.get("format_version") != wanted["format_version"]:
+    if header.get("format_version") not in (1, wanted["format_version"]):
         differing.append(f"format_version ({header.get('format_version')!r} there)")
-    before = [(each["sha256"], each["name"]) for each in header.get("inputs", [])]
+    inputs = header.get("inputs", [])
+    if isinstance(inputs, dict):  # what the parts know, see `run_of`
+        same = inputs == run_of({"inputs": described})["inputs"]
+        return "; ".join(differing if same else [*differing, "content of the input files"])
+    before = [(each["sha256"], each["name"]) for each in inputs]
     now = [(each["sha256"], each["name"]) for each in described]
     if len(before) != len(now):
         differing.append(f"number of input files ({len(before)} there, {len(now)} now)")

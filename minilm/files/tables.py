@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "METADATA_KEY", "NPZ_KEY", "ROW_SUFFIXES", "SUFFIXES", "VECTOR_FIELDS", "Table", "check_rows",
-    "form_of", "is_utf8", "read_table", "sidecar_path", "sidecars_of", "write_jsonl", "write_rows",
-    "write_table",
+    "form_of", "is_utf8", "read_table", "reading_line", "sidecar_path", "sidecars_of",
+    "write_jsonl", "write_rows", "write_table",
 ]  # fmt: skip
 
 # The forms of files with vectors, and of files with rows only.
@@ -115,7 +115,7 @@ def check_rows(table: Table, suffix: str, column: str | None = None, width: int 
 
 
 def _header_problem(table: Table, width: int) -> str | None:
-    size = len(json.dumps(_metadata(table)))
+    size = len(json.dumps(_metadata(table), ensure_ascii=False).encode())
     if size <= _LARGEST_HEADER:
         return None
     room = f"{_LARGEST_HEADER:,} bytes of texts"
@@ -156,9 +156,9 @@ def write_table(
     """Write rows and their vectors, in the form of the suffix, all or nothing.
 
     `.npy`: the vectors alone. `.npz`: `embeddings`, `texts_json`, and `rows_json` if the rows hold
-    more than texts. `.safetensors`: the tensor `embeddings`, and the texts and rows as metadata.
-    `.jsonl`: the rows as they were, with the vector under `column`. `.csv`: the rows' columns, then
-    the numbers.
+    more than texts. `.safetensors`: the tensor `embeddings`, and as metadata `texts_json` and
+    `rows_json`, the rows without their texts, whose name is `text_column`. `.jsonl`: the rows as
+    they were, with the vector under `column`. `.csv`: the rows' columns, then the numbers.
 
     Args:
         output: The file; or a stream (see `minilm.outputs.is_stream`), without a second file.
@@ -216,6 +216,20 @@ def form_of(output: Path) -> str:
     return ".jsonl" if not output.suffix and is_stream(output) else output.suffix
 
 
+def reading_line(output: Path) -> str:
+    """The line of Python that reads what `write_table` or `encode_files` wrote."""
+    name = str(output)
+    lines = {
+        ".npy": f"numpy.load({name!r})",
+        ".npz": f"numpy.load({name!r})['embeddings']",
+        ".safetensors": f"safetensors.numpy.load_file({name!r})['embeddings']",
+        ".jsonl": f"polars.read_ndjson({name!r})",
+        ".csv": f"polars.read_csv({name!r})",
+    }
+    folder = f"polars.read_parquet({name + '/'!r})"
+    return folder if output.is_dir() else lines[output.suffix]
+
+
 def sidecars_of(output: Path) -> list[Path]:
     """The files that `write_table` writes beside one that has no place for a fingerprint."""
     return [] if output.suffix in (".npz", ".safetensors") else [sidecar_path(output)]
@@ -228,17 +242,25 @@ def sidecar_path(path: str | Path) -> Path:
 
 
 def _metadata(table: Table) -> dict[str, str]:
-    """Texts and rows as metadata of a .safetensors file."""
-    metadata = {"texts_json": json.dumps(table.texts)}
+    """Texts and rows as metadata of a .safetensors file, where there is little room: each text is
+    in it once, if all rows have theirs under one name.
+    """
+    metadata = {"texts_json": as_json(table.texts)}
     if table.has_more:
-        metadata["rows_json"] = json.dumps(table.rows)
+        pairs = list(zip(table.rows, table.texts, strict=True))
+        names = list(table.rows[0])
+        column = next((n for n in names if all(row.get(n) == text for row, text in pairs)), None)
+        rows = [{name: row[name] for name in row if name != column} for row in table.rows]
+        metadata["rows_json"] = as_json(rows)
+        if column is not None:
+            metadata["text_column"] = column
     return metadata
 
 
 def _json_bytes(value: Any) -> Any:
     import numpy as np
 
-    return np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
+    return np.frombuffer(as_json(value).encode(), dtype=np.uint8)
 
 
 def write_jsonl(

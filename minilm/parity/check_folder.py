@@ -20,7 +20,7 @@ from minilm.encoder import SentenceEncoder
 from minilm.errors import InputError
 from minilm.files.arrow import embeddings_of, text_column, texts_of, vector_column
 from minilm.files.records import read_fingerprint
-from minilm.files.shards import part_paths, verify_parts
+from minilm.files.shards import manifest_path, part_paths, verify_parts
 from minilm.files.sources import readable
 from minilm.inputs import check_positive_int
 from minilm.parity.check import LONGEST, CheckResult, check_vectors
@@ -38,7 +38,8 @@ class FolderCheck:
         parts: How many Parquet files it has.
         rows: How many rows those have together.
         has_manifest: Whether there was one to compare with.
-        problems: The differences from the manifest, one sentence each.
+        has_record: Whether the parts could be compared at least with what they know themselves.
+        problems: The differences from the manifest, or from that, one sentence each.
         result: The verdict on the vectors of the parts that are whole; None if these have no row.
     """
 
@@ -46,6 +47,7 @@ class FolderCheck:
     parts: int
     rows: int
     has_manifest: bool
+    has_record: bool
     problems: tuple[str, ...]
     result: CheckResult | None
 
@@ -62,6 +64,11 @@ class FolderCheck:
             finding = f"{count:,} problem{'' if count == 1 else 's'}"
         elif self.has_manifest:
             finding = "all as the manifest says, by hash and number of rows"
+        elif self.has_record:
+            finding = (
+                "all there and whole as the parts themselves say; the manifest, which has their "
+                f"hashes, is not at {manifest_path(self.folder)}"
+            )
         else:
             finding = "no manifest to compare with"
         parts = f"{self.parts:,} part{'' if self.parts == 1 else 's'}"
@@ -87,10 +94,12 @@ def check_folder(
 ) -> FolderCheck:
     """Verify a folder against its manifest, and embed some of its texts again.
 
+    If the manifest is lost, the folder is verified by what its parts know, and the summary says so.
+
     Args:
         encoder: The model that its vectors should be searched with.
-        folder: A folder that `encode_files` wrote; or one of Parquet files without a manifest, of
-            which only the vectors are checked.
+        folder: A folder that `encode_files` wrote; or one of other Parquet files, of which only
+            the vectors are checked.
         column: The name of the texts; by default what the manifest says, "text", or the only one.
         sample: How many rows to check, evenly spread, and with them the longest texts.
 
@@ -100,7 +109,7 @@ def check_folder(
         ConfigError: The manifest is broken.
     """
     check_positive_int(sample, "sample")
-    header, problems, damaged = verify_parts(folder)
+    header, problems, damaged, source = verify_parts(folder)
     import pyarrow.parquet
 
     counts: dict[Path, int] = {}
@@ -117,7 +126,13 @@ def check_folder(
     if sum(whole):
         result = _sampled(encoder, counts, damaged, header or {}, column, sample)
     return FolderCheck(
-        folder, len(counts), sum(counts.values()), header is not None, tuple(problems), result
+        folder=folder,
+        parts=len(counts),
+        rows=sum(counts.values()),
+        has_manifest=source is not None,
+        has_record=header is not None,
+        problems=tuple(problems),
+        result=result,
     )
 
 

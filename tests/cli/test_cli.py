@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet
 import pytest
-import safetensors
+import safetensors.numpy
 
 from conftest import ROOT, Done, minilm, write_model_folder
 from minilm import SentenceEncoder, cli
@@ -29,7 +29,7 @@ from minilm.cli import parser
 from minilm.errors import InputError
 from minilm.files.arrow import embeddings_of
 from minilm.files.records import read_fingerprint
-from minilm.files.tables import SUFFIXES, Table, read_table, write_rows
+from minilm.files.tables import SUFFIXES, Table, read_table, reading_line, write_rows
 from minilm.tasks import community_detection, paraphrase_mining_embeddings
 
 
@@ -87,6 +87,12 @@ def test_output_forms_hold_the_same_numbers(
     done = minilm("encode", source, f"--text={texts[0]}", "-o", output, *model)
     assert done.returncode == 0, done.stderr
     assert done.stdout == b""
+    told = done.stderr.decode()
+    assert told == f"read it by {reading_line(output)}\n"
+    if suffix in (".npy", ".npz", ".safetensors"):
+        line = told.removeprefix("read it by ")
+        read = eval(line, {"numpy": np, "safetensors": safetensors})
+        assert read.shape == (4, 32)
     if suffix == ".npy":
         got = np.load(output)
     elif suffix == ".npz":
@@ -550,7 +556,8 @@ def test_a_folder_of_parquet_files(
     for told in ("3 rows in 2 parts", "3 rows in 2 parts, of which 2 were there"):
         done = minilm(*command, cwd=workplace)
         assert (done.returncode, done.stdout) == (0, b"")
-        assert done.stderr.decode() == f"run.2: {told}\n"
+        read = "read it by polars.read_parquet('run.2/')"
+        assert done.stderr.decode().splitlines() == [f"run.2: {told}", read]
     table = pyarrow.parquet.read_table(workplace / "run.2")
     assert table["id"].to_pylist() == [0, 1, 2]
     expected = loaded.encode(table["body"].to_pylist()).astype(np.float16)

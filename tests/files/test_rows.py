@@ -319,6 +319,43 @@ def test_texts_beyond_what_safetensors_can_hold(
     write_table(tmp_path / "a.safetensors", table, np.ones((1, 2), np.float32))
 
 
+def test_safetensors_has_each_text_once_and_as_it_is(tmp_path: Path) -> None:
+    rows = [{"id": 1, "text": "é\ud800é", "more": "ü"}, {"text": 'a "b"\n', "id": 2}]
+    path = tmp_path / "a.safetensors"
+    write_table(path, Table(["é\ud800é", 'a "b"\n'], rows), np.ones((2, 2), np.float32))
+    assert path.read_bytes().count("é".encode()) == 2
+    with safetensors.safe_open(path, "np") as file:
+        found = file.metadata()
+    texts, others = json.loads(found["texts_json"]), json.loads(found["rows_json"])
+    column = found["text_column"]
+    assert [{**row, column: text} for row, text in zip(others, texts, strict=True)] == rows
+    mixed = Table(["a", "b"], [{"text": "a"}, {"title": "b"}])  # of two files
+    write_table(path, mixed, np.ones((2, 2), np.float32))
+    with safetensors.safe_open(path, "np") as file:
+        assert "text_column" not in file.metadata()
+        assert json.loads(file.metadata()["rows_json"]) == mixed.rows
+
+
+def test_what_is_written_at_last_is_kept_whatever_is_wrong_with_the_form(
+    tiny_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def fails(*_: object, **__: object) -> None:
+        raise ValueError("nobody thought of this")
+
+    monkeypatch.setattr(np, "savez", fails)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    words = ["encode", "-t", "a cat", "--model", str(tiny_folder), "--device", "cpu"]
+    assert cli.main([*words, "-o", str(tmp_path / "x.npz")]) == 1
+    [kept] = tmp_path.glob("minilm-*/embeddings.npy")
+    assert capsys.readouterr().err == (
+        f"minilm: {tmp_path}/x.npz: nobody thought of this; the vectors are kept in {kept}\n"
+    )
+    assert np.load(kept).shape == (1, 32)
+
+
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
 def test_what_encode_wrote_can_be_checked(tmp_path: Path, suffix: str) -> None:
     texts = ["dog " * 50_000, "two\r\nlines\r", "", '"', "\0", "\ufeff", " a,b "]

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from conftest import another_process
@@ -15,9 +16,22 @@ from minilm.disk import file_sha256, write_atomically
 from minilm.errors import ConfigError, InputError
 from minilm.files import shards
 from minilm.files.arrow import embedding_array
-from minilm.files.shards import MANIFEST, PROGRESS, Part, ShardFolder, verify_parts
+from minilm.files.shards import (
+    PROGRESS,
+    Part,
+    ShardFolder,
+    manifest_path,
+    part_paths,
+    verify_parts,
+)  # fmt: skip
 
-HEADER: dict[str, Any] = {"fingerprint": None, "rows": {"written": 5}}
+HEADER: dict[str, Any] = {
+    "fingerprint": None,
+    "settings": {"shard_rows": 2},
+    "inputs": [{"name": "a.txt", "sha256": "5" * 64}],
+    "rows": {"written": 5},
+}
+INSIDE = "_manifest.json"  # as 0.1.0 had it
 
 
 def rows(number: int, count: int = 2) -> Any:
@@ -42,19 +56,23 @@ def written(path: Path) -> Path:
 
 
 def contents(path: Path) -> dict[str, bytes]:
-    return {each.name: each.read_bytes() for each in path.iterdir()}
+    """The files of a folder, and its manifest under the name that any folder's has."""
+    files = {each.name: each.read_bytes() for each in path.iterdir()}
+    record = manifest_path(path)
+    return files | ({"beside": record.read_bytes()} if record.exists() else {})
 
 
 def test_what_is_left_is_the_parts_and_the_manifest(tmp_path: Path) -> None:
     folder = written(tmp_path / "a" / "out")
     names = [f"part-0000{i}.parquet" for i in range(3)]
-    assert sorted(contents(folder)) == [MANIFEST, *names]
-    manifest = json.loads((folder / MANIFEST).read_text())
+    assert sorted(path.name for path in folder.iterdir()) == names
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["out", "out.manifest.json"]
+    manifest = json.loads((tmp_path / "a" / "out.manifest.json").read_text())
     assert [part["name"] for part in manifest["parts"]] == names
     assert [part["rows"] for part in manifest["parts"]] == [2, 2, 1]
     for part in manifest["parts"]:
         assert part["sha256"] == file_sha256(folder / part["name"])
-    assert verify_parts(folder) == (HEADER, [], set())
+    assert verify_parts(folder) == (HEADER, [], set(), manifest_path(folder))
     assert contents(written(tmp_path / "again")) == contents(folder)
 
 
@@ -101,12 +119,14 @@ def test_a_finished_folder_that_was_damaged_is_mended(tmp_path: Path) -> None:
         assert not again.is_complete
         assert sorted(again.done) == [0, 1]
         add(again, 2)
+        progress = (folder / PROGRESS).read_bytes()
         again.finish()
     assert contents(folder) == before
-    (folder / PROGRESS).write_bytes(b"{}\n")  # killed between the manifest and its removal
+    (folder / PROGRESS).write_bytes(progress)  # killed between the manifest and its removal
     with ShardFolder(folder) as again:
         again.begin(HEADER)
-        assert again.is_complete
+        assert sorted(again.done) == [0, 1, 2]
+        again.finish()
     assert contents(folder) == before
 
 
@@ -125,14 +145,14 @@ def test_only_one_process_at_a_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["../b/part-00000.parquet", "x.parquet", "part-1.parquet"])
 def test_names_that_are_no_parts_are_refused(tmp_path: Path, name: str) -> None:
     folder, other = written(tmp_path / "a"), written(tmp_path / "b")
-    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest = json.loads(manifest_path(folder).read_text())
     manifest["parts"][0]["name"] = name
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    manifest_path(folder).write_text(json.dumps(manifest))
     for read in (verify_parts, lambda path: ShardFolder(path).__enter__()):
         with pytest.raises(ConfigError, match=re.escape(name)):
             read(folder)
     lines = [manifest, *manifest.pop("parts")]
-    (folder / MANIFEST).unlink()
+    manifest_path(folder).unlink()
     (folder / PROGRESS).write_text("".join(json.dumps(line) + "\n" for line in lines))
     with ShardFolder(folder) as again:
         assert sorted(again.done) == [1, 2]  # as if that line were not there
@@ -167,7 +187,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
         raise full
 
     def atomically(path: Path, write: Any) -> None:
-        if path.name == MANIFEST:
+        if path.name == INSIDE:
             raise full
         real(path, write)
 
@@ -191,7 +211,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
         with pytest.raises(OSError, match="parts are written and stay") as caught:
             folder.finish() if place == "manifest" else add(folder, 2)
         assert caught.value.errno == errno.ENOSPC
-        name = {"part": "part-00002.parquet", "progress": PROGRESS, "manifest": MANIFEST}[place]
+        name = {"part": "part-00002.parquet", "progress": PROGRESS, "manifest": INSIDE}[place]
         assert caught.value.filename == str(tmp_path / name)
     monkeypatch.undo()
     assert shards._write_parquet is real_part
@@ -206,7 +226,7 @@ def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
 
 
 def test_what_verifying_finds(tmp_path: Path) -> None:
-    assert verify_parts(tmp_path) == (None, [], set())
+    assert verify_parts(tmp_path) == (None, [], set(), None)
     folder = written(tmp_path / "a")
     (folder / "part-00000.parquet").unlink()
     path = folder / "part-00001.parquet"
@@ -215,7 +235,7 @@ def test_what_verifying_finds(tmp_path: Path) -> None:
     path.write_bytes(data)
     (folder / "part-00002.parquet").write_bytes(b"PAR1")
     (folder / "part-00003.parquet").write_bytes(b"")
-    _, problems, _ = verify_parts(folder)
+    problems = verify_parts(folder).problems
     assert problems[0] == "part-00000.parquet is missing"
     assert "part-00001.parquet is not the file that was written" in problems[1]
     assert "part-00002.parquet is not the file" in problems[2]
@@ -226,15 +246,19 @@ def test_what_verifying_finds(tmp_path: Path) -> None:
 
 def test_a_manifest_that_does_not_fit(tmp_path: Path) -> None:
     folder = written(tmp_path / "a")
-    path = folder / MANIFEST
+    path = manifest_path(folder)
     manifest = json.loads(path.read_text())
     manifest["parts"][1]["rows"] = 7
-    manifest["fingerprint"] = {"model": "other"}
     path.write_text(json.dumps(manifest))
-    _, problems, _ = verify_parts(folder)
-    assert "part-00001.parquet has 2 rows, expected 7" in problems
+    problems = verify_parts(folder).problems
+    assert problems == [
+        "part-00001.parquet has 2 rows, expected 7", "has 10 rows, the manifest says 5"
+    ]  # fmt: skip
+    manifest["fingerprint"] = {"model": "other"}
+    path.rename(folder / INSIDE).write_text(json.dumps(manifest))  # beside, it would be another's
+    problems = verify_parts(folder).problems
     assert "part-00000.parquet has another fingerprint than the manifest" in problems
-    assert "has 10 rows, the manifest says 5" in problems
+    path = folder / INSIDE
     path.write_text('{"parts": [{}]}')
     with pytest.raises(ConfigError, match="is not a manifest, or broken"):
         verify_parts(folder)
@@ -244,9 +268,9 @@ def test_verifying_a_run_that_is_not_finished(tmp_path: Path) -> None:
     with ShardFolder(tmp_path) as folder:
         folder.begin(HEADER)
         add(folder, 0)
-    header, problems, _ = verify_parts(tmp_path)
-    assert header == HEADER
-    assert problems == ["is not complete: 1 parts are written; run the same command again"]
+    found = verify_parts(tmp_path)
+    assert found.header == HEADER
+    assert found.problems == ["is not complete: 1 parts are written; run the same command again"]
 
 
 def test_files_of_others_stay(tmp_path: Path) -> None:
@@ -259,3 +283,129 @@ def test_files_of_others_stay(tmp_path: Path) -> None:
     with ShardFolder(tmp_path) as folder:
         folder.begin(HEADER)
     assert (tmp_path / ".movie.part").exists()
+
+
+# the manifest beside the folder: lost, of another, in the way
+
+
+def without_manifest(tmp_path: Path) -> Path:
+    folder = written(tmp_path / "moved")
+    manifest_path(folder).unlink()
+    return folder
+
+
+def test_without_the_manifest_the_parts_know(tmp_path: Path) -> None:
+    whole = contents(written(tmp_path / "a"))
+    folder = without_manifest(tmp_path)
+    found = verify_parts(folder)
+    assert found.header is not None
+    assert found.header["rows"] == HEADER["rows"]
+    assert found.header["inputs"]["files"] == 1
+    assert found[1:] == ([], set(), None)
+    with ShardFolder(folder) as again:
+        assert again.is_lost
+        assert sorted(again.done) == [0, 1, 2]
+        again.begin(HEADER)
+        again.finish()
+    assert contents(folder) == whole
+
+
+def test_what_is_found_without_the_manifest(tmp_path: Path) -> None:
+    folder = without_manifest(tmp_path)
+    path = folder / "part-00001.parquet"
+    whole = path.read_bytes()
+    (folder / "part-00002.parquet").rename(folder / "part-00004.parquet")
+    assert verify_parts(folder).problems == [
+        "part-00002.parquet is missing",
+        "part-00004.parquet is not of this run",
+        "has 4 rows, they say 5",
+    ]
+    vectors = pq.read_metadata(path).row_group(0).column(1)
+    place = vectors.data_page_offset + vectors.total_compressed_size - 1
+    path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    found = verify_parts(folder)
+    assert found.problems[0].startswith("part-00001.parquet can't be read: ")
+    assert found.damaged == {"part-00001.parquet"}
+    (folder / "part-00004.parquet").rename(folder / "part-00002.parquet")
+    with ShardFolder(folder) as again:
+        again.begin(HEADER)
+        assert sorted(again.done) == [0, 2]
+        add(again, 1)
+        again.finish()
+    assert path.read_bytes() == whole
+
+
+def test_a_run_of_other_inputs_takes_no_part_of_a_lost_one(tmp_path: Path) -> None:
+    folder = without_manifest(tmp_path)
+    with ShardFolder(folder) as again:
+        again.begin(HEADER | {"inputs": [{"name": "b.txt", "sha256": "6" * 64}]})
+        assert again.done == {}
+
+
+def test_a_manifest_of_other_parts_does_not_count(tmp_path: Path) -> None:
+    folder = written(tmp_path / "a")
+    path = manifest_path(folder)
+    path.write_text(path.read_text().replace("5" * 64, "6" * 64))  # another run's
+    assert verify_parts(folder)[1:] == ([], set(), None)
+    with ShardFolder(folder) as again:
+        assert again.is_lost
+        again.begin(HEADER)
+        assert not path.exists()
+        again.finish()
+    assert verify_parts(folder).source == path
+    for part in part_paths(folder):
+        part.unlink()
+    assert verify_parts(folder).problems[0] == "part-00000.parquet is missing"
+    with ShardFolder(folder) as again:
+        assert again.header is None  # a new start
+
+
+def test_a_folder_of_0_1_0_has_its_manifest_in_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "PART_KEY", "unknown")  # its parts knew nothing
+        folder = written(tmp_path / "a")
+    inside = manifest_path(folder).rename(folder / INSIDE)
+    assert verify_parts(folder) == (HEADER, [], set(), inside)
+    with ShardFolder(folder) as again:  # the same command again
+        assert again.is_complete
+        again.begin(HEADER)
+        again.finish()
+    assert not inside.exists()
+    assert verify_parts(folder) == (HEADER, [], set(), manifest_path(folder))
+
+
+@pytest.mark.parametrize(
+    ("folder", "manifest"),
+    [("out/a", "out/a.manifest.json"), ("out/lang=de", "out.lang=de.manifest.json"),
+     ("out/y=1/m=2", "out.y=1.m=2.manifest.json"), ("out/b/../a", "out/a.manifest.json"),
+     ("link", "out/a.manifest.json")],
+)  # fmt: skip
+def test_where_the_manifest_is(tmp_path: Path, folder: str, manifest: str) -> None:
+    (tmp_path / "out" / "a").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("out/a")
+    assert manifest_path(tmp_path / folder) == tmp_path / manifest
+
+
+def test_a_file_of_somebody_else_in_its_place_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "a.manifest.json").write_text('{"name": "mine"}')
+    with pytest.raises(ConfigError, match="is not a manifest"), ShardFolder(tmp_path / "a"):
+        pass
+    assert (tmp_path / "a.manifest.json").read_text() == '{"name": "mine"}'
+
+
+def test_where_nothing_can_be_written_beside_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(path: Path, target: Path) -> None:
+        if target == manifest_path(tmp_path / "a"):
+            raise OSError(errno.EROFS, "Read-only file system")
+        real(path, target)
+
+    real = Path.replace
+    monkeypatch.setattr(Path, "replace", refused)
+    with pytest.warns(UserWarning, match=r"a\.manifest\.json: can't be written \(Read-only"):
+        folder = written(tmp_path / "a")
+    assert sorted(contents(folder)) == [f"part-0000{i}.parquet" for i in range(3)]
+    assert verify_parts(folder).problems == []

@@ -9,6 +9,7 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,7 +34,7 @@ from minilm.errors import (
 from minilm.files import streaming
 from minilm.files.arrow import embeddings_of
 from minilm.files.records import read_fingerprint
-from minilm.files.shards import MANIFEST, PROGRESS, ShardFolder
+from minilm.files.shards import PROGRESS, ShardFolder, manifest_path
 from minilm.files.sources import read_shards
 from minilm.files.streaming import FilesReport, embed, encode_files
 from minilm.inference.process_pool import ProcessPool
@@ -72,6 +73,10 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def with_manifest(folder: Path) -> dict[str, bytes]:
+    return contents(folder) | {"manifest": manifest_path(folder).read_bytes()}
+
+
 def read(folder: Path) -> Any:
     return pyarrow.dataset.dataset(folder, format="parquet").to_table()
 
@@ -96,7 +101,7 @@ def test_rows_and_vectors_are_those_of_the_file(
     for path in parts:
         assert read_fingerprint(path) == tiny_encoder.fingerprint()
     assert len(pd.read_parquet(tmp_path / "out")) == 50
-    manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    manifest = json.loads(manifest_path(tmp_path / "out").read_text())
     assert manifest["parts"][0]["unique"] == len(set(texts[:16])) == 15
     assert manifest["rows"] == {"read": 50, "bad": 0, "written": 50}
     assert manifest["columns"] == {"id": "int64", "text": "string"}
@@ -145,7 +150,12 @@ def test_precisions(
     dtype: str,
     width: int,
 ) -> None:
-    run(tiny_encoder, source, tmp_path / "out", precision=precision, embedding_column="v")
+    with (
+        pytest.warns(UserWarning, match="choose 'ubinary'")
+        if precision == "binary"
+        else (nullcontext())
+    ):
+        run(tiny_encoder, source, tmp_path / "out", precision=precision, embedding_column="v")
     table = read(tmp_path / "out")
     vectors = embeddings_of(table["v"])
     assert (vectors.dtype, vectors.shape) == (np.dtype(dtype), (50, width))
@@ -156,6 +166,29 @@ def test_precisions(
     np.testing.assert_array_equal(vectors, expected)
     record = read_fingerprint(tmp_path / "out" / "part-00000.parquet")
     assert record == tiny_encoder.fingerprint().for_call(precision=coded)
+
+
+def test_row_numbers_go_through_all_parts(
+    tiny_encoder: SentenceEncoder, source: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run(tiny_encoder, source, out, shard_rows=16, row_number="row")
+    table = read(out)
+    assert table.column_names == ["id", "text", "row", "embedding"]
+    assert table.schema.field("row").equals(pa.field("row", pa.int64(), nullable=False))
+    assert table["row"].to_pylist() == list(range(50))
+    with pytest.raises(InputError, match=r"row_number \('row' there, None now\)"):
+        run(tiny_encoder, source, out, shard_rows=16)
+
+
+def test_a_column_that_the_path_overwrites_is_told(
+    tiny_encoder: SentenceEncoder, source: Path, tmp_path: Path
+) -> None:
+    run(tiny_encoder, source, tmp_path / "out" / "lang=de")
+    assert len(pd.read_parquet(tmp_path / "out")) == 50  # nothing of ours is in the way
+    with pytest.warns(UserWarning, match="the rows have a column 'id': DuckDB") as caught:
+        run(tiny_encoder, source, tmp_path / "id=5" / "b=1")
+    assert caught[0].filename == __file__
 
 
 def test_int8_of_the_published_model(encoder: SentenceEncoder, tmp_path: Path) -> None:
@@ -225,7 +258,7 @@ def test_bad_rows(tiny_encoder: SentenceEncoder, tmp_path: Path) -> None:
     assert table["id"].to_pylist() == [1, 2, 3, *[None] * 7]
     expected = tiny_encoder.encode(["a cat", "", "", "sun", *[""] * 6])
     np.testing.assert_array_equal(embeddings_of(table["embedding"]), expected)
-    manifest = json.loads((tmp_path / "empty" / MANIFEST).read_text())
+    manifest = json.loads(manifest_path(tmp_path / "empty").read_text())
     assert manifest["rows"] == {"read": 10, "bad": 8, "written": 10}
     with pytest.raises(InputError, match="line 2: text is null"):
         run(tiny_encoder, file, tmp_path / "error")
@@ -288,7 +321,40 @@ def test_another_run_is_refused(
     assert contents(out) == before
     report = run(tiny_encoder, source, out, overwrite=True)
     assert (report.rows, report.computed) == (1, 1)
-    assert sorted(contents(out)) == [MANIFEST, "part-00000.parquet"]
+    assert sorted(contents(out)) == ["part-00000.parquet"]
+    assert sorted(path.name for path in tmp_path.iterdir() if path != source) == [
+        "moved.jsonl", "out", "out.manifest.json"
+    ]  # fmt: skip
+
+
+def test_a_folder_that_was_moved_without_its_manifest_gets_it_again(
+    tiny_encoder: SentenceEncoder, source: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    run(tiny_encoder, source, out, shard_rows=16)
+    before = with_manifest(out)
+    manifest_path(out).unlink()
+    with pytest.raises(InputError, match=r"another shard_rows \(16 there, 7 now\)"):
+        run(tiny_encoder, source, out, shard_rows=7)
+    with pytest.raises(InputError, match="another content of the input files"):
+        run(tiny_encoder, write_jsonl(tmp_path / "b.jsonl", ["a cat"]), out, shard_rows=16)
+    (out / "part-00002.parquet").unlink()
+    assert run(tiny_encoder, source, out, shard_rows=16).computed == 1
+    assert with_manifest(out) == before
+
+
+def test_a_run_that_0_1_0_began_goes_on(
+    tiny_encoder: SentenceEncoder, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(streaming, "FORMAT_VERSION", 1)
+        run(tiny_encoder, source, out, shard_rows=16)
+    manifest_path(out).rename(out / "_manifest.json")
+    (out / "part-00001.parquet").unlink()
+    assert run(tiny_encoder, source, out, shard_rows=16).computed == 1
+    assert len(contents(out)) == 4
+    assert json.loads(manifest_path(out).read_text())["format_version"] == 1
 
 
 def test_threads_that_write_one_folder_wait_for_each_other(
@@ -333,7 +399,9 @@ def test_arguments_that_cannot_be_used(
         ({"truncation": "no"}, "truncation is 'no'"),
         ({"precision": "float8"}, "precision is 'float8'; pass one of float32"),
         ({"precision": "int8"}, "this model has no fixed ranges"),
-        ({"embedding_column": "id"}, "the rows have 'id' already"),
+        ({"embedding_column": "id"}, "the rows have 'id' already; .* --embedding-column"),
+        ({"row_number": "text"}, "the rows have 'text' already; .* --row-number"),
+        ({"row_number": "embedding"}, "the rows have 'embedding' already"),
     ):
         with pytest.raises(InputError, match=message):
             run(tiny_encoder, source, tmp_path / "out", **options)
@@ -375,7 +443,7 @@ def test_a_file_that_changes_meanwhile(
     source.write_bytes(before)
     change = partial(os.utime, source, (1, 1))  # touched only
     run(tiny_encoder, source, tmp_path / "out", shard_rows=10)
-    assert (tmp_path / "out" / MANIFEST).exists()
+    assert manifest_path(tmp_path / "out").exists()
 
 
 def test_rows_that_were_there_at_one_reading_only(
@@ -411,6 +479,7 @@ import json, os, random, resource, shutil, signal, sys
 from pathlib import Path
 import pyarrow.parquet
 from minilm import SentenceEncoder
+from minilm.files.shards import manifest_path
 from minilm.files.streaming import encode_files
 
 model, source, place = map(Path, sys.argv[1:])
@@ -457,7 +526,9 @@ def child(output, stop, limit=None):
     return os.waitstatus_to_exitcode(status), told
 
 def contents(output):
-    return {path.name: path.read_bytes() for path in output.iterdir()}
+    beside = manifest_path(output)
+    files = [*output.iterdir(), *([beside] if beside.exists() else [])]
+    return {path.name.replace(output.name, "out"): path.read_bytes() for path in files}
 
 status, told = child(place / "whole", 10**9)
 assert status == 0
@@ -541,7 +612,7 @@ def test_workers_that_die_leave_no_trace(
     monkeypatch.setattr(streaming, "ProcessPool", _Watched)
     run(tiny_encoder, source, tmp_path / "two", shard_rows=6, workers=2)
     assert len(killed) == 2
-    assert contents(tmp_path / "two") == contents(tmp_path / "one")
+    assert with_manifest(tmp_path / "two") == with_manifest(tmp_path / "one")
     assert _Watched.started[-1]["processes"] == []
 
 
@@ -620,4 +691,4 @@ def test_interrupted_command_leaves_a_clean_state(tmp_path: Path) -> None:
     report = run(encoder, source, out, shard_rows=10)
     assert report.computed == 200 - finished
     run(encoder, source, tmp_path / "whole", shard_rows=10)
-    assert contents(out) == contents(tmp_path / "whole")
+    assert with_manifest(out) == with_manifest(tmp_path / "whole")

@@ -11,8 +11,9 @@ import pytest
 from minilm import SentenceEncoder
 from minilm.errors import InputError
 from minilm.inference.encode import model_ranges_of
-from minilm.parity.check import check_vectors
+from minilm.parity.check import check_vectors, dead_numbers
 from minilm.pretrained.fingerprint import fingerprint
+from minilm.quantize import quantize_embeddings
 
 TEXTS = ["the dog bites the man", "a cat", "", "the sun is out . " * 6, "a dog sees a cat"]
 
@@ -79,6 +80,29 @@ def test_codes_of_the_published_model(
     else:
         with pytest.raises(InputError, match="with ranges of their own"):
             check_vectors(shorter, TEXTS, codes, record)
+
+
+@pytest.mark.parametrize("precision", ["binary", "ubinary"])
+def test_bits_of_dead_numbers_do_not_count(encoder: SentenceEncoder, precision: str) -> None:
+    dead = dead_numbers(encoder)
+    assert dead == [127, 223, 319]
+    vectors = encode(encoder)
+    assert np.abs(vectors[:, dead]).max() < 2e-7
+    assert np.abs(vectors).max(axis=0)[np.setdiff1d(np.arange(384), dead)].min() > 1e-3
+    record = fingerprint(encoder).for_call(precision=precision)
+    halves = quantize_embeddings(vectors.astype(np.float16), precision)
+    assert not np.array_equal(halves, encode(encoder, precision=precision))
+    result = check_vectors(encoder, TEXTS, halves, record)
+    assert result.summary == (
+        f"same: equal, bit by bit after rounding to {precision}, where 127, 223, 319, which are "
+        "always 0, don't count (5 of 5 rows checked)"
+    )
+    halves[0, 0] ^= 1  # of number 7
+    assert check_vectors(encoder, TEXTS, halves, record).verdict != "same"
+
+
+def test_a_model_without_dead_numbers(tiny_encoder: SentenceEncoder) -> None:
+    assert dead_numbers(tiny_encoder) == []
 
 
 def test_a_code_at_the_edge_of_its_bucket_is_rounding(encoder: SentenceEncoder) -> None:

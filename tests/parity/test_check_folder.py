@@ -13,7 +13,7 @@ from conftest import seeded_bert
 from minilm import MeanPooling, Normalize, SentenceEncoder
 from minilm.errors import InputError
 from minilm.files.arrow import embedding_array
-from minilm.files.shards import MANIFEST
+from minilm.files.shards import manifest_path
 from minilm.files.streaming import encode_files
 from minilm.parity.check_folder import check_folder
 from minilm.parity.foreign import read_vectors
@@ -50,6 +50,26 @@ def test_what_was_written_is_the_same(tiny_encoder: SentenceEncoder, folder: Pat
     assert (found.result.verdict, found.result.rows, found.result.checked) == ("same", 40, 40)
     assert found.table().splitlines()[1] == "same: equal, bit by bit (40 of 40 rows checked)"
     assert json.loads(json.dumps(found.to_dict()))["result"]["verdict"] == "same"
+
+
+def test_a_folder_that_was_moved_without_its_manifest(
+    tiny_encoder: SentenceEncoder, folder: Path
+) -> None:
+    (folder.parent / "new").mkdir()
+    moved = folder.rename(folder.parent / "new" / "place")
+    found = check_folder(tiny_encoder, moved)
+    assert found.is_compatible
+    assert (found.has_manifest, found.has_record) == (False, True)
+    assert found.summary == (
+        f"{moved}: 40 rows in 5 parts: all there and whole as the parts themselves say; the "
+        f"manifest, which has their hashes, is not at {folder.parent}/new/place.manifest.json"
+    )
+    assert found.result is not None
+    assert found.result.verdict == "same"
+    (moved / "part-00003.parquet").unlink()
+    found = check_folder(tiny_encoder, moved)
+    assert not found.is_compatible
+    assert "  - part-00003.parquet is missing" in found.table()
 
 
 def test_a_sample_has_the_longest_text_in_it(tiny_encoder: SentenceEncoder, folder: Path) -> None:
@@ -127,7 +147,7 @@ def test_folders_with_nothing_in_them(tiny_encoder: SentenceEncoder, tmp_path: P
     (tmp_path / "out" / "part-00000.parquet").unlink()
     found = check_folder(tiny_encoder, tmp_path / "out")
     assert not found.is_compatible
-    (tmp_path / "out" / MANIFEST).unlink()
+    manifest_path(tmp_path / "out").unlink()
 
 
 def test_a_byte_that_flipped_is_a_problem_wherever_it_is(
