@@ -241,7 +241,14 @@ def _codes(
     calibration_embeddings: Embeddings | None,
 ) -> _Array:
     if precision == "float32":
-        return array.astype(np.float32)
+        with np.errstate(over="ignore"):  # looked for below
+            narrow = array.astype(np.float32)
+        if not np.isfinite(narrow[np.isfinite(array)]).all():
+            raise InputError(
+                "embeddings has numbers beyond what float32 holds; scale the vectors down",
+                "embeddings",
+            )
+        return narrow
     if np.isnan(array).any():
         row = int(np.isnan(np.atleast_2d(array)).any(axis=1).argmax())
         raise InputError(f"embeddings[{row}] has a NaN, which has no code", "embeddings")
@@ -298,7 +305,10 @@ def _starts_and_steps(ranges: Embeddings | None, width: int) -> tuple[_Array, _A
             "pass ranges of that width",
             "ranges",
         )
-    steps = (rows[1] - rows[0]) / np.float32(255)
+    with np.errstate(over="ignore"):  # looked for below
+        steps = (rows[1] - rows[0]) / np.float32(255)
+    if not np.isfinite(steps).all():
+        raise InputError("ranges is wider than float32 holds; scale the vectors down", "ranges")
     return rows[0], np.where(steps == 0, np.float32(1), steps)
 
 

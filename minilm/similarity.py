@@ -3,6 +3,10 @@
 In: embeddings as tensors, NumPy arrays or lists. Out: a tensor, larger where more alike.
 Each function comes in two forms: all pairs `[n, d] x [m, d] -> [n, m]`, and `pairwise_...`, row by
 row, `[n, d] x [n, d] -> [n]`. One vector `[d]` counts as one row.
+
+The squares of numbers beyond 1e19 are beyond float32, those of numbers beyond 256 beyond float16.
+Where a sum of products might be, it is computed in float64; a score is infinite only if it is
+beyond what its own dtype holds.
 """
 
 import functools
@@ -32,6 +36,7 @@ __all__ = [
     "pairwise_dot_score",
     "pairwise_euclidean_sim",
     "pairwise_manhattan_sim",
+    "unit_vectors",
 ]
 
 Embeddings = Tensor | np.ndarray[Any, Any] | Sequence[Any]
@@ -51,23 +56,22 @@ def cos_sim(a: Embeddings, b: Embeddings) -> Tensor:
         InputTypeError: One is not a tensor, an array or a list of numbers.
     """
     a, b = as_matrices(a, b)
-    return dot_score(_unit(a), _unit(b))
+    return unit_vectors(a) @ unit_vectors(b).T
 
 
 def dot_score(a: Embeddings, b: Embeddings) -> Tensor:
     """a_i·b_j, `[n, d] x [m, d] -> [n, m]`. Arguments and errors as in `cos_sim`."""
-    a, b = as_matrices(a, b)
-    return a @ b.T
+    return _in_range(lambda a, b: a @ b.T, *as_matrices(a, b))
 
 
 def euclidean_sim(a: Embeddings, b: Embeddings) -> Tensor:
     """-‖a_i - b_j‖₂, `[n, d] x [m, d] -> [n, m]`. Arguments and errors as in `cos_sim`."""
-    return -_distances(*as_matrices(a, b), p=2.0)
+    return _in_range(functools.partial(_distances, p=2.0), *as_matrices(a, b))
 
 
 def manhattan_sim(a: Embeddings, b: Embeddings) -> Tensor:
     """-‖a_i - b_j‖₁, `[n, d] x [m, d] -> [n, m]`. Arguments and errors as in `cos_sim`."""
-    return -_distances(*as_matrices(a, b), p=1.0)
+    return _in_range(functools.partial(_distances, p=1.0), *as_matrices(a, b))
 
 
 def _scalar_for_two_vectors(pairwise: _Pairwise) -> _Pairwise:
@@ -86,26 +90,25 @@ def _scalar_for_two_vectors(pairwise: _Pairwise) -> _Pairwise:
 def pairwise_cos_sim(a: Embeddings, b: Embeddings) -> Tensor:
     """cos(a_i, b_i), `[n, d] x [n, d] -> [n]`. Errors as in `cos_sim`, or if n differs."""
     a, b = _rows(a, b)
-    return pairwise_dot_score(_unit(a), _unit(b))
+    return (unit_vectors(a) * unit_vectors(b)).sum(dim=-1)
 
 
 @_scalar_for_two_vectors
 def pairwise_dot_score(a: Embeddings, b: Embeddings) -> Tensor:
     """a_i·b_i, `[n, d] x [n, d] -> [n]`. Errors as in `cos_sim`, or if n differs."""
-    a, b = _rows(a, b)
-    return (a * b).sum(dim=-1)
+    return _in_range(lambda a, b: (a * b).sum(dim=-1), *_rows(a, b))
 
 
 @_scalar_for_two_vectors
 def pairwise_euclidean_sim(a: Embeddings, b: Embeddings) -> Tensor:
     """-‖a_i - b_i‖₂, `[n, d] x [n, d] -> [n]`. Errors as in `cos_sim`, or if n differs."""
-    return _pairwise_distance(a, b, order=2)
+    return _in_range(functools.partial(_pairwise_distances, p=2.0), *_rows(a, b))
 
 
 @_scalar_for_two_vectors
 def pairwise_manhattan_sim(a: Embeddings, b: Embeddings) -> Tensor:
     """-‖a_i - b_i‖₁, `[n, d] x [n, d] -> [n]`. Errors as in `cos_sim`, or if n differs."""
-    return _pairwise_distance(a, b, order=1)
+    return _in_range(functools.partial(_pairwise_distances, p=1.0), *_rows(a, b))
 
 
 Similarity = Callable[[Embeddings, Embeddings], Tensor]
@@ -151,12 +154,37 @@ class SimilarityFunction(Enum):
         return SIMILARITY_FUNCTIONS[SimilarityFunction(similarity_function).value][1]
 
 
-_unit = Normalize()
+def unit_vectors(vectors: Tensor) -> Tensor:
+    """Scale vectors to length 1 as `Normalize` does, `[..., d] -> [..., d]`, whatever their length.
+
+    Where the squares are beyond the dtype, the largest number of the vector is made 1 before.
+    """
+    if vectors.numel():
+        lengths = torch.linalg.vector_norm(vectors.detach(), dim=-1, keepdim=True)
+        if not lengths.isfinite().all():
+            largest = vectors.detach().abs().amax(dim=-1, keepdim=True)
+            vectors = torch.where(lengths.isfinite(), vectors, vectors / largest)
+    unit: Tensor = Normalize()(vectors)
+    return unit
 
 
-def _pairwise_distance(a: Embeddings, b: Embeddings, order: int) -> Tensor:
-    first, second = _rows(a, b)
-    distances: Tensor = torch.linalg.vector_norm(first - second, ord=order, dim=-1)
+def _in_range(score: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
+    """The scores of vectors, computed in float64 if a sum of products might be beyond the dtype."""
+    if a.dtype == torch.float64 or "mps" in (a.device.type, b.device.type):  # mps has no float64
+        return score(a, b)
+    longest = [
+        torch.linalg.vector_norm(each.detach(), dim=-1, dtype=torch.float32).max()
+        for each in (a, b)
+        if each.numel()
+    ]
+    # No sum is larger than (‖a‖ + ‖b‖)² (Cauchy and Schwarz); half of the range is for rounding.
+    if float(sum(longest)) ** 2 < torch.finfo(a.dtype).max / 2:
+        return score(a, b)
+    return score(a.double(), b.double()).to(a.dtype)
+
+
+def _pairwise_distances(a: Tensor, b: Tensor, p: float) -> Tensor:
+    distances: Tensor = torch.linalg.vector_norm(a - b, ord=p, dim=-1)
     return -distances
 
 
@@ -164,7 +192,7 @@ def _distances(a: Tensor, b: Tensor, p: float) -> Tensor:
     # cdist knows no half precision. Its matrix product would make equal vectors differ by 1e-3.
     wide = torch.promote_types(a.dtype, torch.float32)
     mode = "donot_use_mm_for_euclid_dist"
-    return torch.cdist(a.to(wide), b.to(wide), p=p, compute_mode=mode).to(a.dtype)
+    return -torch.cdist(a.to(wide), b.to(wide), p=p, compute_mode=mode).to(a.dtype)
 
 
 def as_matrices(

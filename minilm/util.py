@@ -14,7 +14,6 @@ from torch import Tensor
 
 from minilm.errors import InputTypeError
 from minilm.inputs import as_device, check_positive_int, is_singular_input
-from minilm.pooling import Normalize
 from minilm.quantize import dequantize, model_ranges, quantize_embeddings
 from minilm.similarity import (
     SimilarityFunction,
@@ -26,6 +25,7 @@ from minilm.similarity import (
     pairwise_dot_score,
     pairwise_euclidean_sim,
     pairwise_manhattan_sim,
+    unit_vectors,
 )
 from minilm.tasks.communities import community_detection
 from minilm.tasks.paraphrase import paraphrase_mining_embeddings
@@ -97,8 +97,7 @@ def paraphrase_mining(
 def normalize_embeddings(embeddings: Tensor | _Array) -> Tensor:
     """Scale each vector to length 1, `[..., d] -> [..., d]`; a zero vector stays zero."""
     tensor = as_numbers(embeddings, "embeddings")
-    unit: Tensor = Normalize()(tensor if tensor.is_floating_point() else tensor.float())
-    return unit
+    return unit_vectors(tensor if tensor.is_floating_point() else tensor.float())
 
 
 def truncate_embeddings(embeddings: _Vectors, truncate_dim: int | None) -> _Vectors:

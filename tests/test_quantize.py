@@ -497,3 +497,15 @@ def test_the_references_codes_of_real_vectors(
     vectors = encoder.encode([line.split("\t")[1] for line in lines])
     expected = theirs(vectors, precision)
     same(quantize_embeddings(vectors, precision), expected, expected.dtype)
+
+
+def test_numbers_that_float32_does_not_hold() -> None:
+    with pytest.raises(InputError, match="embeddings has numbers beyond what float32 holds"):
+        quantize_embeddings(np.array([[1.0, 1e200]]), "float32")
+    ranges = np.array([[-3e38], [3e38]], np.float32)
+    message = "ranges is wider than float32 holds"
+    with pytest.raises(InputError, match=message) as info:
+        quantize_embeddings(np.ones((1, 1)), "int8", ranges)
+    assert info.value.argument == "ranges"
+    with pytest.raises(InputError, match=message):
+        dequantize(np.ones((1, 1), np.int8), "int8", ranges)

@@ -351,3 +351,52 @@ def test_python_numbers_are_read_as_torch_reads_them() -> None:
 def test_sparse_tensors_are_refused() -> None:
     with pytest.raises(InputTypeError, match="a is Tensor; pass a tensor, an array"):
         cos_sim(torch.eye(2).to_sparse(), torch.eye(2))
+
+
+# Numbers whose squares are beyond the dtype.
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [
+        (torch.float16, 200.0),
+        (torch.float16, 30_000.0),
+        (torch.bfloat16, 1e20),
+        (torch.float32, 1e19),
+        (torch.float32, 1e20),
+        (torch.float32, 8e37),
+    ],
+)
+@pytest.mark.parametrize("names", list(SIMILARITY_FUNCTIONS))
+def test_long_vectors_have_the_scores_that_float64_gives(
+    dtype: torch.dtype, size: float, names: str
+) -> None:
+    """And infinity only where the score itself is beyond the dtype; NaN nowhere."""
+    of_all, by_rows = SIMILARITY_FUNCTIONS[names]
+    generator = torch.Generator().manual_seed(0)
+    a = (torch.rand(4, 8, generator=generator) * 2 - 1).mul(size).to(dtype)
+    b = (torch.rand(4, 8, generator=generator) * 2 - 1).mul(size).to(dtype)
+    b[1] /= size  # one of a usual length
+    for score in (of_all, by_rows):
+        expected = score(a.double(), b.double())
+        assert expected.isfinite().all()
+        found = score(a, b)
+        assert found.dtype == dtype
+        assert found.isinf().equal(expected.to(dtype).isinf())
+        near = found.isfinite()
+        scale = expected[near].abs().max() if near.any() else 1.0
+        # Half a step of rounding, and for the cosine what eight products lose.
+        atol = float(scale) * 8 * torch.finfo(dtype).eps
+        torch.testing.assert_close(
+            found[near].double(), expected[near], rtol=torch.finfo(dtype).eps, atol=atol
+        )
+
+
+def test_long_vectors_are_made_of_length_1() -> None:
+    from minilm.util import normalize_embeddings
+
+    vectors = torch.tensor([[3e30, 4e30], [3.0, 4.0], [0.0, 0.0], [3e38, 0.0]])
+    expected = [[0.6, 0.8], [0.6, 0.8], [0.0, 0.0], [1.0, 0.0]]
+    torch.testing.assert_close(normalize_embeddings(vectors), torch.tensor(expected))
+    half = torch.full((1, 384), 5000.0, dtype=torch.float16)  # of length 97,980
+    assert float(cos_sim(half, half)) == pytest.approx(1, abs=2e-3)

@@ -12,6 +12,7 @@ skipped. A text is a string: null, a number, or nothing makes a bad row.
 
 import importlib.util
 import json
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -21,10 +22,11 @@ from typing import Any, NamedTuple
 
 from minilm.disk import with_home
 from minilm.errors import InputError
+from minilm.report import shortened
 from minilm.streams import standard_input
 
 __all__ = [
-    "DEFAULT_COLUMN", "FORMS", "Reader", "Row", "as_json", "column_of", "input_form",
+    "DEFAULT_COLUMN", "FORMS", "Reader", "Row", "as_float", "as_json", "column_of", "input_form",
     "lone_surrogate",
 ]  # fmt: skip
 
@@ -38,6 +40,7 @@ _ALSO_TEXT = ("", ".text", ".md", ".log")
 
 _LONGEST_FIELD = 2**31 - 1  # characters: the most that the parser accepts on every system
 _DEEPEST = 200  # nested lists and objects; Python can write fewer than 1,000
+_HUGE = re.compile(r"[0-9][eE]\+?[0-9]{3}|[0-9]{309}")  # what a number beyond float64 looks like
 _HALF = re.compile("[\ud800-\udfff]")
 
 
@@ -157,8 +160,8 @@ class Reader:
 
     def _object(self, line: str, number: int, name: str) -> Row:
         try:
-            row = _decode(line)
-        except _DoubledError as error:
+            row = (_decode_strictly if _HUGE.search(line) else _decode)(line)
+        except _RowError as error:
             return Row(number, {}, None, str(error))
         except (ValueError, RecursionError) as error:
             return Row(number, {}, None, f"is not valid JSON: {error}")
@@ -277,8 +280,8 @@ def _lines(name: str) -> Iterator[str]:
             yield text
 
 
-class _DoubledError(ValueError):
-    pass
+class _RowError(ValueError):
+    """What is wrong with a row that is well-formed."""
 
 
 def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -286,8 +289,16 @@ def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         names = [name for name, _ in pairs]
         doubled = next(name for name in names if names.count(name) > 1)
-        raise _DoubledError(f"has the key {doubled!r} more than once")
+        raise _RowError(f"has the key {doubled!r} more than once")
     return found
+
+
+def as_float(text: str) -> float:
+    """A number in a file; one that float64 can't hold is a `ValueError`, and not infinity."""
+    value = float(text)
+    if math.isinf(value) and any(character.isdigit() for character in text):
+        raise _RowError(f"has the number {shortened(text, 40)}, which is beyond what float64 holds")
+    return value
 
 
 def _depth(value: Any) -> int:
@@ -299,6 +310,7 @@ def _depth(value: Any) -> int:
 
 
 _decode = json.JSONDecoder(object_pairs_hook=_object_of).decode
+_decode_strictly = json.JSONDecoder(object_pairs_hook=_object_of, parse_float=as_float).decode
 
 
 @cache

@@ -48,6 +48,7 @@ from minilm.index.segments import (
     extended,
     float_vectors,
     is_ours,
+    lost_segments,
     read_manifest,
     remove_leftovers,
     size_problem,
@@ -135,7 +136,8 @@ class Index:
             codes: "int8" and "binary": keep these codes too, for `search` with `precision`.
 
         Raises:
-            InputError: Something is in the folder, it can't be written to, another process is
+            InputError: Something is in the folder, also segments of an index that lost its
+                index.json; it can't be written to, another process is
                 writing there, or the model has no `model_ranges` for int8 codes; or as in `add`.
             OSError: The folder can't be written to, or the disk is full.
         """
@@ -156,6 +158,7 @@ class Index:
                 raise InputError(
                     f"{path} has {what} in it already; add to it, or choose a new folder", "folder"
                 )
+            _check_not_lost(path)
             remove_leftovers(path, manifest)
             manifest = extended(path, manifest, [], blocks)
             commit(path, manifest)
@@ -357,7 +360,19 @@ class Index:
 # --- who may add and search
 
 
+def _check_not_lost(folder: Path) -> None:
+    lost = lost_segments(folder)
+    if lost:
+        raise InputError(
+            f"{folder} has {lost[0]} and no {MANIFEST}: an index that lost it, or one that was "
+            f"interrupted in its last step; restore {MANIFEST} from a copy, or remove the folder "
+            "and build the index again",
+            "folder",
+        )
+
+
 def _check_is_index(folder: Path) -> None:
+    _check_not_lost(folder)
     if not (folder / MANIFEST).is_file():
         raise InputError(
             f"{folder} is not an index, it has no {MANIFEST}; make one with Index.create or "

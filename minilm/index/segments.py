@@ -34,12 +34,13 @@ from minilm.errors import ConfigError, InputError, InputTypeError
 from minilm.pretrained.fingerprint import Fingerprint
 from minilm.quantize import model_ranges, quantize_embeddings
 from minilm.similarity import Embeddings
-from minilm.tasks.search import not_finite
+from minilm.tasks.search import LONGEST, not_finite, too_long_error
 from minilm.vectors import as_matrix
 
 __all__ = [
     "LOCK", "MANIFEST", "Block", "Manifest", "Row", "Segment", "commit", "extended",
-    "float_vectors", "is_ours", "read_manifest", "remove_leftovers", "size_problem",
+    "float_vectors", "is_ours", "lost_segments", "read_manifest", "remove_leftovers",
+    "size_problem",
 ]  # fmt: skip
 
 _Array = np.ndarray[Any, Any]
@@ -50,6 +51,7 @@ FORMAT = "minilm index"
 FORMAT_VERSION = 1
 MANIFEST = "index.json"
 LOCK = "index.lock"
+_SEGMENT = re.compile(r"segment-\d{5,}")
 _LEFTOVER = re.compile(r"segment-\d{5,}|\.(segment-\d{5,}|index\.json|trial)\.[0-9a-f]{32}\.part")
 _SMALL = 2**16  # rows up to which a segment is merged into the next: 100 MB of vectors
 _COPIED = 4096  # rows that are copied at a time
@@ -273,6 +275,10 @@ def _checked(
         finite = np.isfinite(array).all(axis=1)
         if not finite.all():
             raise not_finite("embeddings", int(finite.argmin()))
+        lengths = np.linalg.norm(array.astype(np.float64), axis=1)
+        if (lengths > LONGEST[torch.float32]).any():
+            row = int((lengths > LONGEST[torch.float32]).argmax())
+            raise too_long_error("embeddings", row, float(lengths[row]))
         yield array, lines
 
 
@@ -403,7 +409,15 @@ class _Rows:
 
 
 def is_ours(name: str) -> bool:
+    """Whether a name is one that an interrupted call may have left in a folder."""
     return name.startswith(LOCK) or _LEFTOVER.fullmatch(name) is not None
+
+
+def lost_segments(folder: Path) -> list[str]:
+    """The segments in a folder that has no index.json: the corpus of an index that lost it."""
+    if not folder.is_dir() or (folder / MANIFEST).exists():
+        return []
+    return sorted(path.name for path in folder.iterdir() if _SEGMENT.fullmatch(path.name))
 
 
 def remove_leftovers(folder: Path, manifest: Manifest) -> None:

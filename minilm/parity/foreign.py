@@ -8,6 +8,7 @@ NumPy, torch and onnxruntime are imported only when they are used, so that the c
 """
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from minilm.errors import InputError, MissingPackageError
-from minilm.files.rows import DEFAULT_COLUMN, Reader
+from minilm.files.rows import DEFAULT_COLUMN, Reader, as_float
 from minilm.files.tables import SUFFIXES, VECTOR_FIELDS, read_table
 
 if TYPE_CHECKING:
@@ -224,7 +225,10 @@ def _read_csv(path: Path, column: str | None) -> tuple[list[str] | None, Any]:
             heading = list(row)
             names = _numbered(heading) or heading[heading.index(reader.column) + 1 :]
         try:
-            vectors.append([float(row[name]) for name in names])
+            vector = [float(row[name]) for name in names]
+            if any(map(math.isinf, vector)):
+                vector = [as_float(row[name]) for name in names]
+            vectors.append(vector)
         except ValueError as error:
             raise ValueError(f"line {line}: {error}") from error
         texts.append(text)

@@ -33,6 +33,7 @@ from minilm.similarity import (
 from minilm.vectors import as_matrix
 
 __all__ = [
+    "LONGEST",
     "Best",
     "Found",
     "ScoreFunction",
@@ -40,6 +41,7 @@ __all__ = [
     "full_precision",
     "not_finite",
     "semantic_search",
+    "too_long_error",
 ]
 
 ScoreFunction = Callable[[Any, Any], Tensor]
@@ -72,6 +74,9 @@ _PAIRS = 4096  # vectors whose lengths are computed at a time: 12 MB of float64 
 # times as long, mostly for pages of memory.
 _EXACT = 2**17
 _UNIT = 1e-6  # lengths that are nearer to 1 are 1, where a score is only a first guess
+# The longest vectors that are searched. The reciprocal of a longer one is too small for its dtype,
+# and in float64 its products with others are too large.
+LONGEST = {torch.float32: 2.0**126, torch.float64: 1e150}
 _SHORTEST = 1e-30  # a zero vector is as similar as 0 to everything, not 0 / 0
 # What float32 products lose where the user allows TF32 or bfloat16 in them.
 _ALLOWED_LOSS = {"highest": 0.0, "high": 2.0**-10, "medium": 2.0**-7}
@@ -104,8 +109,8 @@ def semantic_search(
         scores, the smaller `corpus_id` first.
 
     Raises:
-        InputError: The widths differ, a vector has a number that is not finite, or a size is not
-            positive.
+        InputError: The widths differ, a vector has a number that is not finite or is too long, or a
+            score is beyond what its dtype holds, or a size is not positive.
         InputTypeError: The embeddings are not numbers, or a size is not an integer.
 
     Example:
@@ -174,6 +179,7 @@ class Scores:
         # mps has no float64.
         self.exact_device = torch.device("cpu") if corpus.device.type == "mps" else corpus.device
         self._query_lengths = self._lengths(self.queries)
+        self._check_lengths(self._query_lengths, names[0])
         self._query_scale = self._on_device(1 / self._query_lengths)
         self._room = self.queries.new_empty(0)  # for the scores of one block after the other
         self._longest = 0.0  # of the vectors of the corpus that were used so far
@@ -201,6 +207,20 @@ class Scores:
             return torch.ones(0, dtype=torch.float64, device=self.exact_device)
         return torch.cat(parts).clamp(min=_SHORTEST)
 
+    def _check_lengths(self, exact: Tensor, name: str, rows: Tensor | None = None) -> None:
+        """Refuse vectors that are so long that no score of theirs can be computed.
+
+        Args:
+            exact: Their lengths in float64.
+            name: What they are called.
+            rows: Their numbers; by default those from 0 on.
+        """
+        too_long = exact > LONGEST[self.queries.dtype]
+        if too_long.any():
+            first = int(too_long.nonzero()[0])
+            row = first if rows is None else int(rows[first])
+            raise too_long_error(name, row, float(exact[first]))
+
     def vectors(self, rows: Tensor | slice) -> Tensor:
         """Vectors of the corpus, in the dtype of the queries."""
         return self.corpus[rows].to(self.queries.dtype)
@@ -221,6 +241,7 @@ class Scores:
             if not finite.all():
                 raise not_finite(self._names[1], start + int(rows[~finite][0]))
             exact = self._lengths(part[rows])
+            self._check_lengths(exact, self._names[1], start + rows)
             scale[rows], lengths[rows] = self._on_device(1 / exact), self._on_device(exact)
         self._corpus_scale[start:stop] = scale
         self._longest = max(self._longest, float(lengths.max()))
@@ -263,6 +284,15 @@ class Scores:
                 f"score_function gave shape {list(scores.shape)} for {len(queries)} queries and "
                 f"{len(corpus)} vectors of the corpus",
                 "score_function",
+            )
+        if self.exact_is_known and not _all_finite(scores):
+            i, j = (int(each) for each in (~scores.isfinite()).nonzero()[0])
+            i = i + rows.start if isinstance(rows, slice) else int(rows[i])
+            kind = str(self.queries.dtype).removeprefix("torch.")
+            raise InputError(
+                f"the score of {self._names[0]}[{i}] and {self._names[1]}[{start + j}] is beyond "
+                f"what {kind} holds; scale the vectors down",
+                self._names[0],
             )
         if scores.isnan().any():
             raise InputError("score_function gave NaN, which is in no order", "score_function")
@@ -457,12 +487,16 @@ def _without_diagonal(scores: Tensor, offset: int) -> Tensor:
 
 
 def _finite(vectors: Tensor, argument: str) -> Tensor:
-    if not vectors.numel():
-        return vectors
-    low, high = torch.aminmax(vectors)  # one pass and no copy; NaN and infinity come through
-    if not (low.isfinite() and high.isfinite()):
+    if not _all_finite(vectors):
         raise not_finite(argument, int((~vectors.isfinite()).any(dim=1).nonzero()[0]))
     return vectors
+
+
+def _all_finite(numbers: Tensor) -> bool:
+    if not numbers.numel():
+        return True
+    low, high = torch.aminmax(numbers)  # one pass and no copy; NaN and infinity come through
+    return bool(low.isfinite() and high.isfinite())
 
 
 def _allowed_loss() -> float:
@@ -483,5 +517,12 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
 def not_finite(argument: str, row: int) -> InputError:
     return InputError(
         f"{argument}[{row}] has a number that is not finite; leave that vector out",
+        f"{argument}[{row}]",
+    )
+
+
+def too_long_error(argument: str, row: int, length: float) -> InputError:
+    return InputError(
+        f"{argument}[{row}] has the length {length:.3g}, too long for its products; scale it down",
         f"{argument}[{row}]",
     )

@@ -468,3 +468,41 @@ def test_bad_rows_can_be_skipped_by_the_same_rule(tmp_path: Path) -> None:
     assert (layout.bad, layout.rows) == (2, [3])
     reader = Reader()
     assert [row.text for row in reader.rows(str(path))] == [None, "fine", None]
+
+
+HUGE = ["1e400", "-1E+400", "1" + "0" * 400 + ".0", "-1e999999999"]
+
+
+@pytest.mark.parametrize("number", HUGE)
+def test_a_number_beyond_float64_is_not_read_as_infinity(tmp_path: Path, number: str) -> None:
+    """In a value that is only kept, too: written again it would be Infinity, which is no JSON."""
+    shown = re.escape(f"has the number {number[:37]}")
+    path = made(tmp_path, "a.jsonl", f'{{"text": "a", "id": 1}}\n{{"text": "b", "id": {number}}}\n')
+    with pytest.raises(InputError, match=f"line 2: {shown}.*, which is beyond what float64 holds"):
+        read_table([str(path)])
+    vectors = {
+        "v.jsonl": f'{{"text": "a", "embedding": [1.0, {number}]}}\n',
+        "v.csv": f"text,0,1\na,1.0,{number}\n",
+    }
+    for name, content in vectors.items():
+        with pytest.raises(InputError, match=f"line [12]: {shown}"):
+            read_vectors(made(tmp_path, name, content))
+
+
+@pytest.mark.parametrize(
+    "number", ["1e308", "-1.7976931348623157e308", "1e-400", "1" + "0" * 308 + ".0"]
+)
+def test_a_number_that_float64_holds_is_read(tmp_path: Path, number: str) -> None:
+    path = made(tmp_path, "v.jsonl", f'{{"text": "1e400", "embedding": [1.0, {number}]}}\n')
+    assert read_vectors(path).vectors.tolist() == [[1.0, float(number)]]
+
+
+@pytest.mark.parametrize(("name", "number"), [("v.jsonl", "Infinity"), ("v.csv", "inf")])
+def test_an_infinity_that_was_written_as_one_is_read(
+    tmp_path: Path, name: str, number: str
+) -> None:
+    rows = {
+        "v.jsonl": f'{{"text": "a", "embedding": [1.0, {number}]}}\n',
+        "v.csv": f"text,0,1\na,1.0,{number}\n",
+    }
+    assert read_vectors(made(tmp_path, name, rows[name])).vectors.tolist() == [[1.0, np.inf]]

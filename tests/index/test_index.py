@@ -967,3 +967,45 @@ def test_a_sample_reaches_the_end(tiny_encoder: SentenceEncoder, tmp_path: Path)
     found = index_texts.check_index(tiny_encoder, made, 8)
     assert found is not None
     assert found.verdict == "model"
+
+
+def test_a_lost_index_json_does_not_cost_the_segments(tmp_path: Path, index: Index) -> None:
+    before = {path: path.read_bytes() for path in index.folder.rglob("*") if path.is_file()}
+    manifest = index.folder / "index.json"
+    lost = before.pop(manifest)
+    manifest.unlink()
+    message = "has segment-00000 and no index.json: an index that lost it"
+    for call in (
+        lambda: Index.create(index.folder, MODEL),
+        lambda: Index.create(index.folder, MODEL, [(random(1, 2, 16), texts(2))]),
+        lambda: Index.open(index.folder),
+        lambda: index.add(random(1, 2, 16), texts(2), fingerprint=MODEL),
+    ):
+        with pytest.raises(InputError, match=message) as info:
+            call()
+        assert info.value.argument == "folder"
+    assert {path: path.read_bytes() for path in index.folder.rglob("*") if path.is_file()} == before
+    manifest.write_bytes(lost)  # restored from a copy
+    assert len(Index.open(index.folder)) == 5
+
+
+def test_what_an_interrupted_create_left_is_removed(tmp_path: Path) -> None:
+    """A segment that was not yet complete, under its hidden name."""
+    folder = tmp_path / "index"
+    (folder / f".segment-00000.{'0' * 32}.part").mkdir(parents=True)
+    (folder / "index.lock").touch()
+    assert len(Index.create(folder, MODEL, [(random(0, 5, 16), texts(5))])) == 5
+    assert names(folder) == ["index.json", "segment-00000"]
+
+
+def test_vectors_that_are_too_long_for_an_index(tmp_path: Path, index: Index) -> None:
+    vectors = random(1, 3, 16)
+    vectors[1] = 1e38  # of length 4e38, beyond float32
+    with pytest.raises(InputError, match="too long for its products; scale it down") as info:
+        index.add(vectors, texts(3), fingerprint=MODEL)
+    assert info.value.argument == "embeddings[1]"
+    assert len(Index.open(index.folder)) == 5
+    vectors[1] = 1e37  # of length 4e37
+    index.add(vectors, texts(3), fingerprint=MODEL)
+    [hits] = found(index, vectors[1])
+    assert (hits[0]["corpus_id"], hits[0]["score"]) == (6, 1.0)

@@ -635,3 +635,51 @@ print(semantic_search([[1.0, 0.0]], [[0.0, 1.0], [2.0, 0.0]], top_k=1))
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.endswith("[[{'corpus_id': 1, 'score': 1.0}]]\n")
+
+
+# Vectors so long that products of theirs are beyond the dtype.
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize("size", [1e17, 1e18, 1e19, 1e20, 1e30, 1e37])
+def test_long_vectors_are_found_or_refused(function: Score, size: float) -> None:
+    queries, corpus = (random(seed, 5, 16) * np.float32(size) for seed in (1, 2))
+    scores = function(queries.astype(np.float64), corpus.astype(np.float64))
+    if float(scores.abs().max()) > float(np.finfo(np.float32).max):
+        with pytest.raises(InputError, match="is beyond what float32 holds; scale the vectors"):
+            semantic_search(queries, corpus, top_k=5, score_function=function)
+        return
+    found = semantic_search(queries, corpus, top_k=5, score_function=function)
+    assert ids(found) == scores.argsort(dim=1, descending=True).tolist()
+    for row, hits in enumerate(found):
+        for hit in hits:
+            expected = float(scores[row, int(hit["corpus_id"])])
+            assert hit["score"] == pytest.approx(expected, rel=1e-6, abs=1e-6)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(np.float32, 3e38), (np.float64, 1e155), (np.float64, 1e300)]
+)
+def test_vectors_that_are_too_long_are_named(
+    function: Score, dtype: type[np.floating[Any]], size: float
+) -> None:
+    usual = np.eye(3, dtype=dtype)
+    long = usual.copy()
+    long[2] *= dtype(size)
+    for queries, corpus, name in (
+        (long, usual, "query_embeddings[2]"),
+        (usual, long, "corpus_embeddings[2]"),
+    ):
+        with pytest.raises(InputError, match="too long for its products; scale it down") as info:
+            semantic_search(queries, corpus, score_function=function)
+        assert info.value.argument == name
+    with pytest.raises(InputError, match="too long for its products"):
+        paraphrase_mining_embeddings(long, score_function=function)
+
+
+def test_float16_vectors_whose_scores_float16_does_not_hold() -> None:
+    vectors = np.array([[200.0, 100.0], [150.0, 300.0], [-250.0, 1.0]], np.float16)
+    found = semantic_search(vectors, vectors, top_k=3, score_function=dot_score)
+    assert [hit["score"] for hit in found[0]] == [60_000.0, 50_000.0, -49_900.0]
+    assert [hit["score"] for hit in found[1]] == [112_500.0, 60_000.0, -37_200.0]
