@@ -7,6 +7,7 @@
 - `shards.py`     the parts of that folder, and its manifest
 - `arrow.py`      vectors as a column of Arrow and Parquet
 - `records.py`    the fingerprint that was kept with a file of vectors
+- `stored.py`     such a file, or a folder, -> rows and float32 vectors
 
 May import the files at the top of the package, `inference/` and `pretrained/`.
 """

@@ -17,6 +17,7 @@ and listed, or will be made again.
 
 import errno
 import hashlib
+import io
 import json
 import os
 import re
@@ -430,19 +431,37 @@ def _told(path: Path) -> dict[str, Any] | None:
         return None
 
 
-def _write_parquet(file: IO[bytes], table: Any) -> None:
-    """Write a table with fixed settings, so that the same rows give the same bytes."""
+def parquet_settings(table: Any) -> dict[str, Any]:
+    """How parts are written: fixed, so that the same rows give the same bytes.
+
+    The numbers of vectors neither repeat nor have an order, so they get no dictionary and no
+    statistics; nor compression, which saves little there and takes readers time. Groups of 1,024
+    rows are the fastest to scan. `scripts/bench/parquet.py` measures that. Checksums of pages are
+    for `verify_parts`: tools don't look at them unless they are told to.
+
+    Args:
+        table: A `pyarrow.Table`, whose last column is the vectors.
+    """
     import pyarrow.parquet
 
-    plain = table.column_names[:-1]  # vectors neither repeat nor have an order
-    pyarrow.parquet.write_table(
-        table,
-        file,
-        compression="snappy",
-        use_dictionary=plain,
-        write_statistics=plain,
-        write_page_checksum=True,
-    )
+    empty = io.BytesIO()
+    pyarrow.parquet.write_table(table.schema.empty_table(), empty)
+    schema = pyarrow.parquet.ParquetFile(empty).schema
+    *others, vectors = (schema.column(number).path for number in range(len(schema)))
+    plain = table.column_names[:-1]
+    return {
+        "compression": dict.fromkeys(others, "snappy") | {vectors: "none"},
+        "use_dictionary": plain,
+        "write_statistics": plain,
+        "write_page_checksum": True,
+        "row_group_size": 1024,
+    }
+
+
+def _write_parquet(file: IO[bytes], table: Any) -> None:
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(table, file, **parquet_settings(table))
 
 
 class Verified(NamedTuple):

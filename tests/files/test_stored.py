@@ -1,0 +1,149 @@
+"""What encode wrote, in every form and precision, read back as float32."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from conftest import load, write_model_folder
+from minilm import SentenceEncoder
+from minilm.cli import main
+from minilm.errors import InputError
+from minilm.files.records import read_fingerprint
+from minilm.files.stored import read_vectors
+from minilm.files.tables import SUFFIXES, Table, write_table
+from minilm.quantize import dequantize, model_ranges
+
+ROWS = [
+    {"id": 1, "text": "a cat", "tags": ["x"]},
+    {"id": 2, "text": 'the "dog", é', "tags": []},
+    {"id": 3, "text": "", "tags": ["y", "z"]},
+]
+TEXTS = [row["text"] for row in ROWS]
+FORMS = [*SUFFIXES, "/"]
+
+
+def encoded(form: str, folder: Path, model: Path, *options: str) -> Path:
+    """Call `minilm encode`, and return what it wrote."""
+    source, output = folder / "a.jsonl", folder / f"out{form}"
+    source.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    words = ["encode", str(source), "-o", f"{folder}/out{form}", "--model", str(model), *options]
+    assert main([*words, "--device", "cpu"]) == 0
+    return output
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rows_and_vectors_of_every_form(tiny_folder: Path, tmp_path: Path, form: str) -> None:
+    encoder = load(tiny_folder)
+    options = ["--shard-rows", "2"] if form == "/" else []
+    path = encoded(form, tmp_path, tiny_folder, *options)
+    rows, vectors = read_vectors(path, fingerprint=encoder.fingerprint())
+    assert vectors.dtype == np.float32
+    np.testing.assert_array_equal(vectors, encoder.encode(TEXTS))
+    expected: Any = ROWS
+    if form == ".csv":
+        expected = [{k: str(v).replace("'", '"') for k, v in r.items()} for r in ROWS]
+        expected[1]["text"] = TEXTS[1]
+    elif form == "/":
+        expected = [row | {"tags": json.dumps(row["tags"])} for row in ROWS]
+    assert list(rows) == ([0, 1, 2] if form == ".npy" else expected)
+    if form in (".npy", ".safetensors"):
+        assert isinstance(vectors, np.memmap)
+        assert not vectors.flags.writeable
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("precision", ["int8", "uint8", "ubinary", "binary"])
+@pytest.mark.filterwarnings("ignore:precision is 'binary'")
+def test_codes_are_decoded(
+    encoder: SentenceEncoder, published: Path, tmp_path: Path, form: str, precision: str
+) -> None:
+    path = encoded(form, tmp_path, published, "--precision", precision, "--truncate-dim", "20")
+    codes = encoder.encode(TEXTS, precision=precision, truncate_dim=20)
+    ranges = model_ranges(20) if precision in ("int8", "uint8") else None
+    width = None if ranges is not None else 20
+    expected = dequantize(codes, precision, ranges, width=width)
+    wanted = encoder.fingerprint(truncate_dim=20)
+    _, vectors = read_vectors(path, fingerprint=wanted)
+    np.testing.assert_array_equal(vectors, expected)
+    with pytest.raises(InputError, match=r"can't be searched .* dimension: 20, 384"):
+        read_vectors(path, fingerprint=encoder.fingerprint())
+
+
+def test_float16_of_a_folder(tiny_folder: Path, tmp_path: Path) -> None:
+    path = encoded("/", tmp_path, tiny_folder, "--precision", "float16", "--embedding-column", "v")
+    _, vectors = read_vectors(path)
+    expected = load(tiny_folder).encode(TEXTS).astype(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(vectors, expected)
+
+
+def test_another_model_or_none(tiny_folder: Path, tmp_path: Path) -> None:
+    other = load(write_model_folder(tmp_path / "other", seed=1))
+    path = encoded(".npy", tmp_path, tiny_folder)
+    with pytest.raises(InputError, match="use the model that made it, or embed the texts again"):
+        read_vectors(path, fingerprint=other.fingerprint())
+    (tmp_path / "out.npy.fingerprint.json").unlink()
+    assert read_vectors(path)[1].shape == (3, 32)
+    with pytest.raises(InputError, match="has no fingerprint"):
+        read_vectors(path, fingerprint=other.fingerprint())
+
+
+def test_codes_that_nothing_tells_of(
+    encoder: SentenceEncoder, tiny_encoder: SentenceEncoder, tmp_path: Path
+) -> None:
+    table = Table(["a"], [{"text": "a"}])
+    codes = np.zeros((1, 32), np.int8)
+    write_table(tmp_path / "x.npz", table, codes)
+    with pytest.raises(InputError, match="holds int8, and no fingerprint tells"):
+        read_vectors(tmp_path / "x.npz")
+    record = tiny_encoder.fingerprint(precision="int8").to_json()
+    write_table(tmp_path / "x.npz", table, codes, record)
+    with pytest.raises(InputError, match="int8 codes of ranges of their own"):
+        read_vectors(tmp_path / "x.npz")
+
+
+def test_parts_of_two_models_are_refused(tiny_folder: Path, tmp_path: Path) -> None:
+    path = encoded("/", tmp_path, tiny_folder)
+    other = tmp_path / "b"
+    other.mkdir()
+    foreign = encoded("/", other, write_model_folder(tmp_path / "other", seed=1))
+    (foreign / "part-00000.parquet").rename(path / "part-00001.parquet")
+    with pytest.raises(InputError, match=r"part-00001\.parquet: has another fingerprint than part"):
+        read_vectors(path)
+
+
+def test_files_that_are_something_else(tmp_path: Path) -> None:
+    for name, data, message in (
+        ("a.txt", b"x", "has no suffix of .npy, .npz"),
+        ("a.npy", b"x", "is not a file of vectors"),
+        ("a.npz", b"x", "is not a .npz file"),
+        ("a.safetensors", b"x", "is not a safetensors file"),
+        ("a.jsonl", b'{"text": "a"}\n', "line 1 has no list of numbers 'embedding'"),
+        ("a.jsonl", b"{\n", "line 1: is not valid JSON"),
+        ("a.csv", b"text,0\na,x\n", "could not convert string to float"),
+        ("a.parquet", b"x", "is not a Parquet file"),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises((InputError, ValueError), match=message):
+            read_vectors(tmp_path / name)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="has no Parquet file in it"):
+        read_vectors(tmp_path / "empty")
+    with pytest.raises(FileNotFoundError):
+        read_vectors(tmp_path / "none.npy")
+
+
+def test_a_damaged_page_is_noticed(tiny_folder: Path, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    path = encoded("/", tmp_path, tiny_folder) / "part-00000.parquet"
+    assert read_fingerprint(path) is not None
+    chunk = pq.read_metadata(path).row_group(0).column(3)
+    data = bytearray(path.read_bytes())
+    data[chunk.data_page_offset + chunk.total_compressed_size - 1] ^= 1
+    path.write_bytes(data)
+    assert pq.read_table(path).num_rows == 3  # silently
+    with pytest.raises(InputError, match=r"can't be read as Parquet: .*CRC"):
+        read_vectors(path)
