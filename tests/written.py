@@ -40,7 +40,7 @@ class Written:
     """What is written, as it is asked for, and what must be in it.
 
     Attributes:
-        texts: n texts, which have their number as `id` in the files.
+        texts: n texts. Folders have their numbers too, as `id`.
         vectors: float32 `[n, 384]`, of length 1.
         codes: By precision, the numbers that are in the folder of that name.
     """
@@ -62,6 +62,7 @@ class Written:
             if not path.suffix:
                 precision = "float32" if name == "vectors" else name
                 command += ["--precision", precision, "--shard-rows", _ROWS_OF_A_PART]
+                command += ["--row-number", "id"]
             assert cli.main(command) == 0
         return path
 
@@ -97,7 +98,7 @@ def write(encoder: SentenceEncoder, model: Path, path: Path) -> Written:
     """Write into a folder, with the encoder of `model`."""
     texts, vectors = _real_sentences(encoder)
     assert len(texts) > 200
-    rows = [json.dumps({"id": row, "text": text}) for row, text in enumerate(texts)]
+    rows = [json.dumps({"kind": "sentence", "text": text}) for text in texts]
     (path / "rows.jsonl").write_text("\n".join(rows) + "\n", encoding="utf-8")
     codes = {"float32": vectors, "float16": vectors.astype(np.float16)}
     for precision in ("int8", "uint8"):
@@ -182,7 +183,7 @@ def run_line(name: str, written: Written, folder: Path, **names: Any) -> dict[st
         The names that it set, and those that it was given.
     """
     (row,) = [row for row in rows_of_table() if row.tool == name]
-    for found in re.findall(r"vectors(?:\.\w+)?\b", row.line):
+    for found in re.findall(r"""["'](vectors(?:\.\w+)?)\b""", row.line):
         there = folder / found
         if not there.exists():
             there.symlink_to(written.file(found))

@@ -4,7 +4,6 @@ import shutil
 from collections.abc import Callable
 from contextlib import chdir
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -77,23 +76,40 @@ def test_who_keeps_the_fingerprint(
     assert (b"minilm.fingerprint" in metadata) is keeps
 
 
-def test_datasets_takes_any_file_of_a_folder_for_parquet(written: Written, tmp_path: Path) -> None:
+def _by_polars(folder: Path) -> int:
+    return int(tool("polars").scan_parquet(f"{folder}/").collect().height)
+
+
+def _by_datasets(folder: Path) -> int:
     datasets = tool("datasets")
+    cache = str(folder.parent / "cache")
+    rows = datasets.load_dataset("parquet", data_dir=str(folder), split="train", cache_dir=cache)
+    return int(rows.num_rows)
+
+
+def _by_daft(folder: Path) -> int:
+    return int(tool("daft").read_parquet(str(folder)).count_rows())
+
+
+def _by_duckdb(folder: Path) -> int:
+    sql = f"SELECT count(*) FROM read_parquet('{folder}/*')"
+    return int(tool("duckdb").connect().sql(sql).fetchone()[0])
+
+
+def _by_clickhouse(folder: Path) -> int:
+    chdb = tool("chdb")
+    return int(str(chdb.query(f"SELECT count() FROM file('{folder}/*', 'Parquet')", "TSV")))
+
+
+@pytest.mark.parametrize("read", [_by_polars, _by_datasets, _by_daft, _by_duckdb, _by_clickhouse])
+def test_whole_folder(read: Callable[[Path], int], written: Written, tmp_path: Path) -> None:
+    """That is why nothing but parts is in it: another file, and they fail."""
     folder = tmp_path / "vectors"
-    folder.mkdir()
-    for part in written.file("vectors").glob("*.parquet"):
-        shutil.copy(part, folder)
-
-    def load() -> Any:
-        cache = str(tmp_path / "cache")
-        return datasets.load_dataset(
-            "parquet", data_dir=str(folder), split="train", cache_dir=cache
-        )
-
-    assert load().num_rows == len(written.texts)
-    (folder / "note.json").write_text("{}")
-    with pytest.raises(Exception, match="Parquet"):
-        load()
+    shutil.copytree(written.file("vectors"), folder)
+    assert read(folder) == len(written.texts)
+    (folder / "_note.json").write_text("{}")
+    with pytest.raises(Exception, match=r"(?i)parquet|file extensions"):
+        read(folder)
 
 
 def test_daft_gives_rows_in_any_order(written: Written) -> None:

@@ -1,6 +1,8 @@
 """The table of `minilm/files/README.md`: its lines give the numbers that were written."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +36,14 @@ def test_versions_are_those_that_are_tested() -> None:
         assert said, row
         for package, version in said:
             assert re.search(rf"\b{package}(==|@){re.escape(version)}\b", pinned), row.tried
+
+
+def test_command_names_the_tests() -> None:
+    command = [sys.executable, str(ROOT / "scripts" / "test_tools"), "nonsense"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    names = sorted(path.stem.removeprefix("test_") for path in Path(__file__).parent.glob("test_*"))
+    assert f"nonsense: pass names of {', '.join(names)}, or nothing" in done.stderr
 
 
 def test_every_tool_has_one_row() -> None:
