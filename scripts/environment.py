@@ -1,4 +1,4 @@
-"""Make the virtual environments that `scripts/demo`, `test` and `test_adapter` run in.
+"""Make the virtual environments that `demo`, `test`, `test_adapter` and `test_tools` run in.
 
 Standard library only, so that it works before anything is installed. Safe to repeat: what was
 installed is remembered, and a second call with the same requirements does nothing.

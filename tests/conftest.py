@@ -358,6 +358,16 @@ def encoder(published: Path) -> SentenceEncoder:
 
 
 @pytest.fixture(scope="session")
+def written(
+    encoder: SentenceEncoder, published: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Any:
+    """Files with vectors in all forms: `written.Written`."""
+    from written import write
+
+    return write(encoder, published, tmp_path_factory.mktemp("written"))
+
+
+@pytest.fixture(scope="session")
 def encoder64(published: Path) -> SentenceEncoder:
     """The published model in float64. Shared: a test must not change it."""
     return SentenceEncoder.from_pretrained(published, device="cpu", dtype="float64")

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from minilm import inputs, pooling
 from minilm.errors import InputError, MissingPackageError
+from minilm.interpret import notebook
 from minilm.interpret.trace import Trace, state, traces
 from minilm.outputs import write_output
 from minilm.pipeline import Pipeline
@@ -51,6 +52,7 @@ _Span = tuple[int, int]
 
 _BY = ("word", "token", "group")
 _GROUPS = ("words", "punctuation", "special")
+_MOST_CELLS = 1600  # that are shown as numbers: more can't be read
 
 
 class _Finding:
@@ -116,7 +118,12 @@ class Explanation(_Finding):
         The share leaves out the cells of special tokens, which have a line of their own, so that
         the column adds up to the similarity; `share_a` has them in it.
         """
-        rows = [("", "best match", "value", "share", "of all")]
+        lines = aligned(self._matches(), right=(2, 3, 4))
+        lines.insert(-1, "-" * max(map(len, lines)))
+        return "\n".join([*lines, *self._notes()])
+
+    def _matches(self) -> list[tuple[str, ...]]:
+        rows: list[tuple[str, ...]] = [("", "best match", "value", "share", "of all")]
         ordinary = [j for j, special in enumerate(self.is_special[1]) if not special]
         for i, label in enumerate(self.labels[0]):
             if self.is_special[0][i] or not ordinary:
@@ -141,16 +148,33 @@ class Explanation(_Finding):
                 _percent(self.special, self.similarity),
             )
         )
-        rows.append(("similarity", "", "", f"{self.similarity:+.4f}", "100%"))
-        lines = aligned(rows, right=(2, 3, 4))
-        lines.insert(-1, "-" * max(map(len, lines)))
+        return [*rows, ("similarity", "", "", f"{self.similarity:+.4f}", "100%")]
+
+    def _notes(self) -> list[str]:
         notes = [f"residual {self.residual:.1e}"]
         for which, count in zip(("first", "second"), self.unread, strict=True):
             if count:
                 notes.append(
                     f"{count:,} tokens of the {which} text were not read, and have no share"
                 )
-        return "\n".join([*lines, *notes])
+        return notes
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the matrix with its heat if that has at most 1,600 cells,
+        else what `table` shows.
+        """
+        largest = float(np.abs(self.matrix).max(initial=1e-30))
+        cells = [[(float(x), _shade(x, largest)) for x in row] for row in self.matrix]
+        return notebook.fragment(
+            "explanation.html",
+            texts=[notebook.clipped(text, "text") for text in self.texts],
+            labels=[[notebook.clipped(x, "label") for x in labels] for labels in self.labels],
+            cells=cells if self.matrix.size <= _MOST_CELLS else [],
+            matches=[[notebook.clipped(x, "label") for x in row] for row in self._matches()],
+            sums=[self.share_a, self.share_b],
+            similarity=self.similarity,
+            notes=self._notes(),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON can hold it."""
@@ -214,7 +238,7 @@ class Explanation(_Finding):
         axes.set_xticks(range(columns), self.labels[1], rotation=45, ha="left", **literal)
         axes.xaxis.tick_top()
         axes.set_yticks(range(rows), self.labels[0], **literal)
-        for i in range(rows) if rows * columns <= 1600 else ():
+        for i in range(rows) if self.matrix.size <= _MOST_CELLS else ():
             for j in range(columns):
                 dark = self.matrix[i, j] > 0.6 * largest
                 axes.text(

@@ -47,6 +47,7 @@ from minilm.inference.eval_mode import eval_mode
 from minilm.inference.kernels import fast_products
 from minilm.inference.packed import embed
 from minilm.inference.truncation import caller_level
+from minilm.interpret import notebook
 from minilm.outputs import write_output
 from minilm.pipeline import Batch, Pipeline
 from minilm.report import aligned
@@ -104,6 +105,13 @@ class TraceEntry:
     parents: tuple[str, ...]
     formula: str
     source: Source
+
+    @property
+    def shape(self) -> str:
+        """The shape in words: "12 x 8 x 8"; of one number "1", of a list its length."""
+        if isinstance(self.tensor, Tensor):
+            return " x ".join(map(str, self.tensor.shape)) or "1"
+        return str(len(self.tensor))
 
 
 class Trace(Mapping[str, Any]):
@@ -167,16 +175,25 @@ class Trace(Mapping[str, Any]):
                     numbers.std(correction=0),
                     torch.linalg.vector_norm(numbers),
                 ]
-                shape = " x ".join(map(str, entry.tensor.shape)) or "1"
-                rows.append((name, shape, *(f"{x:.4g}" for x in figures), str(entry.source)))
+                shown = [f"{x:.4g}" for x in figures]
             else:
-                rows.append((name, str(len(entry.tensor)), "", "", "", str(entry.source)))
+                shown = [""] * 3
+            rows.append((name, entry.shape, *shown, str(entry.source)))
         lines = aligned(rows, right=(2, 3, 4))
         end = f"differs from encode by {self.difference:.1e}"
         return "\n".join([repr(self.text), *lines, end])
 
     def __repr__(self) -> str:
         return f"<Trace of {self.text!r}: {len(self)} tensors>"
+
+    def _repr_html_(self) -> str:
+        """Return what a notebook shows: the names, with the shape and the making of each."""
+        return notebook.fragment(
+            "trace.html",
+            text=notebook.clipped(self.text, "text"),
+            entries=list(self.entries.values()),
+            difference=self.difference,
+        )
 
     def check(self) -> dict[str, float]:
         """Make every entry again from its parents, with NumPy in float64.
