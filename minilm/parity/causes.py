@@ -62,6 +62,7 @@ _BEST = 3  # mistakes of a kind that are tried on all texts
 _WITHIN = 0.5  # orders of magnitude by which they may be behind the best
 _STEPS = 3  # mistakes of the arithmetic, each of which must help
 _RIGHT = 0.15  # the share of texts, equal to rounding, that shows the arithmetic to be right
+_FAR = 1e-3  # a text that was read otherwise is farther off than this
 _COARSE = 4.0  # times the median difference: what fewer bits may leave of a text
 _COMPANY = 1e-4  # by which vectors of one text in different batches differ if they depend on it
 _ALIKE = 8.0  # errors of like size: the largest of a text is at most so many times the smallest
@@ -409,8 +410,10 @@ class _Case:
             self._say_what_would_tell(found)
             # The last mistake of each; those before are common to all.
             tied = [each.causes[-1] for each in found]
-            return self._result("tie", [*found[0].causes[:-1], *ends], found, tied)
-        causes = [*found[0].causes, *ends]
+            others = _arithmetic_first(found[0].causes[:-1])
+            is_read = others and all(cause.is_of_reading for cause in found[0].causes)
+            return self._result("ids" if is_read else "tie", [*others, *ends], found, tied)
+        causes = [*_arithmetic_first(found[0].causes), *ends]
         if all(cause.is_of_reading for cause in found[0].causes):
             return self._result("ids", causes or [_READ_OTHERWISE], found)
         return self._result("mostly" if self.is_most else "cause", causes, found)
@@ -450,12 +453,19 @@ class _Case:
         coarse = bool(trial.variant.bits) or trial.variant.gelu == "table"
         return max(self.tolerance, _COARSE * float(trial.of_text.median()) if coarse else 0.0)
 
+    def _has_right_arithmetic(self, state: "_Trial") -> bool:
+        """Whether some texts are equal to rounding, and others far off."""
+        right = state.of_text <= self._slack(state)
+        if int(right.sum()) < max(2, _RIGHT * len(right)) or right.all():
+            return False
+        return float(state.of_text[~right].median()) > _FAR
+
     def _reading(self, state: "_Trial") -> "list[_Trial] | None":
         """The readings that make most texts right, if some are right already; rivals if tied."""
+        if not self._has_right_arithmetic(state):
+            return None
         slack = self._slack(state)
         right = state.of_text <= slack
-        if int(right.sum()) < max(2, _RIGHT * len(right)) or right.all():
-            return None
         others = [cause for cause in self.causes if cause.is_of_reading]
         taken: list[Cause] = []
         rivals: list[Cause] = []
@@ -565,7 +575,7 @@ class _Case:
         self.notes.append(f"vectors of one text are {apart:.1e} apart, scaled to length 1")
         causes = [_COMPANY_CAUSE]
         if found is not None:
-            causes += found[0].causes
+            causes += _arithmetic_first(found[0].causes)
         elif self._is_eight_bits(base):
             causes.append(_BATCH_SCALES)
         causes += self._beside_direction(base)
@@ -613,15 +623,18 @@ class _Case:
     def _round(self, base: "_Trial") -> "list[_Trial]":
         """Try each mistake on top of those of `base`: cheap ones first, until one explains all."""
         trials: list[_Trial] = []
-        kinds = ("simple", "arithmetic", "bits", "width")
+        kinds: tuple[str, ...] = ("simple", "arithmetic", "bits", "width")
+        if self._has_right_arithmetic(base):  # then only padding is left, which some texts hide
+            kinds = ("simple", "width")
         tiers: dict[str, list[tuple[Cause, Variant]]] = {kind: [] for kind in kinds}
         changed = frozenset[str]().union(*(cause.settings for cause in base.causes))
         for cause in self.causes:
             if changed & cause.settings:
                 continue
             variant = base.variant.with_(cause)
-            if self.runner.differs(base.variant, variant):
-                tiers[_kind(cause, variant)].append((cause, variant))
+            kind = _kind(cause, variant)
+            if kind in kinds and self.runner.differs(base.variant, variant):
+                tiers[kind].append((cause, variant))
         for cause, variant in tiers["simple"]:
             trials.append(self._try((*base.causes, cause), variant))
         for tier in kinds[1:]:
@@ -649,8 +662,10 @@ class _Case:
             else:
                 scores.append((_score(goal - unit), number))
         scores.sort()
-        within = 1.0 if tier == "bits" else _WITHIN
-        return [tried[number] for score, number in scores[:_BEST] if score <= scores[0][0] + within]
+        bar = scores[0][0] + _WITHIN if scores else 0.0
+        if tier != "bits":  # one that doesn't help is not tried on all texts
+            bar = min(bar, _score(goal - own) - _HELPS / 2)
+        return [tried[number] for score, number in scores[:_BEST] if score <= bar]
 
     def _try(self, causes: tuple[Cause, ...], variant: Variant) -> "_Trial":
         self.progress.set_description_str(causes[-1].name if causes else "as we do it")
@@ -747,7 +762,7 @@ class _Case:
         )
         base = self.tried[0].max_abs if self.tried else math.inf
         unexplained: list[int] = []
-        if found:
+        if found and found[0].causes:
             left = found[0].of_text > self._slack(found[0])
             unexplained = self.chosen[left].tolist()
         ranked = sorted(self.tried, key=lambda trial: trial.score)
@@ -835,6 +850,10 @@ def decimals(values: Tensor) -> int | None:
 
 def _unit(vectors: Tensor) -> Tensor:
     return F.normalize(vectors, dim=-1)
+
+
+def _arithmetic_first(causes: Sequence[Cause]) -> list[Cause]:
+    return sorted(causes, key=lambda cause: cause.is_of_reading)
 
 
 def _kind(cause: Cause, variant: Variant) -> str:

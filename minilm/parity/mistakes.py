@@ -139,6 +139,12 @@ def causes_for(encoder: SentenceEncoder) -> list[Cause]:
         for limit in limits
         if limit != own
     ]  # fmt: skip
+    causes += [
+        Cause(f"cut at {limit} tokens, [CLS] and [SEP] not counted", _TRUNCATION,
+              f"texts longer than {min(limit, own)} tokens", {"limit": limit + 2})
+        for limit in limits
+        if limit + 2 <= longest
+    ]  # fmt: skip
     data = resources.files("minilm.parity").joinpath("mistakes.json").read_text(encoding="utf-8")
     causes += [Cause(**each) for each in json.loads(data)]
     for rule, name in _WIDTHS.items():
