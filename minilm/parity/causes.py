@@ -7,7 +7,11 @@ People run this model in many languages, and nearly always one of a few things g
 elsewhere, padding that is attended or averaged, another pooling, a detail of the arithmetic, fewer
 bits. So all of them are made (`mistakes.py`). The one whose vectors are the foreign ones but for
 rounding is the cause; if there are two, they are named together, with the texts that would tell
-them apart. A second mistake on top of the first is found in the same way.
+them apart. A second and a third mistake on top of the first are found in the same way.
+
+Where several texts are equal to rounding, the arithmetic is right, and the others were read
+otherwise: then the ways in which other tokenizers read are tried, as many as it takes, since each
+shows in texts of its own.
 
 Fewer bits can't be reproduced exactly, since rounding depends on the order of the operations. But
 rounding the weights alike makes errors that point in the same directions: their correlation with
@@ -17,7 +21,9 @@ Directions and lengths are compared apart: the lengths show whether vectors were
 directions what else is different.
 """
 
+import itertools
 import math
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +31,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from minilm import inputs
 from minilm.encoder import SentenceEncoder
@@ -41,6 +48,7 @@ __all__ = ["Candidate", "Diagnosis", "TextDifference", "decimals", "diagnose", "
 _ROUNDING = 2e-6
 _SCALED = 1.25  # rounding the numbers of a vector changes its length too
 _FLOOR = 3e-7  # smaller differences carry no information
+_MOSTLY = 1 / 3  # one that leaves less than this, and less than half of any other, mostly is it
 _CLEAR = 0.1  # a cause that leaves less of the difference than this is named
 _HELPS = 0.1  # orders of magnitude, over all texts, by which a first mistake must help for a second
 _MOST = 0.5  # a cause that explains a larger share of the texts that differ is named too
@@ -48,9 +56,18 @@ _TIE = 2.0  # causes within this factor of the best are named together
 _CORRELATION = 0.4  # of errors by fewer bits: 0.58 to 0.71 if they are the cause, else up to 0.24
 _SIZES = (0.4, 3.0)  # how many times as large as ours these errors may be
 _ANOTHER_MODEL = 0.6  # the median cosine below which nothing but another model is left
-_SCREENED = 3  # texts on which mistakes about padding are tried first: they cost the most
-_BEST = 3  # mistakes about padding that are tried on all texts
+_PADDED = 3  # texts on which mistakes about padding are tried first: they cost the most
+_SCREENED = 12  # texts on which those of the arithmetic are tried first
+_BEST = 3  # mistakes of a kind that are tried on all texts
 _WITHIN = 0.5  # orders of magnitude by which they may be behind the best
+_STEPS = 3  # mistakes of the arithmetic, each of which must help
+_RIGHT = 0.15  # the share of texts, equal to rounding, that shows the arithmetic to be right
+_FAR = 1e-3  # a text that was read otherwise is farther off than this
+_COARSE = 4.0  # times the median difference: what fewer bits may leave of a text
+_COMPANY = 1e-4  # by which vectors of one text in different batches differ if they depend on it
+_ALIKE = 8.0  # errors of like size: the largest of a text is at most so many times the smallest
+_EIGHT_BITS = (0.02, 0.8)  # the size of such errors, of vectors of length 1
+_WEAK = 0.08  # the correlation that errors by rounding to 8 bits have, whatever the scales are
 
 _NOT_NORMALIZED = Cause("no normalization", "divide each vector by its length")
 _NORMALIZED = Cause("normalized, where this model isn't", "leave the vectors their length")
@@ -61,6 +78,19 @@ _NO_NUMBER = Cause(
 )
 _OTHER = Cause(
     "another model", "compare the weights' SHA-256; or an error of the architecture: --golden"
+)
+_COMPANY_CAUSE = Cause(
+    "the vector of a text depends on its company",
+    "embed each text alone to see: int8 with scales of the batch does it, and so does a mask that "
+    "isn't used",
+)
+_BATCH_SCALES = Cause(
+    "rounded to 8 bits, with scales of the batch",
+    "it computes with 8 bits, which is no mistake, and takes the scales from the texts at hand; "
+    "compare in float32 to be sure",
+)
+_READ_OTHERWISE = Cause(
+    "texts that were read otherwise", "compare the token ids of these rows: --against-ids"
 )
 _UNKNOWN = Cause("none of the known causes", "compare stage by stage: minilm parity --golden DIR")
 
@@ -75,6 +105,7 @@ class TextDifference:
         tokens: How many tokens it has, before any cut.
         max_abs: The largest difference of two numbers; infinite if one is not finite.
         cosine: The cosine of the vectors.
+        unit_max_abs: As `max_abs`, of the vectors scaled to length 1.
     """
 
     row: int
@@ -82,11 +113,12 @@ class TextDifference:
     tokens: int
     max_abs: float
     cosine: float
+    unit_max_abs: float = math.nan
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One or two mistakes, and how near they come.
+    """Mistakes that were made together, and how near they come.
 
     Attributes:
         names: The mistakes that were made together.
@@ -106,7 +138,9 @@ class Diagnosis:
     """What `diagnose` found.
 
     Attributes:
-        verdict: "equal", "cause", "tie", "another model" or "none".
+        verdict: "equal", "cause", "tie", "mostly", "another model" or "none"; "ids" if the
+            arithmetic is right and some texts were read otherwise; "company" if one text has
+            several vectors.
         causes: The mistakes, all of which were made.
         alternatives: In a tie, further mistakes, of which one was made.
         texts: How many texts were compared.
@@ -115,10 +149,14 @@ class Diagnosis:
         min_cosine, median_cosine: Over the texts.
         unit_max_abs: The largest difference between the vectors scaled to length 1.
         remaining: The part of `unit_max_abs` that the causes leave.
-        rows: Every text, the worst first.
+        rows: Every text, the worst first, of vectors scaled to length 1.
         candidates: The mistakes that were tried, the nearest first.
         untried: Mistakes that none of these texts would show.
         notes: Further sentences for a reader.
+        lengths: The smallest and the largest length of the other program's vectors.
+        own_lengths: The same of ours.
+        unexplained: The numbers of the texts whose difference the causes leave, of those that
+            were compared.
     """
 
     verdict: str
@@ -136,6 +174,9 @@ class Diagnosis:
     untried: tuple[Cause, ...] = ()
     notes: tuple[str, ...] = ()
     alternatives: tuple[Cause, ...] = ()
+    lengths: tuple[float, float] = (math.nan, math.nan)
+    own_lengths: tuple[float, float] = (math.nan, math.nan)
+    unexplained: tuple[int, ...] = ()
 
     @property
     def is_equal(self) -> bool:
@@ -150,7 +191,10 @@ class Diagnosis:
         names = [cause.name for cause in self.causes]
         if self.alternatives:
             names.insert(0, " or ".join(cause.name for cause in self.alternatives))
-        return f"probable cause: {'; and '.join(names)}"
+        if self.verdict == "ids":
+            return f"the arithmetic is right, and some texts are read otherwise: {'; '.join(names)}"
+        heading = "mostly" if self.verdict == "mostly" else "probable cause"
+        return f"{heading}: {'; and '.join(names)}"
 
     def table(self, worst: int = 5, nearest: int = 5) -> str:
         """The finding as text.
@@ -159,9 +203,9 @@ class Diagnosis:
             worst: How many texts to show.
             nearest: How many of the mistakes that were tried to show.
         """
-        rows = [("row", "max abs", "cosine", "tokens", "text, the worst first")]
+        rows = [("row", "scaled to 1", "cosine", "tokens", "text, the worst first")]
         rows += [
-            (f"{row.row}", f"{row.max_abs:.1e}", f"{row.cosine:.6f}", f"{row.tokens}",
+            (f"{row.row}", f"{row.unit_max_abs:.1e}", f"{row.cosine:.6f}", f"{row.tokens}",
              repr(shortened(row.text, 60)))
             for row in self.rows[:worst]
         ]  # fmt: skip
@@ -170,9 +214,13 @@ class Diagnosis:
             "",
             f"{self.texts} texts: max abs {self.max_abs:.1e}, rms {self.rms:.1e}",
             f"cosine: at least {self.min_cosine:.6f}, median {self.median_cosine:.6f}",
+            f"lengths: {_range(self.lengths)}; of this model's: {_range(self.own_lengths)}",
             self.summary,
         ]
-        if self.verdict in ("cause", "tie") and self.remaining < self.unit_max_abs / 2:
+        if (
+            self.verdict in ("cause", "tie", "mostly", "ids")
+            and self.remaining < self.unit_max_abs / 2
+        ):
             lines.append(
                 f"  with it a difference of {self.remaining:.1e} remains, "
                 f"of {self.unit_max_abs:.1e} (scaled to length 1)"
@@ -181,6 +229,10 @@ class Diagnosis:
             shown = [*self.alternatives, *self.causes]
             remedies = dict.fromkeys(cause.remedy for cause in shown)
             lines += [f"  what to do: {remedy}" for remedy in remedies]
+        if self.unexplained and self.verdict in ("cause", "tie", "mostly", "ids"):
+            shown_rows = ", ".join(map(str, self.unexplained[:20]))
+            more = f" and {len(self.unexplained) - 20} more" if len(self.unexplained) > 20 else ""
+            lines.append(f"rows that this doesn't explain: {shown_rows}{more}")
         lines += [f"note: {note}" for note in self.notes]
         if self.candidates and not self.is_equal:
             tried = [("max abs", "rms", f"tried on {self.compared} texts")]
@@ -206,6 +258,7 @@ def diagnose(
     vectors: Embeddings,
     *,
     max_texts: int = 64,
+    show_progress_bar: bool = False,
 ) -> Diagnosis:
     """Compare another program's vectors with ours, and find out why they differ.
 
@@ -215,6 +268,7 @@ def diagnose(
         vectors: Its vectors for them, `[n, 384]`: a tensor, an array, or lists.
         max_texts: The most texts to try the mistakes on: half of them the worst, half spread over
             the rest.
+        show_progress_bar: Show on standard error what is being tried.
 
     Raises:
         InputTypeError: A text or a vector is something else.
@@ -228,7 +282,8 @@ def diagnose(
     foreign = _matrix(vectors, len(texts), encoder.bert.config.hidden_size)
     whole = {"prompt": "", "truncate_dim": encoder.bert.config.hidden_size, "truncation": "silent"}
     ours = encoder.encode(texts, convert_to_tensor=True, **whole).cpu().double()
-    return _Case(encoder, texts, foreign, ours, max_texts).diagnosis()
+    with tqdm(unit=" tried", disable=not show_progress_bar) as progress:
+        return _Case(encoder, texts, foreign, ours, max_texts, progress).diagnosis()
 
 
 def _matrix(vectors: Embeddings, rows: int, width: int) -> Tensor:
@@ -256,7 +311,9 @@ class _Case:
         foreign: Tensor,
         ours: Tensor,
         max_texts: int,
+        progress: Any,
     ) -> None:
+        self.progress = progress
         self.texts = texts
         self.finite = foreign.isfinite().all(dim=1)  # [n]
         self.foreign = foreign.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
@@ -273,6 +330,7 @@ class _Case:
         self.normalizes = not isinstance(encoder.normalize, nn.Identity)
         self.right = Variant(encoder.max_seq_length)
         self.tried: list[_Trial] = []
+        self.is_most = False  # what was found explains most of the difference, and not all
 
     @property
     def tolerance(self) -> float:
@@ -298,10 +356,13 @@ class _Case:
         difference = (self.foreign - self.ours).abs().amax(dim=1)
         difference[~self.finite] = torch.inf
         cosines = (_unit(self.foreign) * _unit(self.ours)).sum(dim=1)
+        scaled = (_unit(self.foreign) - _unit(self.ours)).abs().amax(dim=1)
+        scaled[~self.finite] = torch.inf
+        columns = difference.tolist(), cosines.tolist(), scaled.tolist()
         rows = [
-            TextDifference(row, text, tokens, float(max_abs), float(cosine))
-            for row, (text, tokens, max_abs, cosine) in enumerate(
-                zip(self.texts, self.counts, difference, cosines, strict=True)
+            TextDifference(row, text, tokens, max_abs, cosine, unit_max_abs)
+            for row, (text, tokens, max_abs, cosine, unit_max_abs) in enumerate(
+                zip(self.texts, self.counts, *columns, strict=True)
             )
         ]
         broken = int((~self.finite).sum())
@@ -311,7 +372,7 @@ class _Case:
                 f"{broken} vectors have NaN or infinity in them, the first in row {first}, and "
                 "were left out below"
             )
-        return sorted(rows, key=lambda row: -row.max_abs)
+        return sorted(rows, key=lambda row: -row.unit_max_abs)
 
     def _choose(self, count: int) -> list[int]:
         """Choose rows to try the mistakes on: the worst, and some evenly spread over the others."""
@@ -334,45 +395,211 @@ class _Case:
         if self._is_another_order(base):
             return self._result("cause", [_ANOTHER_ORDER], [base], remaining=0.0)
         found = self._search(base)
+        company = self._company()
+        if company is not None and (found is None or found[0].max_abs > self.tolerance):
+            return self._depends_on_company(base, found, company)
+        if found is None and self._is_eight_bits(base):
+            causes = [_BATCH_SCALES, *self._beside_direction(base)]
+            return self._result("cause", causes, [base])
         if found is None and base.median_cosine < _ANOTHER_MODEL:
-            return self._result("another model", [_OTHER], [base])
+            return self._result("another model", [_OTHER, *self._beside_direction(base)], [base])
         if found is None:
-            return self._result("none", [_UNKNOWN], [base])
+            return self._result("none", [_UNKNOWN, *self._beside_direction(base)], [base])
         ends = self._beside_direction(found[0])
         if len(found) > 1:
             self._say_what_would_tell(found)
             # The last mistake of each; those before are common to all.
             tied = [each.causes[-1] for each in found]
-            return self._result("tie", [*found[0].causes[:-1], *ends], found, tied)
-        return self._result("cause", [*found[0].causes, *ends], found)
+            others = _arithmetic_first(found[0].causes[:-1])
+            is_read = others and all(cause.is_of_reading for cause in found[0].causes)
+            return self._result("ids" if is_read else "tie", [*others, *ends], found, tied)
+        causes = [*_arithmetic_first(found[0].causes), *ends]
+        if all(cause.is_of_reading for cause in found[0].causes):
+            return self._result("ids", causes or [_READ_OTHERWISE], found)
+        return self._result("mostly" if self.is_most else "cause", causes, found)
 
     def _search(self, base: "_Trial") -> "list[_Trial] | None":
         """Find what explains the difference: one trial, several that do equally well, or none."""
-        singles = self._round(base)
-        explained = self._explaining(singles)
-        if explained:
-            return explained
-        bits = self._by_pattern(singles, base)
-        best = min(singles, key=lambda trial: trial.score, default=base)
-        if bits is not None and best.rms > _CLEAR * base.rms:
-            return [bits]
-        if best.score > base.score - _HELPS:
-            return None
-        pairs = self._round(best)
-        explained = self._explaining(pairs)
-        if explained:
-            return explained
-        bits = self._by_pattern(pairs, best)
-        if bits is not None:
-            return [bits]
-        for trials in (pairs, singles):
+        state, rounds = base, []
+        for _ in range(_STEPS):
+            read = self._reading(state)
+            if read and read[0].of_text.le(self._slack(read[0])).all():
+                return read
+            trials = self._round(state)
+            explained = self._explaining(trials)
+            if explained:
+                return explained
+            best = min(trials, key=lambda trial: trial.score, default=state)
+            if read and read[0].score <= best.score:
+                return self._with_what_is_left(read)
+            bits = self._by_pattern(trials, state)
+            if bits is not None and best.rms > _CLEAR * state.rms:
+                return [bits]
+            rounds.append(trials)
+            if best.score > state.score - _HELPS:
+                break
+            state = best
+        for trials in reversed(rounds):
             near = self._nearly(trials, base)
             if near:
                 return near
-        return None
+        read = self._reading(state)
+        return self._with_what_is_left(read) if read else None
+
+    # --- texts that were read otherwise
+
+    def _slack(self, trial: "_Trial") -> float:
+        """The largest difference of a text that was read right, given what a trial changes."""
+        coarse = bool(trial.variant.bits) or trial.variant.gelu == "table"
+        return max(self.tolerance, _COARSE * float(trial.of_text.median()) if coarse else 0.0)
+
+    def _has_right_arithmetic(self, state: "_Trial") -> bool:
+        """Whether some texts are equal to rounding, and others far off."""
+        right = state.of_text <= self._slack(state)
+        if int(right.sum()) < max(2, _RIGHT * len(right)) or right.all():
+            return False
+        return float(state.of_text[~right].median()) > _FAR
+
+    def _reading(self, state: "_Trial") -> "list[_Trial] | None":
+        """The readings that make most texts right, if some are right already; rivals if tied."""
+        if not self._has_right_arithmetic(state):
+            return None
+        slack = self._slack(state)
+        right = state.of_text <= slack
+        others = [cause for cause in self.causes if cause.is_of_reading]
+        taken: list[Cause] = []
+        rivals: list[Cause] = []
+        while not right.all():
+            steps = self._better_readings(state, taken, others, right, slack, 1)
+            steps = steps or self._better_readings(state, taken, others, right, slack, 2)
+            if not steps:
+                break
+            taken, right = steps[0]
+            rivals = [step[-1] for step, _ in steps[1:] if step[:-1] == taken[:-1]]
+        for cause in taken[:-1]:  # one that a later one has made needless
+            rest = [each for each in taken if each is not cause]
+            if int(self._read_right(state, rest, right, slack).sum()) == int(right.sum()):
+                taken = rest
+        if not taken:
+            return [state] if float(right.double().mean()) > _MOST else None
+        found = []
+        for last in [taken[-1], *rivals]:
+            causes = (*state.causes, *taken[:-1], last)
+            found.append(self._try(causes, self._variant(state, [*taken[:-1], last])))
+        return found
+
+    def _variant(self, state: "_Trial", causes: Sequence[Cause]) -> Variant:
+        variant = state.variant
+        for cause in causes:
+            variant = variant.with_(cause)
+        return variant
+
+    def _better_readings(
+        self,
+        state: "_Trial",
+        taken: list[Cause],
+        others: Sequence[Cause],
+        right: Tensor,
+        slack: float,
+        count: int,
+    ) -> list[tuple[list[Cause], Tensor]]:
+        """What `count` more readings make right; the best, and others that do the same."""
+        now = self.runner.ids(self._variant(state, taken))
+        wrong = [place for place in range(len(right)) if not right[place]]
+        useful = []
+        for cause in others:
+            ids = self.runner.ids(self._variant(state, [*taken, cause]))
+            if any(ids[place] != now[place] for place in wrong):
+                useful.append(cause)
+        found: list[tuple[list[Cause], Tensor]] = []
+        for more in itertools.combinations(useful, count):
+            settings = frozenset[str]().union(*(cause.settings for cause in more))
+            if len(settings) < sum(len(cause.settings) for cause in more):
+                continue
+            kept = [cause for cause in taken if not cause.settings & settings]
+            causes = [*kept, *more]
+            now_right = self._read_right(state, causes, right, slack)
+            gained = int(now_right.sum()) - int(right.sum())
+            best = int(found[0][1].sum() - right.sum()) if found else 0
+            if gained > max(best, 0):
+                found = [(causes, now_right)]
+            elif found and gained == best and torch.equal(now_right, found[0][1]):
+                found.append((causes, now_right))
+        return found
+
+    def _read_right(
+        self, state: "_Trial", causes: Sequence[Cause], right: Tensor, slack: float
+    ) -> Tensor:
+        """Which texts are right with these readings. Only what has other ids is computed."""
+        variant = self._variant(state, causes)
+        own = self.runner.ids(state.variant)
+        changed = [place for place, row in enumerate(self.runner.ids(variant)) if row != own[place]]
+        now = state.of_text <= slack
+        if changed:
+            unit = _unit(self.runner.pooled(variant, changed))
+            now[changed] = (self.goal[changed] - unit).abs().amax(dim=1) <= slack
+            self.progress.update()
+        return now
+
+    def _with_what_is_left(self, read: "list[_Trial]") -> "list[_Trial]":
+        """Say what the texts have in common that no reading explains."""
+        of_text = read[0].of_text
+        left = of_text > self._slack(read[0])
+        if left.any():
+            texts = [self.texts[row] for row in self.chosen[left].tolist()]
+            rest = [self.texts[row] for row in self.chosen[~left].tolist()]
+            common = in_common(texts, rest)
+            if common:
+                self.notes.append(
+                    "what is not explained has in common, and nothing else has: "
+                    + ", ".join(common)
+                )
+        return read
+
+    # --- vectors that depend on more than the text
+
+    def _company(self) -> float | None:
+        """How far apart two vectors of one text are; None if they are equal to rounding."""
+        first: dict[str, int] = {}
+        apart = 0.0
+        unit = _unit(self.foreign)
+        for row, text in enumerate(self.texts):
+            other = first.setdefault(text, row)
+            if self.finite[row] and self.finite[other]:
+                apart = max(apart, float((unit[row] - unit[other]).abs().max()))
+        return apart if apart > max(_COMPANY, self.tolerance) else None
+
+    def _depends_on_company(
+        self, base: "_Trial", found: "list[_Trial] | None", apart: float
+    ) -> Diagnosis:
+        self.notes.append(f"vectors of one text are {apart:.1e} apart, scaled to length 1")
+        causes = [_COMPANY_CAUSE]
+        if found is not None:
+            causes += _arithmetic_first(found[0].causes)
+        elif self._is_eight_bits(base):
+            causes.append(_BATCH_SCALES)
+        causes += self._beside_direction(base)
+        return self._result("company", causes, found or [base])
+
+    def _is_eight_bits(self, base: "_Trial") -> bool:
+        """Whether the errors are of like size in all texts, and a little like those of 8 bits."""
+        error = self.goal - base.unit
+        sizes = error.norm(dim=1)
+        low, high = _EIGHT_BITS
+        if not (low <= float(sizes.min()) and float(sizes.max()) <= high):
+            return False
+        if float(sizes.max()) > _ALIKE * float(sizes.min()):
+            return False
+        least = max(_WEAK, 4 / math.sqrt(error.numel()))
+        correlations = [
+            trial.correlation or 0.0
+            for trial in self.tried
+            if "int8" in trial.variant.bits and len(trial.causes) == 1
+        ]
+        return max(correlations, default=0.0) >= least
 
     def _nearly(self, trials: "list[_Trial]", base: "_Trial") -> "list[_Trial]":
-        """The trials that explain nearly all of the difference, or most of the texts entirely."""
+        """The trials that explain nearly all of the difference, or most of it, or of the texts."""
         least = min((trial.rms for trial in trials), default=math.inf)
         if least <= _CLEAR * base.rms:
             near = [trial for trial in trials if trial.rms <= _TIE * least]
@@ -382,43 +609,68 @@ class _Case:
         wrong = base.of_text > self.tolerance
         right = {trial: int((trial.of_text[wrong] <= self.tolerance).sum()) for trial in trials}
         most = max(right.values(), default=0)
-        if most <= _MOST * int(wrong.sum()):
-            return []
-        self.notes.append(f"it explains {most} of the {int(wrong.sum())} texts that differ")
-        return [trial for trial in trials if right[trial] == most]
+        if most > _MOST * int(wrong.sum()):
+            self.notes.append(f"it explains {most} of the {int(wrong.sum())} texts that differ")
+            return [trial for trial in trials if right[trial] == most]
+        ranked = sorted(trials, key=lambda trial: trial.rms)
+        rival = ranked[1].rms if len(ranked) > 1 else math.inf
+        if ranked and least < _MOSTLY * base.rms and rival > _TIE * least:
+            self.is_most = True
+            self.notes.append(f"it leaves {least / base.rms:.0%} of the difference (rms)")
+            return ranked[:1]
+        return []
 
     def _round(self, base: "_Trial") -> "list[_Trial]":
         """Try each mistake on top of those of `base`: cheap ones first, until one explains all."""
         trials: list[_Trial] = []
-        tiers: dict[str, list[tuple[Cause, Variant]]] = {"simple": [], "bits": [], "width": []}
-        changed = {name for cause in base.causes for name in cause.changes}
+        kinds: tuple[str, ...] = ("simple", "arithmetic", "bits", "width")
+        if self._has_right_arithmetic(base):  # then only padding is left, which some texts hide
+            kinds = ("simple", "width")
+        tiers: dict[str, list[tuple[Cause, Variant]]] = {kind: [] for kind in kinds}
+        changed = frozenset[str]().union(*(cause.settings for cause in base.causes))
         for cause in self.causes:
-            if changed & cause.changes.keys():
+            if changed & cause.settings:
                 continue
             variant = base.variant.with_(cause)
-            if not self.runner.differs(base.variant, variant):
-                continue
-            tier = "width" if variant.width else "bits" if "bits" in cause.changes else "simple"
-            tiers[tier].append((cause, variant))
-        for tier in ("simple", "bits"):
-            trials += [self._try((*base.causes, cause), variant) for cause, variant in tiers[tier]]
+            kind = _kind(cause, variant)
+            if kind in kinds and self.runner.differs(base.variant, variant):
+                tiers[kind].append((cause, variant))
+        for cause, variant in tiers["simple"]:
+            trials.append(self._try((*base.causes, cause), variant))
+        for tier in kinds[1:]:
             if self._explaining(trials):
                 return trials
-        # Padding costs most: first some texts for all of these, then all texts for the best.
-        rows = self.runner.screening(_SCREENED)
-        goal = self.goal[rows]
-        screened = sorted(
-            (_score(goal - _unit(self.runner.pooled(variant, rows))), number)
-            for number, (_, variant) in enumerate(tiers["width"])
-        )
-        for score, number in screened[:_BEST]:
-            if score <= screened[0][0] + _WITHIN:
-                cause, variant = tiers["width"][number]
+            for cause, variant in self._screened(base, tier, tiers[tier]):
                 trials.append(self._try((*base.causes, cause), variant))
         return trials
 
+    def _screened(
+        self, base: "_Trial", tier: str, tried: list[tuple[Cause, Variant]]
+    ) -> list[tuple[Cause, Variant]]:
+        """The best of some mistakes, by a few texts."""
+        few = _PADDED if tier == "width" else _SCREENED
+        rows = self.runner.screening(few)
+        if tier != "width" and len(rows) < few:
+            return tried
+        goal, own = self.goal[rows], base.unit[rows]
+        scores = []
+        for number, (_, variant) in enumerate(tried):
+            unit = _unit(self.runner.pooled(variant, rows))
+            self.progress.update()
+            if tier == "bits":
+                scores.append((-_correlation(goal - own, unit - own), number))
+            else:
+                scores.append((_score(goal - unit), number))
+        scores.sort()
+        bar = scores[0][0] + _WITHIN if scores else 0.0
+        if tier != "bits":  # one that doesn't help is not tried on all texts
+            bar = min(bar, _score(goal - own) - _HELPS / 2)
+        return [tried[number] for score, number in scores[:_BEST] if score <= bar]
+
     def _try(self, causes: tuple[Cause, ...], variant: Variant) -> "_Trial":
+        self.progress.set_description_str(causes[-1].name if causes else "as we do it")
         pooled = self.runner.pooled(variant)
+        self.progress.update()
         trial = _Trial(causes, variant, pooled, self.goal)
         self.tried.append(trial)
         return trial
@@ -436,11 +688,10 @@ class _Case:
         for trial in trials:
             if "bits" in trial.causes[-1].changes:
                 ours = trial.unit - base.unit
-                norms = float(error.norm()), float(ours.norm())
-                if not all(norms):
+                if not error.any() or not ours.any():
                     continue
-                trial.correlation = float((error * ours).sum()) / math.prod(norms)
-                if _SIZES[0] <= norms[0] / norms[1] <= _SIZES[1]:
+                trial.correlation = _correlation(error, ours)
+                if _SIZES[0] <= float(error.norm() / ours.norm()) <= _SIZES[1]:
                     found.append(trial)
         best = max(found, key=lambda trial: trial.correlation or 0.0, default=None)
         if best is None or (best.correlation or 0.0) < _CORRELATION:
@@ -501,16 +752,19 @@ class _Case:
             for cause in self.causes
             if not self.runner.differs(self.right, self.right.with_(cause))
         )
-        hidden = dict.fromkeys(cause.needs for cause in untried if "width" not in cause.changes)
-        if verdict in ("none", "another model") and hidden:
-            wanted = ", ".join(need for need in hidden if need != "any texts")
-            self.notes.append(f"some causes show only on other texts: add {wanted}")
+        unread = [cause.needs for cause in untried if "limit" in cause.settings]
+        if verdict in ("equal", "cause") and unread and "limit" not in self.shown(causes):
+            self.notes.append(f"where it cuts shows only on other texts: add {min(unread)}")
         finite = [row for row in self.rows if math.isfinite(row.max_abs)]
         difference = (self.foreign - self.ours)[self.finite]
         cosines = torch.tensor(
             [row.cosine for row in finite] or [0.0], dtype=torch.float32, device="cpu"
         )
         base = self.tried[0].max_abs if self.tried else math.inf
+        unexplained: list[int] = []
+        if found and found[0].causes:
+            left = found[0].of_text > self._slack(found[0])
+            unexplained = self.chosen[left].tolist()
         ranked = sorted(self.tried, key=lambda trial: trial.score)
         candidates = [
             Candidate(
@@ -539,7 +793,14 @@ class _Case:
             untried=untried,
             notes=tuple(self.notes),
             alternatives=tuple(tied),
+            lengths=_extremes(self.foreign[self.finite]),
+            own_lengths=_extremes(self.ours),
+            unexplained=tuple(unexplained),
         )
+
+    def shown(self, causes: Sequence[Cause]) -> frozenset[str]:
+        """The settings that causes are about."""
+        return frozenset[str]().union(*(cause.settings for cause in causes))
 
 
 class _Trial:
@@ -589,3 +850,74 @@ def decimals(values: Tensor) -> int | None:
 
 def _unit(vectors: Tensor) -> Tensor:
     return F.normalize(vectors, dim=-1)
+
+
+def _arithmetic_first(causes: Sequence[Cause]) -> list[Cause]:
+    return sorted(causes, key=lambda cause: cause.is_of_reading)
+
+
+def _kind(cause: Cause, variant: Variant) -> str:
+    """How much it costs to try a mistake: whether the network has to be computed anew."""
+    if variant.width:
+        return "width"
+    if "bits" in cause.changes:
+        return "bits"
+    arithmetic = {"gelu", "eps", "token_type", "specials"}
+    return "arithmetic" if arithmetic & cause.changes.keys() else "simple"
+
+
+def _correlation(error: Tensor, ours: Tensor) -> float:
+    norms = float(error.norm()) * float(ours.norm())
+    return float((error * ours).sum()) / norms if norms else 0.0
+
+
+def _extremes(vectors: Tensor) -> tuple[float, float]:
+    lengths = vectors.norm(dim=1)
+    return (float(lengths.min()), float(lengths.max())) if len(vectors) else (math.nan, math.nan)
+
+
+def _range(ends: tuple[float, float]) -> str:
+    low, high = (f"{end:.4f}" for end in ends)
+    return low if low == high else f"{low} to {high}"
+
+
+def in_common(texts: Sequence[str], others: Sequence[str]) -> list[str]:
+    """What all of some texts have that no other has: kinds of characters, in words."""
+    if not texts:
+        return []
+    every = set.intersection(*(_kinds(text) for text in texts))
+    return sorted(every.difference(*(_kinds(text) for text in others)))
+
+
+_CATEGORIES = {
+    "Mn": "marks",
+    "Mc": "spacing marks",
+    "Cc": "control characters",
+    "Cf": "characters of format",
+    "Cn": "unassigned characters",
+    "Co": "characters of private use",
+    "Zs": "other blanks",
+    "Zl": "line separators",
+    "Zp": "paragraph separators",
+    "Lu": "capital letters",
+    "Nd": "digits",
+}
+
+
+def _kinds(text: str) -> set[str]:
+    found = set()
+    for character in set(text) - {" "}:
+        category = unicodedata.category(character)
+        name = _CATEGORIES.get(category)
+        if name is not None:
+            found.add(name)
+        if category[0] in "PS":
+            where = "" if character.isascii() else " beyond ASCII"
+            found.add(("punctuation" if category[0] == "P" else "symbols") + where)
+        if category[0] == "L" and not character.isascii():
+            found.add(f"{unicodedata.name(character, 'unknown').split()[0].lower()} letters")
+            if unicodedata.decomposition(character):
+                found.add("letters that can be decomposed")
+    if any(len(word) > 50 for word in text.split()):
+        found.add("long words")
+    return found

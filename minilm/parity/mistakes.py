@@ -5,7 +5,8 @@ change. Out: the vectors that come of it. Next: `causes.py` compares them with a
 
 There is no second copy of the architecture here. A mistake is a copy of the encoder with another
 number in it, or with hooks that round; or other features, such as an `attention_mask` of ones; or
-another normalizer, pooling or GELU in its place. `mistakes.json` lists those of any model.
+another way to read the text (`readings.py`), pooling or GELU. `mistakes.json` lists those of any
+model. A text is computed once for all variants that give the model the same ids.
 """
 
 import copy
@@ -20,12 +21,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from tokenizers.normalizers import BertNormalizer
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from minilm.encoder import SentenceEncoder
 from minilm.inference.packed import PackedBatch
+from minilm.parity.readings import Reader, Reading
 from minilm.parity.stages import batches
 from minilm.pipeline import Batch
 from minilm.pooling import ClsPooling, MeanPooling
@@ -34,6 +35,7 @@ from minilm.pretrained.save import read_pooler
 __all__ = ["Cause", "Variant", "VariantRunner", "causes_for"]
 
 _TOKENS = 4096  # computed at a time
+_OWN_READING = Reading()
 _PLAIN = (None, False, "")  # the key of `VariantRunner._changed` if nothing in the model differs
 
 
@@ -53,6 +55,17 @@ class Cause:
     needs: str = "any texts"
     changes: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
+    @property
+    def is_of_reading(self) -> bool:
+        """Whether it gives the model other ids, and changes nothing in what is done with them."""
+        return self.changes.keys() <= {"reading", "limit", "closed"} and bool(self.changes)
+
+    @property
+    def settings(self) -> frozenset[str]:
+        """The names of what it changes; two mistakes with one in common exclude each other."""
+        names = {name for name in self.changes if name != "reading"}
+        return frozenset(names | {f"reading.{name}" for name in self.changes.get("reading", ())})
+
     def to_dict(self) -> dict[str, str]:
         """The mistake as an object for JSON."""
         return {"name": self.name, "remedy": self.remedy, "needs": self.needs}
@@ -65,7 +78,7 @@ class Variant:
     limit: int
     closed: bool = True  # a cut text ends in [SEP]
     specials: bool = True  # [CLS] and [SEP] are added
-    text: str = ""  # another normalizer, by its name in `_NORMALIZERS`
+    reading: Reading = _OWN_READING
     width: int | str = ""  # padded to so many tokens, or by a rule of `_WIDTHS`
     attended: bool = False  # padding is looked at
     counted: bool = False  # padding is part of the mean
@@ -75,9 +88,17 @@ class Variant:
     token_type: str = ""  # "none", "1"
     bits: str = ""  # fewer of them, by the name in `_BITS`
 
+    @property
+    def computed(self) -> tuple[Any, ...]:
+        """What is done with ids, but for the pooling: equal ids have equal vectors by it."""
+        return self.gelu, self.eps, self.token_type, self.bits
+
     def with_(self, cause: Cause) -> "Variant":
         """The same with one more mistake."""
-        return replace(self, **cause.changes)
+        changes = dict(cause.changes)
+        if "reading" in changes:
+            changes["reading"] = replace(self.reading, **changes["reading"])
+        return replace(self, **changes)
 
 
 _MASK = "give the attention mask to the model"
@@ -118,6 +139,12 @@ def causes_for(encoder: SentenceEncoder) -> list[Cause]:
         for limit in limits
         if limit != own
     ]  # fmt: skip
+    causes += [
+        Cause(f"cut at {limit} tokens, [CLS] and [SEP] not counted", _TRUNCATION,
+              f"texts longer than {min(limit, own)} tokens", {"limit": limit + 2})
+        for limit in limits
+        if limit + 2 <= longest
+    ]  # fmt: skip
     data = resources.files("minilm.parity").joinpath("mistakes.json").read_text(encoding="utf-8")
     causes += [Cause(**each) for each in json.loads(data)]
     for rule, name in _WIDTHS.items():
@@ -126,12 +153,14 @@ def causes_for(encoder: SentenceEncoder) -> list[Cause]:
         needs = f"texts shorter than {limit} tokens"
         causes += _padding_causes(f"padded to {limit} tokens", needs, width=limit, limit=limit)
     lowers = getattr(encoder.get_tokenizer().backend.normalizer, "lowercase", True)
-    unfit = {"lowercased"} if lowers else set(_NORMALIZERS) - {"lowercased"}
+    unfit = {"lower"} if lowers else {"kept", "sigma"}
+    is_able = Reader(encoder.get_tokenizer()).is_able
     own_pooling = "cls" if isinstance(encoder.pooling, ClsPooling) else "mean"
     return [
         cause
         for cause in causes
-        if cause.changes.get("text") not in unfit
+        if ("reading" not in cause.changes or is_able)
+        and cause.changes.get("reading", {}).get("case") not in unfit
         and cause.changes.get("pooling") != own_pooling
         and cause.changes.get("eps") != config.layer_norm_eps
         and not (cause.changes.get("token_type") == "1" and config.type_vocab_size < 2)
@@ -149,21 +178,22 @@ class VariantRunner:
         self.counts = counts
         self.rows = rows
         self._pooler = functools.cache(lambda: _published_pooler(encoder))
-        self._all_ids: dict[str, list[list[int]]] = {}
+        self._reader = Reader(encoder.get_tokenizer())
+        self._all_ids: dict[Reading, list[list[int]]] = {}
+        self._kept: dict[Any, Tensor] = {}  # pooled vectors, by what was computed of which ids
         self._models: dict[tuple[Any, ...], SentenceEncoder] = {}
 
     def ids(self, variant: Variant) -> list[list[int]]:
         """The token ids of the chosen texts."""
-        if variant.text not in self._all_ids:
-            tokenizer = self.encoder.get_tokenizer()
-            if variant.text:
-                tokenizer = copy.deepcopy(tokenizer)
-                tokenizer.backend.normalizer = _NORMALIZERS[variant.text](
-                    self.encoder.get_tokenizer().backend.normalizer
-                )
+        if variant.reading not in self._all_ids:
             chosen = [self.texts[row] for row in self.rows]
-            self._all_ids[variant.text] = tokenizer(chosen).input_ids
-        rows = self._all_ids[variant.text]
+            if variant.reading == _OWN_READING:
+                self._all_ids[variant.reading] = self.encoder.get_tokenizer()(chosen).input_ids
+            else:
+                self._all_ids[variant.reading] = [
+                    self._reader.ids(text, variant.reading) for text in chosen
+                ]
+        rows = self._all_ids[variant.reading]
         if not variant.specials:
             return [row[1:-1][: variant.limit] for row in rows]
         return [
@@ -197,7 +227,7 @@ class VariantRunner:
         """Whether the chosen texts show the difference between two variants."""
         if other.pooling == "pooler" and self._pooler() is None:
             return False
-        names = ("limit", "closed", "specials", "text", "width", "attended", "counted")
+        names = ("limit", "closed", "specials", "reading", "width", "attended", "counted")
         if replace(other, **{name: getattr(variant, name) for name in names}) != variant:
             return True  # it differs in what the model does with the tokens
         widths = self.widths(other)
@@ -225,31 +255,75 @@ class VariantRunner:
 
         With `places`, those of the texts at these places alone.
         """
-        ids, widths = self.ids(variant), self.widths(variant)
+        ids = self.ids(variant)
         places = range(len(ids)) if places is None else places
+        if variant.width:
+            return self._pooled_in_batches(variant, places)
+        missing = {
+            tuple(ids[place]): place
+            for place in places
+            if (variant.computed, tuple(ids[place]), variant.pooling) not in self._kept
+        }
+        if missing:
+            self._keep(variant, [list(row) for row in missing])
+        found = [self._kept[variant.computed, tuple(ids[i]), variant.pooling] for i in places]
+        width = self.encoder.bert.config.hidden_size
+        return torch.stack(found) if found else torch.empty(0, width, dtype=torch.float64)
+
+    def _keep(self, variant: Variant, rows: list[list[int]]) -> None:
+        """Compute some ids and keep their vectors: by all poolings where nothing else differs."""
+        model = self._changed(variant)
+        names = {variant.pooling}
+        if variant.computed == Variant(variant.limit).computed:
+            names |= {"", *_POOLINGS} - ({"pooler"} if self._pooler() is None else set())
+        for batch in batches([len(row) for row in rows], _TOKENS):
+            of_batch = [rows[i] for i in batch]
+            is_packed = all(of_batch)
+            made = self._packed if is_packed else self._padded
+            with _gelu(variant.gelu):
+                found = made(variant, model, of_batch, max(map(len, of_batch)), sorted(names))
+            for name, vectors in found.items():
+                for row, vector in zip(of_batch, vectors.cpu().double(), strict=True):
+                    self._kept[variant.computed, tuple(row), name] = vector
+
+    def _pooled_in_batches(self, variant: Variant, places: Sequence[int]) -> Tensor:
+        """The same with padding, which is to be seen."""
+        ids, widths = self.ids(variant), self.widths(variant)
         model = self._changed(variant)
         shape = len(places), self.encoder.bert.config.hidden_size
         out = torch.empty(shape, dtype=torch.float64, device="cpu")
         with _gelu(variant.gelu):
-            for batch in batches([widths[i] for i in places], _TOKENS, exact=bool(variant.width)):
+            for batch in batches([widths[i] for i in places], _TOKENS, exact=True):
                 rows = [ids[places[i]] for i in batch]
                 width = max(widths[places[i]] for i in batch)
-                pooled = self._padded if variant.width or not all(rows) else self._packed
-                out[batch] = pooled(variant, model, rows, width).cpu().double()
+                found = self._padded(variant, model, rows, width, [variant.pooling])
+                out[batch] = found[variant.pooling].cpu().double()
         return out
 
     def _packed(
-        self, variant: Variant, model: SentenceEncoder, rows: list[list[int]], _: int
-    ) -> Tensor:
+        self,
+        variant: Variant,
+        model: SentenceEncoder,
+        rows: list[list[int]],
+        _: int,
+        poolings: Sequence[str],
+    ) -> dict[str, Tensor]:
         """Compute without padding, which is less work, where no mistake is about padding."""
         batch = PackedBatch(rows, model.device)
         batch.token_type_ids = torch.full_like(batch.input_ids, int(variant.token_type == "1"))
         tokens = model(batch)["token_embeddings"]
-        return batch.pool(partial(self._pool, variant, model.pooling), tokens)
+        return {
+            name: batch.pool(partial(self._pool, name, model.pooling), tokens) for name in poolings
+        }
 
     def _padded(
-        self, variant: Variant, model: SentenceEncoder, rows: list[list[int]], width: int
-    ) -> Tensor:
+        self,
+        variant: Variant,
+        model: SentenceEncoder,
+        rows: list[list[int]],
+        width: int,
+        poolings: Sequence[str],
+    ) -> dict[str, Tensor]:
         """Compute with `width` tokens in each row, and the masks of the variant."""
         device, pad = model.device, self.encoder.get_tokenizer().pad_token_id
         width = max(width, 1)  # even where there is no token at all
@@ -260,13 +334,14 @@ class VariantRunner:
         types = torch.full_like(input_ids, int(variant.token_type == "1"))
         batch = Batch(input_ids, torch.ones_like(real) if variant.attended else real, types)
         counted = torch.ones_like(real) if variant.counted else real
-        return self._pool(variant, model.pooling, model(batch)["token_embeddings"], counted)
+        tokens = model(batch)["token_embeddings"]
+        return {name: self._pool(name, model.pooling, tokens, counted) for name in poolings}
 
-    def _pool(self, variant: Variant, pooling: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
+    def _pool(self, name: str, pooling: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
         """`[batch, tokens, 384]` -> `[batch, 384]`, by the model's own pooling or another."""
-        if variant.pooling:
-            weights = self._pooler() if variant.pooling == "pooler" else None
-            return _POOLINGS[variant.pooling](tokens, mask, weights)
+        if name:
+            weights = self._pooler() if name == "pooler" else None
+            return _POOLINGS[name](tokens, mask, weights)
         pooled: Tensor = pooling(tokens, mask)
         return pooled
 
@@ -287,26 +362,6 @@ class VariantRunner:
             plain = {kept: self._models[kept] for kept in self._models if kept == _PLAIN}
             self._models = plain | {key: model}
         return self._models[key]
-
-
-def _normalizer(**changes: Any) -> Callable[[Any], Any]:
-    """Make a function that changes these settings of a normalizer."""
-
-    def make(own: Any) -> Any:
-        names = ("clean_text", "handle_chinese_chars", "strip_accents", "lowercase")
-        settings = {name: getattr(own, name) for name in names if hasattr(own, name)}
-        return BertNormalizer(**settings | changes)
-
-    return make
-
-
-_NORMALIZERS: dict[str, Callable[[Any], Any]] = {
-    "cased": _normalizer(lowercase=False, strip_accents=False),
-    "cased, accents stripped": _normalizer(lowercase=False, strip_accents=True),
-    "accents kept": _normalizer(strip_accents=False),
-    "Chinese not split": _normalizer(handle_chinese_chars=False),
-    "lowercased": _normalizer(lowercase=True),
-}
 
 
 def _words(token_embeddings: Tensor, mask: Tensor, _: Any) -> Tensor:
@@ -361,9 +416,16 @@ class _Gelu(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def _from_table(tensor: Tensor) -> Tensor:
+    """The tanh form, as a table of all float16 numbers gives it between -10 and 10."""
+    found = F.gelu(tensor.half().to(tensor.dtype), approximate="tanh").half().to(tensor.dtype)
+    return torch.where(tensor.abs() >= 10, tensor.clamp_min(0), found)
+
+
 _GELUS: dict[str, Callable[[Tensor], Tensor]] = {
     "tanh": lambda x: F.gelu(x, approximate="tanh"),
     "sigmoid": lambda x: x * torch.sigmoid(1.702 * x),
+    "table": lambda x: _from_table(x),
 }
 
 
@@ -414,6 +476,29 @@ def _int8(per_channel: bool, activations: bool) -> Any:
     return change
 
 
+def _uint8(model: SentenceEncoder) -> None:
+    """Round weights and activations to a scale times 0 to 255 about a zero point."""
+    for part in model.modules():
+        if isinstance(part, nn.Linear | nn.Embedding):
+            part.weight.copy_(_in_uint8(part.weight))
+        if isinstance(part, nn.Linear):
+            part.register_forward_pre_hook(lambda _, args: (_in_uint8(args[0]),))
+
+
+def _int8_of_tokens(model: SentenceEncoder) -> None:
+    """Round weights by a scale for each output, and what enters a layer by one for each token."""
+    for part in model.modules():
+        if isinstance(part, nn.Linear | nn.Embedding):
+            part.weight.copy_(_in_int8(part.weight))
+        if isinstance(part, nn.Linear):
+            part.register_forward_pre_hook(lambda _, args: (_in_int8(args[0]),))
+
+
+def _in_int8(tensor: Tensor) -> Tensor:
+    scale = (tensor.abs().amax(dim=-1, keepdim=True) / 127).clamp_min(1e-12)
+    return (tensor / scale).round() * scale
+
+
 def _in_uint8(tensor: Tensor) -> Tensor:
     low, high = tensor.min().clamp_max(0), tensor.max().clamp_min(0)
     scale = ((high - low) / 255).clamp_min(1e-12)
@@ -431,4 +516,6 @@ _BITS: dict[str, Callable[[SentenceEncoder], None]] = {
     "int8 channel": _int8(per_channel=True, activations=False),
     "int8 both": _int8(per_channel=False, activations=True),
     "int8 both channel": _int8(per_channel=True, activations=True),
+    "uint8 both": _uint8,
+    "int8 tokens": _int8_of_tokens,
 }
