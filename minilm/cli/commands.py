@@ -288,6 +288,19 @@ def index_build(options: argparse.Namespace, parser: argparse.ArgumentParser) ->
     output = _folder(options.output, "-o", parser)
     if not output.parent.exists():
         raise InputError(f"{output}: there is no {output.parent} that it can be made in", "-o")
+    if options.from_vectors is not None:
+        from minilm.index.exchange import index_of_vectors
+
+        index = index_of_vectors(
+            output,
+            options.from_vectors,
+            _load(options).fingerprint(),
+            table=_table(options) if options.files else None,
+            column=options.column,
+            codes=options.codes,
+        )
+        tell(f"{output}: {len(index):,} rows")
+        return
     table = _table(options)
     index = build_index(
         _load(options),
@@ -307,6 +320,23 @@ def _for_index(options: argparse.Namespace) -> dict[str, Any]:
         "truncation": options.truncation,
         "show_progress_bar": is_watched(sys.stderr),
     }
+
+
+def index_export(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Write the rows and vectors of an index as encode writes them."""
+    from minilm.index import Index
+    from minilm.index.exchange import export_index
+
+    output = with_home(options.output)
+    if is_stream(output) or options.output in ("", "-"):
+        parser.error(f"argument -o: {options.output!r} is not the name of a file or folder")
+    if not _means_folder(options.output, output) and output.suffix not in SUFFIXES:
+        parser.error(
+            f"argument -o: {output} has no suffix of {', '.join(SUFFIXES)}; put / at the end of a "
+            "folder"
+        )
+    export_index(Index.open(options.index), output, embedding_column=options.embedding_column)
+    tell(f"read it by {reading_line(output)}")
 
 
 def index_add(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

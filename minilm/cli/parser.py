@@ -281,17 +281,19 @@ def _parser() -> argparse.ArgumentParser:
 def _add_actions(index: Any) -> None:
     actions = index.add_subparsers(title="actions", required=True, metavar="ACTION")
 
-    def action(name: str, description: str) -> Any:
+    def action(name: str, description: str, model: bool = True) -> Any:
         one = actions.add_parser(name, help=description.lower(), description=f"{description}.")
         one.set_defaults(run=getattr(commands, f"index_{name}"))
-        _add_model(one)
+        if model:
+            _add_model(one)
         return one
 
     build = action("build", "Make an index of texts")
     add = action("add", "Add texts to an index")
     search = action("search", "Find the texts nearest to a query")
     check = action("check", "Whether an index is whole, and this model's")
-    for one in (add, search, check):
+    export = action("export", "Write the rows and vectors of an index as encode does", model=False)
+    for one in (add, search, check, export):
         one.add_argument("index", type=with_home, metavar="INDEX", help="its folder")
     for one in (build, add):
         _add_files(one)
@@ -300,6 +302,26 @@ def _add_actions(index: Any) -> None:
     for one in (build, add, search):
         one.add_argument("--prompt", metavar="TEXT", help=prompt_help)
     build.add_argument("-o", "--output", metavar="INDEX", required=True, help="the new folder")
+    _add_path(
+        build,
+        "--from-vectors",
+        "PATH",
+        "embed nothing: take the vectors that encode wrote, a file or a folder, and their rows; "
+        "FILE has those of .npy",
+    )
+    export.add_argument(
+        "-o",
+        "--output",
+        metavar="OUT",
+        required=True,
+        help=f"{', '.join(SUFFIXES)}, or a folder of Parquet files",
+    )
+    export.add_argument(
+        "--embedding-column",
+        metavar="NAME",
+        default="embedding",
+        help="the name of the vector in .jsonl and Parquet (default: %(default)s)",
+    )
     build.add_argument(
         "--codes",
         action="append",

@@ -19,7 +19,7 @@ from minilm.vectors import from_arrow
 
 __all__ = [
     "embedding_array", "embedding_type", "embeddings_of", "fingerprint_in", "import_pyarrow",
-    "text_column", "texts_of", "vector_column", "with_fingerprint",
+    "text_column", "texts_of", "vector_column", "with_fingerprint", "with_vectors",
 ]  # fmt: skip
 
 # The dtypes of vectors; codes of int8, uint8 and bits have the last two.
@@ -193,6 +193,23 @@ def with_fingerprint(holder: _Holder, fingerprint: str) -> _Holder:
     known = (either if schema is None else schema).metadata or {}
     changed: _Holder = change({**known, METADATA_KEY.encode(): fingerprint.encode()})
     return changed
+
+
+def with_vectors(
+    table: Any, name: str, embeddings: "np.ndarray[Any, Any]", fingerprint: str | None
+) -> Any:
+    """Add vectors as the last column of a table, and the record of their model if there is one.
+
+    Args:
+        table: A `pyarrow.Table` of n rows.
+        name: What to call the column.
+        embeddings: `[n, d]`, see `embedding_array`.
+        fingerprint: See `with_fingerprint`.
+    """
+    column = embedding_array(embeddings)
+    field = import_pyarrow("a column of vectors").field(name, column.type, nullable=False)
+    longer = table.append_column(field, column)
+    return longer if fingerprint is None else with_fingerprint(longer, fingerprint)
 
 
 def fingerprint_in(schema: Any) -> bytes | None:

@@ -26,7 +26,7 @@ import torch
 from minilm.disk import file_sha256, with_home
 from minilm.encoder import SentenceEncoder
 from minilm.errors import BadRowWarning, InputError, NotFiniteError, TruncationError
-from minilm.files.arrow import embedding_array, embedding_type, import_pyarrow, with_fingerprint
+from minilm.files.arrow import import_pyarrow, with_vectors
 from minilm.files.rows import DEFAULT_COLUMN
 from minilm.files.shards import Part, ShardFolder, run_of
 from minilm.files.sources import ON_BAD_ROW, Layout, Shard, find_files, read_shards, survey
@@ -367,10 +367,8 @@ class _Parts:
             numbers = pyarrow.array(range(first, first + len(rows)), pyarrow.int64())
             field = pyarrow.field(number, pyarrow.int64(), nullable=False)
             table = table.append_column(field, numbers)
-        column = embedding_array(vectors[rows])
-        kind = embedding_type(vectors.dtype, vectors.shape[1])
-        field = pyarrow.field(self.settings["embedding_column"], kind, nullable=False)
-        table = with_fingerprint(table.append_column(field, column), self.fingerprint)
+        name = self.settings["embedding_column"]
+        table = with_vectors(table, name, vectors[rows], self.fingerprint)
         self.characters += sum(map(len, shard.texts))
         cut = [
             row for row, place in enumerate(rows) if answer.token_counts[place] > answer.kept[place]

@@ -196,6 +196,19 @@ class Index:
         """The vectors in order, float32 `[rows, d]` each, memory-mapped and read-only."""
         return [segment.vectors for segment in self._segments]
 
+    @property
+    def row_files(self) -> tuple[list[Path], list[dict[str, Any]]]:
+        """The files of the rows in order, an object a line; and a record of each, and of each file
+        of vectors: its name, bytes, SHA-256 and rows.
+        """
+        files = [segment.path / "rows.jsonl" for segment in self._segments]
+        records = [
+            {"name": f"{entry.name}/{name}", **entry.files[name], "rows": entry.rows}
+            for entry in self._manifest.segments
+            for name in ("rows.jsonl", "vectors.npy")
+        ]
+        return files, records
+
     def row(self, i: int) -> dict[str, Any]:
         """Return the row that was added as number i, counted from 0.
 

@@ -104,7 +104,7 @@ def fastest(read: Callable[[Path], Any], folder: Path, rounds: int) -> str:
         clock, processor = time.perf_counter(), time.process_time()
         read(folder)
         times.append((time.perf_counter() - clock, time.process_time() - processor))
-    return "{:.2f} ({:.2f})".format(*map(min, *times))
+    return "{:.2f} ({:.2f})".format(*map(min, zip(*times, strict=True)))
 
 
 def noticed(folder: Path, tools: dict[str, Callable[[Path], Any]]) -> str:
