@@ -41,6 +41,7 @@ from minilm.inference.truncation import (
     without_warning,
 )
 from minilm.inputs import check_choice, check_positive_int, check_unicode, progress_bar
+from minilm.outputs import check_room
 from minilm.quantize import PRECISIONS, as_stored
 from minilm.version import __version__
 
@@ -162,7 +163,8 @@ def encode_files(
         BadRowError: With `on_bad_row="error"`.
         TruncationError: With `truncation="error"`, a text is too long.
         WorkerError: Several processes died of one part.
-        OSError: A file can't be read or written, or the disk is full. Finished parts stay.
+        OSError: A file can't be read or written, or the disk is full, or has no room for all
+            vectors. Finished parts stay.
     """
     pyarrow = import_pyarrow("writing Parquet files")
     check_positive_int(shard_rows, "shard_rows")
@@ -244,6 +246,8 @@ def encode_files(
         _warn_of_tools(folder, [*layout.columns, embedding_column, row_number], precision)
         shards.begin(header)
         there = len(shards.done)
+        missing = header["rows"]["written"] - sum(part.rows for part in shards.done.values())
+        check_room(folder, missing * _bytes_of(record.dimension, precision))
         if not shards.is_complete:
             run = _Parts(encoder, shards, files, layout, header, options)
             run.compute(workers, show_progress_bar)
@@ -384,6 +388,13 @@ class _Parts:
             cut_read=sum(answer.kept[rows[row]] for row in cut),
             cut_first=cut[0] if cut else -1,
         )
+
+
+def _bytes_of(width: int, precision: str) -> int:
+    """How many bytes a vector takes: vectors are not compressed."""
+    if precision in ("binary", "ubinary"):
+        return -(-width // 8)
+    return width * {"float32": 4, "float16": 2}.get(precision, 1)
 
 
 def _check_names(layout: Layout, embedding_column: str, row_number: str | None) -> None:

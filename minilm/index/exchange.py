@@ -117,6 +117,8 @@ def _export_folder(index: Index, folder: Path, embedding_column: str) -> None:
         parts.begin(header)
         if parts.is_complete:
             return
+        missing = len(index) - sum(part.rows for part in parts.done.values())
+        check_room(folder, missing * 4 * (index.dimension or 0))
         for shard in read_shards(files, layout, _PART_ROWS, "empty"):
             if shard.number in parts.done:
                 continue

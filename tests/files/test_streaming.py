@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -166,6 +167,21 @@ def test_precisions(
     np.testing.assert_array_equal(vectors, expected)
     record = read_fingerprint(tmp_path / "out" / "part-00000.parquet")
     assert record == tiny_encoder.fingerprint().for_call(precision=coded)
+
+
+@pytest.mark.parametrize(("precision", "size"), [("float32", 128), ("float16", 64), ("ubinary", 4)])
+def test_a_disk_without_room_is_told_before_anything_is_computed(
+    tiny_encoder: SentenceEncoder,
+    source: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    size: int,
+) -> None:
+    monkeypatch.setattr(streaming, "embed", None)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(total=9**9, free=99))
+    with pytest.raises(OSError, match=f"needs {50 * size:,} bytes, and the disk .* has 99 left"):
+        run(tiny_encoder, source, tmp_path / "out", precision=precision)
 
 
 def test_row_numbers_go_through_all_parts(
