@@ -259,6 +259,9 @@ def trace(
 ) -> Trace:
     """Follow one text through the model, on the plain path: padded batches of one, `attention`.
 
+    In the published model numbers 127, 223 and 319 of the last layer's output are as good as 0 for
+    every text, and so they are in every vector: weight and bias of its last LayerNorm are, there.
+
     Args:
         encoder: Left as it is.
         text: A str. What is beyond `max_seq_length` is cut, with a `TruncationWarning`.

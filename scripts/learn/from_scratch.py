@@ -85,7 +85,7 @@ def gelu(x: Array) -> Array:
 
 
 def encode(ids: list[int], w: dict[str, Array]) -> Array:
-    """Ids `[tokens]` -> a vector of length 1, `[384]`."""
+    """Ids `[tokens]` -> a vector of length 1, `[384]`; the last norm leaves ~0 at 127, 223, 319."""
 
     def linear(path: str, x: Array) -> Array:
         return x @ w[f"{path}.weight"].T + w[f"{path}.bias"]
