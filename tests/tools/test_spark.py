@@ -56,3 +56,12 @@ def test_bytes_become_short_integers(session: Any, written: Written) -> None:
     assert rows.schema["embedding"].dataType.simpleString() == "array<smallint>"
     read = [row.embedding for row in rows.orderBy("id").collect()]
     assert np.array_equal(read, written.codes["uint8"])
+
+
+def test_writing_again_drops_the_fingerprint(
+    session: Any, written: Written, tmp_path: Path
+) -> None:
+    session.read.parquet(str(written.file("vectors"))).write.parquet(str(tmp_path / "again"))
+    parquet = tool("pyarrow.parquet")
+    (part, *_) = (tmp_path / "again").glob("*.parquet")
+    assert b"minilm.fingerprint" not in parquet.read_schema(part).metadata
