@@ -498,6 +498,10 @@ def info(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 
 def parity(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Compare with another implementation, or write golden values."""
+    if options.against_ids is not None:
+        if options.against is not None or options.golden is not None:
+            parser.error("argument --against-ids: goes with neither --against nor --golden")
+        return _parity_against_ids(options)
     if (options.against is None) == (options.golden is None):
         parser.error("parity: pass one of --against FILE and --golden FOLDER")
     if options.against_stages is not None and options.golden is None:
@@ -536,8 +540,31 @@ def _parity_against(options: argparse.Namespace) -> int:
         # Before the model is loaded: an error of the file comes at once.
         foreign = read_vectors(file, texts, default=golden, column=options.column)
         encoder = _load(options)
-    diagnosis = diagnose(encoder, foreign.texts, foreign.vectors)
+    diagnosis = diagnose(
+        encoder, foreign.texts, foreign.vectors, show_progress_bar=is_watched(sys.stderr)
+    )
     return _show_finding(diagnosis, diagnosis.is_equal, options)
+
+
+def _parity_against_ids(options: argparse.Namespace) -> int:
+    from minilm.parity.golden import TEXTS
+    from minilm.parity.ids import compare_ids, read_ids
+
+    own, ids = read_ids(options.against_ids)
+    texts = None if options.texts is None else read_texts(options.texts, options.column)
+    if own is not None and texts is not None:
+        raise InputError(
+            f"{options.against_ids}: has texts of its own; leave --texts out", "--texts"
+        )
+    known = own or texts or [each.text for each in TEXTS]
+    if len(known) != len(ids):
+        raise InputError(
+            f"{options.against_ids}: holds ids of {len(ids)} texts, but there are {len(known)}; "
+            "pass --texts FILE",
+            "--against-ids",
+        )
+    report = compare_ids(_load(options), known, ids)
+    return _show_finding(report, report.is_equal, options)
 
 
 def _show_finding(finding: Any, is_good: bool, options: argparse.Namespace) -> int:

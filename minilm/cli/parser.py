@@ -243,6 +243,12 @@ def _parser() -> argparse.ArgumentParser:
         "FILE",
         "vectors that another program wrote (.npy, .npz, .jsonl, .csv), or a model (.onnx)",
     )
+    _add_path(
+        parity,
+        "--against-ids",
+        "FILE",
+        "token ids alone: a JSON list of lists, or .jsonl with input_ids",
+    )
     _add_path(parity, "--texts", "FILE", f"{texts_help} (default: the golden texts)")
     golden_help = "write texts, ids and the output of every stage into a folder"
     _add_path(parity, "--golden", "FOLDER", golden_help)

@@ -21,7 +21,6 @@ Directions and lengths are compared apart: the lengths show whether vectors were
 directions what else is different.
 """
 
-import itertools
 import math
 import unicodedata
 from collections.abc import Sequence
@@ -36,6 +35,7 @@ from tqdm import tqdm
 from minilm import inputs
 from minilm.encoder import SentenceEncoder
 from minilm.errors import InputError
+from minilm.parity.ids import choose_readings
 from minilm.parity.mistakes import Cause, Variant, VariantRunner, causes_for
 from minilm.report import aligned, jsonable, shortened
 from minilm.similarity import Embeddings
@@ -466,20 +466,11 @@ class _Case:
             return None
         slack = self._slack(state)
         right = state.of_text <= slack
-        others = [cause for cause in self.causes if cause.is_of_reading]
-        taken: list[Cause] = []
-        rivals: list[Cause] = []
-        while not right.all():
-            steps = self._better_readings(state, taken, others, right, slack, 1)
-            steps = steps or self._better_readings(state, taken, others, right, slack, 2)
-            if not steps:
-                break
-            taken, right = steps[0]
-            rivals = [step[-1] for step, _ in steps[1:] if step[:-1] == taken[:-1]]
-        for cause in taken[:-1]:  # one that a later one has made needless
-            rest = [each for each in taken if each is not cause]
-            if int(self._read_right(state, rest, right, slack).sum()) == int(right.sum()):
-                taken = rest
+        taken, rivals = choose_readings(
+            [cause for cause in self.causes if cause.is_of_reading],
+            lambda causes: self.runner.ids(self._variant(state, causes)),
+            lambda causes: self._read_right(state, causes, slack).tolist(),
+        )
         if not taken:
             return [state] if float(right.double().mean()) > _MOST else None
         found = []
@@ -494,42 +485,7 @@ class _Case:
             variant = variant.with_(cause)
         return variant
 
-    def _better_readings(
-        self,
-        state: "_Trial",
-        taken: list[Cause],
-        others: Sequence[Cause],
-        right: Tensor,
-        slack: float,
-        count: int,
-    ) -> list[tuple[list[Cause], Tensor]]:
-        """What `count` more readings make right; the best, and others that do the same."""
-        now = self.runner.ids(self._variant(state, taken))
-        wrong = [place for place in range(len(right)) if not right[place]]
-        useful = []
-        for cause in others:
-            ids = self.runner.ids(self._variant(state, [*taken, cause]))
-            if any(ids[place] != now[place] for place in wrong):
-                useful.append(cause)
-        found: list[tuple[list[Cause], Tensor]] = []
-        for more in itertools.combinations(useful, count):
-            settings = frozenset[str]().union(*(cause.settings for cause in more))
-            if len(settings) < sum(len(cause.settings) for cause in more):
-                continue
-            kept = [cause for cause in taken if not cause.settings & settings]
-            causes = [*kept, *more]
-            now_right = self._read_right(state, causes, right, slack)
-            gained = int(now_right.sum()) - int(right.sum())
-            best = int(found[0][1].sum() - right.sum()) if found else 0
-            if gained > max(best, 0):
-                found = [(causes, now_right)]
-            elif found and gained == best and torch.equal(now_right, found[0][1]):
-                found.append((causes, now_right))
-        return found
-
-    def _read_right(
-        self, state: "_Trial", causes: Sequence[Cause], right: Tensor, slack: float
-    ) -> Tensor:
+    def _read_right(self, state: "_Trial", causes: Sequence[Cause], slack: float) -> Tensor:
         """Which texts are right with these readings. Only what has other ids is computed."""
         variant = self._variant(state, causes)
         own = self.runner.ids(state.variant)

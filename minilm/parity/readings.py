@@ -9,6 +9,7 @@ character is asked of the library: which ones it drops, takes for a blank, a mar
 
 import functools
 import unicodedata
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from tokenizers import normalizers
@@ -139,15 +140,17 @@ class Reader:
             text = "".join(c for c in text if not _is_ignorable(c))
             text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
         if self._own.clean_text:
-            text = "".join(_cleaned(c, reading) for c in text)
+            text = _mapped(text, lambda character: _cleaned(character, reading))
         if self._own.handle_chinese_chars and reading.chinese != "whole":
-            text = "".join(f" {c} " if _is_chinese(c) else c for c in text)
+            text = _mapped(text, lambda c: f" {c} " if _is_chinese(c) else c)
         long: set[str] = set()
         if reading.limit == "before":
             long = {word for word in text.split() if len(word) > self._longest}
         words: list[str] = []
-        for part in self._folded(text, reading, long):
-            words += _split(part, reading)
+        parts = self._folded(text, reading, long)
+        signs = {c for c in set().union(*parts) if _is_punctuation(c, reading)}
+        for part in parts:
+            words += _split(part, signs)
         return [number for word in words for number in self._pieces(word, reading)]
 
     @property
@@ -162,15 +165,17 @@ class Reader:
                 found.append("\ufffd" * (self._longest + 1))  # too long, whatever is in it
                 continue
             folded = word
-            if self._strips and reading.marks != "kept":
+            if self._strips and reading.marks != "kept" and not word.isascii():
                 folded = _stripped(word, reading)
-            if reading.hangul == "composed":
+            if word.isascii():
+                pass
+            elif reading.hangul == "composed":
                 folded = _with_syllables(folded)
             elif reading.hangul == "first":
                 folded = "".join(c for c in folded if ord(c) not in _JAMO or ord(c) in _FIRST)
             if self._own.lowercase and reading.case != "kept":
-                lowered = "".join(_lower(c) for c in folded)
-                folded = folded.lower() if reading.case == "sigma" else lowered
+                is_plain = folded.isascii() or reading.case == "sigma"
+                folded = folded.lower() if is_plain else "".join(map(_lower, folded))
             elif reading.case == "lower":
                 folded = "".join(_lower(c) for c in folded)
             found.append(folded)
@@ -268,7 +273,11 @@ def _is_ignorable(character: str) -> bool:
     return unicodedata.category(character) == "Cf" or 0xFE00 <= code <= 0xFE0F or code == 0x34F
 
 
-@functools.lru_cache(maxsize=4096)
+def _mapped(text: str, change: Callable[[str], str]) -> str:
+    """A text with each character changed; each kind of character is asked for once."""
+    return text.translate({ord(character): change(character) for character in set(text)})
+
+
 def _cleaned(character: str, reading: Reading) -> str:
     """What cleaning makes of one character: nothing, a blank, or itself."""
     category = unicodedata.category(character)
@@ -292,6 +301,11 @@ def _cleaned(character: str, reading: Reading) -> str:
         if reading.blanks == "line dropped":
             return "" if category in ("Zl", "Zp") else " "
         return character if reading.blanks != "line" or category in ("Zl", "Zp") else " "
+    return _own_cleaned(character)
+
+
+@functools.lru_cache(maxsize=4096)
+def _own_cleaned(character: str) -> str:
     return str(_CLEAN.normalize_str(character))
 
 
@@ -303,7 +317,7 @@ def _at_blanks(text: str, reading: Reading) -> list[str]:
         kept = "".join(" " if c in " \t\n\r" else c for c in text)
         words = kept.split(" ")
     else:
-        words = "".join(" " if _is_blank(c) else c for c in text).split(" ")
+        words = _mapped(text, lambda c: " " if _is_blank(c) else c).split(" ")
     return [word for word in words if word]
 
 
@@ -336,7 +350,6 @@ def _with_syllables(word: str) -> str:
     return found + unicodedata.normalize("NFC", run)
 
 
-@functools.lru_cache(maxsize=4096)
 def _is_punctuation(character: str, reading: Reading) -> bool:
     splits = _splits(character)
     if reading.tables:
@@ -348,11 +361,13 @@ def _is_punctuation(character: str, reading: Reading) -> bool:
     return splits
 
 
-def _split(word: str, reading: Reading) -> list[str]:
+def _split(word: str, signs: set[str]) -> list[str]:
     """A word at its punctuation."""
+    if signs.isdisjoint(word):
+        return [word] if word else []
     found = [""]
     for character in word:
-        if _is_punctuation(character, reading):
+        if character in signs:
             found += [character, ""]
         else:
             found[-1] += character
