@@ -1,6 +1,11 @@
 """Files that are complete or not there, folders with one writer at a time, and names that stay
 within a folder.
 
+What is complete stays so when the power fails. A disk writes in an order of its own, so the system
+is asked to wait: first until the contents of a file are on it, then the new name is given, then
+until the folder that has the name is. What refers to other files (an index, a manifest,
+modules.json) gets its name after theirs are on the disk; what is referred to is removed after that.
+
 In: paths, and functions that write. Used for all that is left on a disk, or is looked up under a
 name that stands in a file: by `outputs.py`, `files/shards.py` and `index/segments.py`.
 """
@@ -14,7 +19,7 @@ import shutil
 import stat
 import threading
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path, PureWindowsPath
 from typing import IO, Any
@@ -30,6 +35,7 @@ __all__ = [
     "lock_folder",
     "make_folder",
     "mount_of",
+    "remove_files",
     "sync",
     "sync_folder",
     "temporary_name",
@@ -249,6 +255,17 @@ def _sync(descriptor: int) -> None:
         # of writing.
         if error.errno not in _HAS_NONE:
             raise
+
+
+def remove_files(paths: Iterable[Path]) -> None:
+    """Remove files so that they stay removed, whatever is done after; any may be missing."""
+    removed = []
+    for path in paths:
+        with suppress(FileNotFoundError):
+            path.unlink()
+            removed.append(path)
+    for folder in {path.parent for path in removed}:
+        sync_folder(folder)
 
 
 def make_folder(folder: Path) -> list[Path]:

@@ -34,6 +34,7 @@ from minilm.disk import (
     inside,
     lock_folder,
     make_folder,
+    remove_files,
     sync,
     sync_folder,
     with_home,
@@ -209,12 +210,9 @@ class ShardFolder:
 
     def clear(self) -> None:
         """Remove the files of the run that is in the folder."""
-        for path in part_paths(self.folder):
-            if _PART.fullmatch(path.name):
-                path.unlink()
+        remove_files(path for path in part_paths(self.folder) if _PART.fullmatch(path.name))
         # Last: while they are there, the folder is known to be ours.
-        for path in (self.folder / PROGRESS, self.folder / _INSIDE, self.manifest):
-            path.unlink(missing_ok=True)
+        remove_files([self.folder / PROGRESS, self.folder / _INSIDE, self.manifest])
         self._forget()
 
     def begin(self, header: dict[str, Any]) -> None:
@@ -243,8 +241,8 @@ class ShardFolder:
             text = "".join(json.dumps(line) + "\n" for line in lines)
             with self._errors_about(PROGRESS):
                 write_atomically(self.folder / PROGRESS, lambda file: file.write(text.encode()))
-            for path in (self.folder / _INSIDE, self.manifest):
-                path.unlink(missing_ok=True)  # from now on it is not what the folder has
+            # From now on it is not what the folder has.
+            remove_files([self.folder / _INSIDE, self.manifest])
 
     def _is_readable(self, part: Part) -> bool:
         return not _problems_of(self.folder / part.name, part, self.header or {}, pages=True)
@@ -292,8 +290,7 @@ class ShardFolder:
             path = self.folder / _INSIDE
             write_atomically(path, lambda file: file.write(f"{text}\n".encode()))
             self._move_out()
-            (self.folder / PROGRESS).unlink(missing_ok=True)
-            sync_folder(self.folder)
+            remove_files([self.folder / PROGRESS])
         self.is_complete = True
 
     def _move_out(self) -> None:

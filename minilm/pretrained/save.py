@@ -77,7 +77,10 @@ def save_pretrained(
 
     Args:
         encoder: What to save; it is not changed.
-        path: The folder. In one that exists, files of the same names are replaced.
+        path: The folder. A new one is there as a whole or not at all, also when the process is
+            killed or the power fails. In one that exists, files of the same names are replaced, one
+            after the other: each is whole, but who reads meanwhile, or is interrupted, may have
+            some of both models. Save into a new folder where that matters.
         model_name: What the model card calls the model.
         create_model_card: Write `README.md`; if not, one that is there stays.
         train_datasets: Names for the model card.
@@ -446,6 +449,9 @@ def _replace_files(staging: Path, target: Path, files: Sequence[str]) -> None:
             if old.is_dir():
                 raise IsADirectoryError(errno.EISDIR, f"{file} is a directory", str(old))
             kept = before / str(number)
+            if number == len(files) - 1:  # it refers to the others
+                for folder in {(target / other).parent for other in files[:-1]}:
+                    sync_folder(folder)
             if os.path.lexists(old):
                 before.mkdir(exist_ok=True)
                 _keep(old, kept)
