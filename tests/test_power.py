@@ -25,7 +25,7 @@ from minilm.index import Index
 Event = tuple[str, ...]  # what was called, and its paths
 
 # Names that refer to other files of their folder.
-REFERRING = {"index.json", "modules.json", "_manifest.json"}
+REFERRING = {"index.json", "modules.json", "_manifest.json", "parts.manifest.json"}
 _PASSING = re.compile(r"\..*\.part|.*lock")  # what an interrupted call may leave
 
 
