@@ -25,7 +25,7 @@ import torch
 from minilm.adapters.lazy import SECRETS, LazyEncoder
 from minilm.encoder import SentenceEncoder
 from minilm.errors import InputError, InputTypeError, MissingPackageError
-from minilm.files.arrow import embedding_array, import_pyarrow, with_fingerprint
+from minilm.files.arrow import import_pyarrow, with_vectors
 from minilm.files.sources import ON_BAD_ROW
 from minilm.inference.encode import required_ranges
 from minilm.inference.truncation import EncodeReport, without_warning
@@ -178,9 +178,7 @@ class MiniLMActor:
         vectors = self._vectors(["" if text is None else text for text in texts])
         if not is_table:
             return {**batch, self.embedding_column: vectors}
-        embeddings = embedding_array(vectors)
-        field = pyarrow.field(self.embedding_column, embeddings.type, nullable=False)
-        return with_fingerprint(batch.append_column(field, embeddings), self.fingerprint.to_json())
+        return with_vectors(batch, self.embedding_column, vectors, self.fingerprint.to_json())
 
     def _is_text(self, text: Any, row: int) -> bool:
         """Whether a row can be embedded; if not, an error with `on_bad_row="error"`."""

@@ -376,7 +376,8 @@ def test_examples_of_the_help_run(
         before, _, after = text.partition("| minilm ")
         stdin = (workplace / "sentences.txt").read_bytes() if after else b""
         words = shlex.split((after or before).split(" > ")[0])
-        done = minilm(*words, *model, stdin=stdin, cwd=workplace)
+        given = [] if words[:2] == ["index", "export"] else model  # which loads none
+        done = minilm(*words, *given, stdin=stdin, cwd=workplace)
         assert done.returncode == 0, (line, done.stdout, done.stderr)
 
 
