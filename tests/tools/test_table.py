@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from conftest import ROOT
-from written import Row, Written, rows_of_table, run_line
+from written import Row, Written, rows_of_table, run_line, tool
 
 # What these programs warn of is theirs.
 pytestmark = [pytest.mark.process, pytest.mark.filterwarnings("ignore")]
@@ -20,7 +20,11 @@ READERS = [row for row in ROWS if " x = " in row.line and row.tool not in SESSIO
 
 
 @pytest.mark.parametrize("row", READERS, ids=lambda row: row.tool)
-def test_line_reads_what_was_written(row: Row, written: Written, tmp_path: Path) -> None:
+def test_line_reads_what_was_written(
+    row: Row, written: Written, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if row.tool == "datasets":  # not into the user's own
+        monkeypatch.setattr(tool("datasets").config, "HF_DATASETS_CACHE", tmp_path / "cache")
     x = run_line(row.tool, written, tmp_path)["x"]
     assert x.dtype == np.float32
     assert x.shape == written.vectors.shape
