@@ -6,8 +6,8 @@
     scripts/peers.py kitoken            installs that program into .venv-peers-kitoken, and compares
                                         what it makes of the 71 texts with this model
 
-The vectors were made by the versions in the table. What the columns say of ids and arithmetic is what
-`minilm parity --against` finds; the cosines are those of all 71 texts to the exact vectors.
+The vectors were made by the versions in the table. What the columns say of ids and arithmetic is
+what `minilm parity --against` finds; the cosines are of all 71 texts, to the exact vectors.
 """
 
 import argparse
@@ -29,6 +29,10 @@ GUIDE = ROOT / "minilm" / "parity" / "README.md"
 MODEL = ROOT / "weights" / "all-MiniLM-L6-v2"
 START, END = "<!-- written by scripts/peers.py -->", "<!-- to here -->"
 
+HEADINGS = (
+    "program", "cosine, up to 128 tokens", "cosine, all", "cut", "reads otherwise",
+    "computes otherwise", "to get this model's vectors",
+)  # fmt: skip
 OWN_TOKENIZER = "give it ids of the published `tokenizer.json`, cut at 256"
 FLOAT32 = "use the float32 model"
 # What to set to get this model's vectors; nothing for those that give them.
@@ -111,9 +115,8 @@ def table() -> list[str]:
     encoder = SentenceEncoder.from_pretrained(MODEL, device="cpu", dtype="float32")
     texts = json.loads((PEERS / "texts.json").read_text(encoding="utf-8"))
     lines = [
-        "| program | cosine, up to 128 tokens | cosine, all | cut | reads otherwise "
-        "| computes otherwise | to get these vectors |",
-        "|---|---|---|---|---|---|---|",
+        f"| {' | '.join(HEADINGS)} |",
+        f"|{'---|' * len(HEADINGS)}",
     ]
     for path in sorted(PEERS.glob("*.json")):
         if path.name == "texts.json":
