@@ -46,15 +46,15 @@ REMEDIES = {
     "keras-hub-strip-accents": OWN_TOKENIZER,
     "kitoken": OWN_TOKENIZER,
     "llama-cpp-f32": f"{OWN_TOKENIZER}; divide vectors by their length; the GELU can't be set",
-    "mlx-embeddings": "`max_length=256`",
+    "mlx-embeddings": "cut texts at 256 tokens before",
     "onnxruntime-extensions": OWN_TOKENIZER,
     "onnxruntime-int8-per-channel": FLOAT32,
     "onnxruntime-int8-per-channel-alone": FLOAT32,
     "onnxruntime-int8-per-tensor": FLOAT32,
     "onnxruntime-uint8-per-tensor": FLOAT32,
     "tf-text-bert-tokenizer": OWN_TOKENIZER,
-    "transformers-js": "`tokenizer.model_max_length = 256`, and lower-case Greek before",
-    "txtai": "`maxlength: 256`; divide vectors by their length",
+    "transformers-js": OWN_TOKENIZER,
+    "txtai": "cut texts at 256 tokens before; divide vectors by their length",
 }
 
 # Programs that can be run again: what to install, and a script that prints ids of texts, as JSON.
