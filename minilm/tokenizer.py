@@ -151,7 +151,10 @@ class WordPieceTokenizer:
         Args:
             texts: A text, or any iterable of texts, of any Unicode: empty, blank, with control
                 characters, of any length. As in the reference, a literal "[MASK]" or "[SEP]"
-                becomes that special token. A pair of texts becomes [CLS] A [SEP] B [SEP].
+                becomes that special token; vertical tab, form feed and U+0085 are dropped, which
+                glues the words beside them; and a word with a sign in it that the vocabulary
+                lacks, as a mark newer than Unicode 8, is [UNK] as a whole. A pair of texts
+                becomes [CLS] A [SEP] B [SEP].
             max_length: Ids to keep at most, [CLS] and [SEP] included, at least 3; None keeps all.
                 Of a pair, the longer text is cut first, then both to half.
             return_offsets: Also give character offsets, which takes twice the time.

@@ -132,7 +132,8 @@ def encode(
     Args:
         sentences: A str, or any iterable of str: list, generator, NumPy array, pandas or
             polars Series, Arrow array. A row may also be a pair of texts, which are read
-            together, as [CLS] A [SEP] B [SEP].
+            together, as [CLS] A [SEP] B [SEP]. A vertical tab or form feed glues the words
+            beside it, as in the reference: see `WordPieceTokenizer`.
         prompt_name: A key of `prompts`, whose text is put in front of every sentence; by
             default `default_prompt_name`.
         prompt: That text itself.
