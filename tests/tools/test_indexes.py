@@ -1,4 +1,4 @@
-"""Indexes of vectors: FAISS, USearch, hnswlib, Voyager, NGT."""
+"""Indexes of vectors: FAISS, USearch, hnswlib, Voyager, NGT, ScaNN."""
 
 from pathlib import Path
 from typing import Any
@@ -120,3 +120,14 @@ def test_ngt(written: Written, tmp_path: Path) -> None:
     wrong, signed = of_bytes(written.codes["int8"]), written.codes["int8"]
     _, distances = search(wrong, signed[7])
     assert distances[1] > 3 * np.sort(exact[7])[1]
+
+
+def test_scann(written: Written, tmp_path: Path) -> None:
+    x = written.vectors
+    index = run_line("ScaNN", written, tmp_path, x=x)["index"]
+
+    def search(row: int) -> tuple[list[int], list[float]]:
+        found, products = index.search(x[row])
+        return found.astype(int), -products
+
+    check_search(search, -written.distances("dot"))
