@@ -469,6 +469,8 @@ def info(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Print a model's sizes, and where its weights came from."""
     import torch
 
+    from minilm.pretrained.fingerprint import computed_in
+
     encoder = _load(options)
     source = encoder.source
     assert source is not None
@@ -487,7 +489,7 @@ def info(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         f"hidden size {config.hidden_size}, feed-forward {config.intermediate_size}",
         "limit": f"{encoder.max_seq_length} tokens",
         "parameters": f"{embeddings + layers:,} (embeddings {embeddings:,}, layers {layers:,})",
-        "computes in": f"{encoder.dtype} on {encoder.device}".removeprefix("torch."),
+        "computes in": f"{computed_in(encoder)} on {encoder.device}",
         "versions": f"minilm {__version__}, torch {torch.__version__}",
     }
     if options.json:
@@ -629,7 +631,10 @@ def _load(options: argparse.Namespace) -> "SentenceEncoder":
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     return SentenceEncoder.from_pretrained(
-        options.model, dtype=options.dtype, device=options.device
+        options.model,
+        dtype=options.dtype,
+        reproducible=options.reproducible,
+        device=options.device,
     )
 
 

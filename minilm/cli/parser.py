@@ -368,6 +368,11 @@ def _add_model(one: Any) -> None:
         "--dtype",
         help="float32 (default), float64, float16, bfloat16; or auto: bfloat16 where it is fast",
     )
+    group.add_argument(
+        "--reproducible",
+        action="store_true",
+        help="the same vectors on every machine: computed in float64, rounded once to float32",
+    )
     group.add_argument("--device", help="cpu, cuda, mps, ... (default: the best there is)")
     _add_number(group, "--threads", "processor cores to use (default: all)")
 
