@@ -6,6 +6,7 @@ argument is a `Pipeline`; here they become methods.
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Unpack
 
 import torch
