@@ -259,6 +259,11 @@ def _parser() -> argparse.ArgumentParser:
         "instead of writing, compare a .safetensors file with what is in --golden, and name the "
         "first stage that differs",
     )
+    parity.add_argument(
+        "--digest",
+        action="store_true",
+        help="print one SHA-256 of the golden texts' vectors, and one of each stage",
+    )
     for one in (check, parity):
         _add_column(one, "the name of the text (default: text)")
         _add_json(one, "print the finding as JSON")

@@ -29,6 +29,7 @@ from minilm.files.tables import METADATA_KEY
 from minilm.interpret.trace import Trace, traces
 from minilm.outputs import check_folder
 from minilm.parity import stages
+from minilm.parity.golden_texts import TEXTS, GoldenText
 from minilm.report import aligned, jsonable, shortened
 from minilm.version import __version__
 
@@ -57,26 +58,9 @@ _COARSER = {
 }
 
 
-@dataclass(frozen=True)
-class GoldenText:
-    """A text, and why it is there.
-
-    Attributes:
-        text: The text.
-        why: What it shows.
-        has_stages: Whether the output of each layer is kept, for each of its tokens.
-    """
-
-    text: str
-    why: str
-    has_stages: bool = False
-
-
 def _package_data(name: str) -> str:
     return resources.files("minilm.parity").joinpath(name).read_text(encoding="utf-8")
 
-
-TEXTS = tuple(GoldenText(**each) for each in json.loads(_package_data("golden_texts.json")))
 
 _OF_ALL = ("input_ids", "pooled", "embedding")  # kept for every text
 
