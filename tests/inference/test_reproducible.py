@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from conftest import ROOT, compose, load, minilm, write_model_folder
+from conftest import LESSER, ROOT, compose, load, minilm, write_model_folder
 from minilm.errors import InputError, InputTypeError, NotFiniteError
 from minilm.files.streaming import encode_files
 from minilm.index import Index
@@ -25,21 +25,6 @@ from minilm.pretrained.fingerprint import compare
 from minilm.util import quantize_embeddings
 
 TEXTS = ["the dog bites the man", "a cat", "", "the sun is out", "the " * 40, "a cat"]
-# As scripts/quality/reproducible.py has them.
-LESSER = {
-    "avx2": {
-        "ATEN_CPU_CAPABILITY": "avx2",
-        "ONEDNN_MAX_CPU_ISA": "AVX2",
-        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-        "OMP_NUM_THREADS": "2",
-    },
-    "sse4": {
-        "ATEN_CPU_CAPABILITY": "default",
-        "ONEDNN_MAX_CPU_ISA": "SSE41",
-        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
-        "OMP_NUM_THREADS": "1",
-    },
-}
 
 
 @pytest.fixture
