@@ -2,8 +2,8 @@
 
     python scripts/make/digest.py [--check]
 
-Writes minilm/parity/digest.json, by the rule in `minilm.parity.digest.choose`: to be run again when
-the golden texts change. --check writes nothing, and exits with 1 if the file is another one. Needs
+Writes minilm/parity/digest.json, by the rule in `minilm.parity.digest.choose`, and the one number
+into README.md: to be run again when the golden texts change. --check writes nothing, and exits with 1 if the file is another one. Needs
 the published weights.
 """
 
@@ -19,6 +19,7 @@ from minilm import SentenceEncoder  # noqa: E402
 from minilm.parity.digest import choose  # noqa: E402
 from minilm.parity.golden_texts import TEXTS  # noqa: E402
 
+README = ROOT / "README.md"
 FILE = ROOT / "minilm" / "parity" / "digest.json"
 
 
@@ -38,6 +39,9 @@ def main() -> int:
     print(chosen["sha256"]["embedding"])
     if options.check:
         return int(FILE.read_text(encoding="utf-8") != data)
+    before = json.loads(FILE.read_text(encoding="utf-8"))["sha256"]["embedding"]
+    text = README.read_text(encoding="utf-8")
+    README.write_text(text.replace(before, chosen["sha256"]["embedding"]), encoding="utf-8")
     FILE.write_text(data, encoding="utf-8")
     return 0
 
