@@ -3,8 +3,8 @@
     python scripts/make/digest.py [--check]
 
 Writes minilm/parity/digest.json, by the rule in `minilm.parity.digest.choose`, and the one number
-into README.md: to be run again when the golden texts change. --check writes nothing, and exits with 1 if the file is another one. Needs
-the published weights.
+into README.md: to be run again when the golden texts change. --check writes nothing, and exits with
+1 if the file is another one. Needs the published weights.
 """
 
 import argparse

@@ -34,7 +34,8 @@ UNSEEN: set[str] = set()
 
 
 def rounded(values: Any) -> bytes:
-    return values.astype("<f4").tobytes()
+    data: bytes = values.astype("<f4").tobytes()
+    return data
 
 
 @pytest.fixture(scope="module")
