@@ -102,6 +102,7 @@ class SentenceEncoder(Pipeline):
         mixed = kind == torch.bfloat16  # for the products only; sums and norms stay float32
         accelerate(self.bert, kind if mixed else None)
         self.to(target, None if mixed else kind)
+        self._rounds = wanted.reproducible
 
     @classmethod
     def from_pretrained(
@@ -125,6 +126,9 @@ class SentenceEncoder(Pipeline):
                 and `.to(dtype)` do what they say on any processor, at its speed.)
                 "auto" is the fastest whose vectors keep a cosine of 0.9999 with the exact ones:
                 bfloat16 where the processor or the GPU multiplies in it, else float32.
+            reproducible: Compute in float64 and round each vector once, to float32: the same bits
+                on every machine, but for one number in ten million. See the wing's README,
+                `minilm/inference/README.md`.
             prompts: Texts that `encode(prompt_name=...)` puts in front of every sentence, by name.
             default_prompt_name: The one to use if none is asked for.
             similarity_fn_name: "cosine", "dot", "euclidean" or "manhattan": what `similarity` does.
@@ -209,8 +213,11 @@ class SentenceEncoder(Pipeline):
         """Whether a text gets the same bits alone, in any batch and in any order: tried now, with
         this processor, number of threads and dtype.
         """
+
+        def embed_rows(rows: list[list[int]]) -> Tensor:
+            return self.rounded(embed(self, rows, multiple=multiple))
+
         with torch.inference_mode(), eval_mode(self) as parts, fast_products(parts) as multiple:
-            embed_rows = partial(embed, self, multiple=multiple)
             return keeps_bits(embed_rows, self.bert.config.vocab_size, self.max_seq_length)
 
     def similarity(self, embeddings1: Embeddings, embeddings2: Embeddings) -> Tensor:

@@ -78,6 +78,8 @@ class Pipeline(nn.Module):
         source: Where the files came from, with their SHA-256; None for a model made of `modules`.
     """
 
+    _rounds = False  # whether it was loaded with `reproducible=True`
+
     def forward(self, features: Batch | Mapping[str, Any]) -> dict[str, Any]:
         """Token ids -> sentence vectors.
 
@@ -162,6 +164,17 @@ class Pipeline(nn.Module):
         """The dtype of the weight matrices: what the products are computed in."""
         weights = (part.weight for part in self.bert.modules() if isinstance(part, nn.Linear))
         return next(weights, self.bert.embeddings.word_embeddings.weight).dtype
+
+    @property
+    def reproducible(self) -> bool:
+        """Whether `encode` gives vectors computed in float64 and rounded once, to float32: the same
+        on every machine. So it was loaded, and not converted to another dtype since.
+        """
+        return self._rounds and all(part.dtype == torch.float64 for part in self.parameters())
+
+    def rounded(self, vectors: Tensor) -> Tensor:
+        """Round what was computed to float32 if the model is `reproducible`; any shape."""
+        return vectors.float() if self.reproducible else vectors
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move or convert the model, as `nn.Module.to`.

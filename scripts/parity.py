@@ -29,6 +29,7 @@ import results  # noqa: E402
 from minilm import SentenceEncoder  # noqa: E402
 from minilm.errors import InputError, MinilmError  # noqa: E402
 from minilm.inputs import as_dtype  # noqa: E402
+from minilm.parity.digest import digest  # noqa: E402
 from minilm.parity.foreign import read_texts  # noqa: E402
 from minilm.parity.stages import (  # noqa: E402
     Golden,
@@ -94,6 +95,10 @@ def run(model: str, texts_file: Path | None, dtype: str | None) -> tuple[Report,
         "weights": next(h for name, h in source.sha256.items() if name.endswith(".safetensors")),
         "minilm": f"{minilm.__version__}, torch {torch.__version__}",
     }
+    if first.dtype in (torch.float32, torch.float64):
+        found = digest(first)
+        said = "as pinned" if found.is_equal else f"not as pinned, from {found.first} on"
+        about["digest"] = f"{found.sha256['embedding']}, {said}"
     if not is_installed():
         for name, unusable in (
             ("--texts", texts_file is not None),

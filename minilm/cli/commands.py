@@ -469,6 +469,8 @@ def info(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Print a model's sizes, and where its weights came from."""
     import torch
 
+    from minilm.pretrained.fingerprint import computed_in
+
     encoder = _load(options)
     source = encoder.source
     assert source is not None
@@ -487,7 +489,7 @@ def info(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         f"hidden size {config.hidden_size}, feed-forward {config.intermediate_size}",
         "limit": f"{encoder.max_seq_length} tokens",
         "parameters": f"{embeddings + layers:,} (embeddings {embeddings:,}, layers {layers:,})",
-        "computes in": f"{encoder.dtype} on {encoder.device}".removeprefix("torch."),
+        "computes in": f"{computed_in(encoder)} on {encoder.device}",
         "versions": f"minilm {__version__}, torch {torch.__version__}",
     }
     if options.json:
@@ -499,11 +501,11 @@ def info(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 def parity(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     """Compare with another implementation, or write golden values."""
     if options.against_ids is not None:
-        if options.against is not None or options.golden is not None:
-            parser.error("argument --against-ids: goes with neither --against nor --golden")
+        if options.against is not None or options.golden is not None or options.digest:
+            parser.error("argument --against-ids: goes with none of --against, --golden, --digest")
         return _parity_against_ids(options)
-    if (options.against is None) == (options.golden is None):
-        parser.error("parity: pass one of --against FILE and --golden FOLDER")
+    if [options.against is None, options.golden is None, not options.digest].count(False) != 1:
+        parser.error("parity: pass one of --against FILE, --golden FOLDER and --digest")
     if options.against_stages is not None and options.golden is None:
         parser.error("argument --against-stages: goes with --golden FOLDER")
     for name in ("texts", "column"):
@@ -511,6 +513,11 @@ def parity(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
             parser.error(f"argument --{name}: goes with --against FILE")
     if options.against is not None:
         return _parity_against(options)
+    if options.digest:
+        from minilm.parity.digest import digest
+
+        found = digest(_load(options))
+        return _show_finding(found, found.is_equal, options)
     from minilm.parity.golden import compare_stages_file, write_golden
 
     if options.against_stages is not None:
@@ -629,7 +636,10 @@ def _load(options: argparse.Namespace) -> "SentenceEncoder":
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     return SentenceEncoder.from_pretrained(
-        options.model, dtype=options.dtype, device=options.device
+        options.model,
+        dtype=options.dtype,
+        reproducible=options.reproducible,
+        device=options.device,
     )
 
 

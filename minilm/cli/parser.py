@@ -259,6 +259,11 @@ def _parser() -> argparse.ArgumentParser:
         "instead of writing, compare a .safetensors file with what is in --golden, and name the "
         "first stage that differs",
     )
+    parity.add_argument(
+        "--digest",
+        action="store_true",
+        help="print one SHA-256 of the golden texts' vectors, and one of each stage",
+    )
     for one in (check, parity):
         _add_column(one, "the name of the text (default: text)")
         _add_json(one, "print the finding as JSON")
@@ -367,6 +372,11 @@ def _add_model(one: Any) -> None:
     group.add_argument(
         "--dtype",
         help="float32 (default), float64, float16, bfloat16; or auto: bfloat16 where it is fast",
+    )
+    group.add_argument(
+        "--reproducible",
+        action="store_true",
+        help="the same vectors on every machine: computed in float64, rounded once to float32",
     )
     group.add_argument("--device", help="cpu, cuda, mps, ... (default: the best there is)")
     _add_number(group, "--threads", "processor cores to use (default: all)")

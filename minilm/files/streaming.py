@@ -6,8 +6,9 @@ Next: `minilm check OUTPUT`, or any program that reads Parquet.
 
 It can be killed at any moment. The same call goes on where it was, and the result is, byte for
 byte, that of an uninterrupted run (with the same versions of torch and pyarrow, on a processor of
-the same kind). For that, each part is computed from its own rows only, and a text's vector depends
-neither on what is computed beside it, nor on the number of threads or processes.
+the same kind; if the model is `reproducible`, with the same pyarrow on any). For that, each part is
+computed from its own rows only, and a text's vector depends neither on what is computed beside it,
+nor on the number of threads or processes.
 """
 
 import copy
@@ -125,9 +126,11 @@ def encode_files(
     no whole number is rounded.
 
     Each file is read once before anything is computed, and once to compute. Called again with the
-    same arguments after it was interrupted, it goes on. The finished folder has parts in it and
-    nothing else. Each has the fingerprint of the model, and knows which part of which run it is;
-    `OUTPUT.manifest.json`, beside the folder, says what was made from which files, with SHA-256.
+    same arguments after it was interrupted, it goes on; with a `reproducible` model also on another
+    kind of machine or with another version of torch, to the same bytes. The finished folder has
+    parts in it and nothing else. Each has the fingerprint of the model, and knows which part of
+    which run it is; `OUTPUT.manifest.json`, beside the folder, says what was made from which files,
+    with SHA-256.
 
     Args:
         encoder: The model.
@@ -195,13 +198,15 @@ def encode_files(
     # All parts use the model's settings of now, whatever other threads set meanwhile.
     call |= {"prompt": record.prompt, "truncate_dim": record.dimension}
     encoder = copy.copy(encoder)  # shares all but the settings
+    made_with = {"torch": str(torch.__version__), "device": encoder.device.type}
     wanted = {
         "format_version": FORMAT_VERSION,
         "package_version": __version__,
         "made_with": {
-            "torch": str(torch.__version__),
             "pyarrow": pyarrow.__version__,
-            "device": encoder.device.type,
+            # What makes no difference to reproducible vectors is left out: any machine may go on,
+            # and the manifest is the same too.
+            **({} if encoder.reproducible else made_with),
         },
         "fingerprint": record.to_dict(),
         "settings": {

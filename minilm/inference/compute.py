@@ -187,12 +187,12 @@ def _token_vectors(pipeline: Pipeline, tokens: Tokens, plan: Plan) -> list[Tenso
         for rows in with_progress(batches, plan.show_progress_bar):
             ids, types = rows_of(rows, tokens.input_ids, tokens.token_type_ids)
             batch = make_batch(ids, types, device, pipeline.tokenizer, multiple)
-            vectors = pipeline(batch)["token_embeddings"]
+            vectors: Tensor = pipeline.rounded(pipeline(batch)["token_embeddings"])
             ends = [lengths[row] for row in rows]
             if vectors.dim() == 3:  # padded
                 each = [vectors[i, :end] for i, end in enumerate(ends)]
             else:
-                each = list(vectors[: sum(ends)].split(ends))
+                each = list(torch.split(vectors[: sum(ends)], ends))
             found |= zip(rows, (vector.clone() for vector in each), strict=True)
     return [found[row] for row in range(len(lengths))]
 
@@ -213,6 +213,7 @@ def _everything(
     vectors = _sentence_vectors(
         pipeline, tokens.input_ids, tokens.token_type_ids, plan, plan.width, pipeline.device
     )
+    vectors = pipeline.rounded(vectors)
     found: dict[int, dict[str, Any]] = {}
     for batch in batches:
         ids, types = rows_of(batch, tokens.input_ids, tokens.token_type_ids)
@@ -264,7 +265,7 @@ def _chunked(
     specials = pipeline.get_tokenizer().tokenize([plan.prompt]).token_counts[0]
     for row, where in places.items():
         counts = [len(ids[place]) - specials for place in where]
-        weights = torch.tensor(counts, dtype=torch.float32, device="cpu")
+        weights = torch.tensor(counts, dtype=torch.float64, device="cpu")
         weights = (weights / weights.sum()).to(vectors)
         vectors[row] = pipeline.normalize((weights[:, None] * vectors[where]).sum(0))
     return vectors[: len(rows), : plan.width].contiguous(), windows, read_whole
@@ -285,6 +286,8 @@ def windows_of(pipeline: Pipeline, text: str, prompt: str, limit: int, place: st
 def _check_finite(
     pipeline: Pipeline, vectors: Tensor, windows: list[int], tokens: Tokens, plan: Plan
 ) -> None:
+    if not plan.normalize:
+        vectors = pipeline.rounded(vectors)  # which may be beyond float32
     if math.isfinite(float(vectors.sum())):  # one number: cheap
         return
     bad = (~vectors.isfinite().all(dim=1)).nonzero()[:, 0].tolist()
@@ -299,7 +302,9 @@ def _check_finite(
             if windows[row] > 1 or not _is_finite_alone(pipeline, tokens, quiet, row)
         ] or bad
     if all(bool(weight.isfinite().all()) for weight in pipeline.parameters()):
-        reason = f"numbers are beyond what {pipeline.dtype} holds; load it in float32"
+        dtype = torch.float32 if pipeline.reproducible else pipeline.dtype
+        more = "float64" if dtype == torch.float32 else "float32"
+        reason = f"numbers are beyond what {dtype} holds; load it in {more}"
     else:
         reason = "the weights have NaN or infinity in them; load the model again"
     raise NotFiniteError([plan.first_row + row for row in bad], reason)
@@ -308,7 +313,7 @@ def _check_finite(
 def _is_finite_alone(pipeline: Pipeline, tokens: Tokens, plan: Plan, row: int) -> bool:
     types = None if tokens.token_type_ids is None else [tokens.token_type_ids[row]]
     alone = _sentence_vectors(pipeline, [tokens.input_ids[row]], types, plan, plan.width)
-    return bool(alone.isfinite().all())
+    return bool((alone if plan.normalize else pipeline.rounded(alone)).isfinite().all())
 
 
 def extras_of(pipeline: Pipeline, prompt: str) -> dict[str, Any]:

@@ -164,9 +164,10 @@ def encode(
 
     Returns:
         One vector `[384]` for a str, else `[n, 384]` in the order given, with n = 0 too. Its
-        dtype is float32, or that which the whole model was converted to; NumPy has no
-        bfloat16 and gets float32. With `convert_to_numpy` and `convert_to_tensor` both false,
-        a list of n tensors `[384]`. For other values of `output_value`, a list.
+        dtype is float32, or that which the whole model was converted to (unless it is
+        `reproducible`); NumPy has no bfloat16 and gets float32. With `convert_to_numpy` and
+        `convert_to_tensor` both false, a list of n tensors `[384]`. For other values of
+        `output_value`, a list.
 
     Raises:
         InputTypeError: A row is not a text, the message names it; or an argument is unknown or
@@ -550,6 +551,7 @@ def _finish(pipeline: Pipeline, /, vectors: Tensor, plan: Plan) -> Any:
     """Normalize, quantize and convert vectors, as far as the plan asks for it."""
     if plan.normalize:
         vectors = Normalize()(vectors)
+    vectors = pipeline.rounded(vectors)
     if plan.precision != "float32":
         ranges = None
         if plan.precision in ("int8", "uint8"):

@@ -29,6 +29,8 @@ from minilm.files.tables import METADATA_KEY
 from minilm.interpret.trace import Trace, traces
 from minilm.outputs import check_folder
 from minilm.parity import stages
+from minilm.parity.digest import digest, pinned
+from minilm.parity.golden_texts import TEXTS, GoldenText
 from minilm.report import aligned, jsonable, shortened
 from minilm.version import __version__
 
@@ -57,26 +59,9 @@ _COARSER = {
 }
 
 
-@dataclass(frozen=True)
-class GoldenText:
-    """A text, and why it is there.
-
-    Attributes:
-        text: The text.
-        why: What it shows.
-        has_stages: Whether the output of each layer is kept, for each of its tokens.
-    """
-
-    text: str
-    why: str
-    has_stages: bool = False
-
-
 def _package_data(name: str) -> str:
     return resources.files("minilm.parity").joinpath(name).read_text(encoding="utf-8")
 
-
-TEXTS = tuple(GoldenText(**each) for each in json.loads(_package_data("golden_texts.json")))
 
 _OF_ALL = ("input_ids", "pooled", "embedding")  # kept for every text
 
@@ -136,6 +121,10 @@ def write_golden(
             "sha256": hashlib.sha256(contents[file]).hexdigest(),
         }
     index = _index(encoder, texts, names, found) | {"files": files}
+    if texts is TEXTS:
+        chosen = pinned()
+        sha256 = digest(encoder).sha256
+        index["digest"] = {"sha256": sha256, "texts": chosen["texts"], "tokens": chosen["tokens"]}
     # The name of a model's folder need not be valid Unicode.
     text = json.dumps(index, ensure_ascii=False, indent=1) + "\n"
     contents[README] = _readme(index).encode("utf-8", "backslashreplace")
@@ -204,6 +193,7 @@ def _readme(index: Mapping[str, Any]) -> str:
         count=len(index["texts"]),
         files="\n".join(files),
         last_layer=len(index["stages"]) - 5,
+        sha256=index.get("digest", {}).get("sha256", {}).get("embedding", "not computed"),
         kept=", ".join(f"{text['number']:02}" for text in index["texts"] if text["has_stages"]),
     )
 

@@ -38,8 +38,8 @@ from minilm.tokenizer import WordPieceTokenizer
 from minilm.version import __version__
 
 __all__ = [
-    "FORMAT_VERSION", "Comparison", "Fingerprint", "Verdict", "compare", "fingerprint",
-    "fingerprint_of",
+    "FORMAT_VERSION", "Comparison", "Fingerprint", "Verdict", "compare", "computed_in",
+    "fingerprint", "fingerprint_of",
 ]  # fmt: skip
 
 Verdict = Literal["same", "rounding", "limit", "model"]
@@ -69,7 +69,8 @@ class Fingerprint:
         normalize: Whether vectors have length 1.
         max_seq_length: The longest input in tokens.
         dimension: Numbers in a vector, after `truncate_dim`.
-        dtype: What the products are computed in.
+        dtype: What the products are computed in; "reproducible" if the model is that, so that
+            machines, numbers of threads and versions of torch make no difference.
         prompt: What is put in front of every text.
         truncation: "cut", or "chunk" where long texts are read in windows.
         precision: What the numbers are rounded to: "float32" if they are not.
@@ -223,7 +224,7 @@ def fingerprint(encoder: Pipeline) -> Fingerprint:
         normalize=normalizes and dimension == width,
         max_seq_length=encoder.max_seq_length,
         dimension=dimension,
-        dtype=str(encoder.dtype).removeprefix("torch."),
+        dtype=computed_in(encoder),
         prompt="" if default is None else encoder.prompts[default],
         _whole=(width, normalizes),
     )
@@ -239,6 +240,11 @@ def fingerprint_of(encoder: Pipeline, plan: Plan) -> Fingerprint:
         precision=plan.precision,
     )
     return replace(record, max_seq_length=plan.max_seq_length)
+
+
+def computed_in(encoder: Pipeline) -> str:
+    """What `encode` computes in, as a record has it: a dtype, or "reproducible"."""
+    return "reproducible" if encoder.reproducible else str(encoder.dtype).removeprefix("torch.")
 
 
 def _model_name(encoder: Pipeline) -> str:

@@ -55,6 +55,7 @@ class LoadOptions(TypedDict, total=False):
         cache_folder: The same as `cache_dir`.
         model_kwargs: `dtype` or `torch_dtype`, as the option `dtype`; but "auto" is float32 there:
             the dtype of the published file, which it is in the reference.
+        reproducible: Compute in float64, and round the vectors once, to float32.
         processor_kwargs, tokenizer_kwargs: `model_max_length`: not supported, set `max_seq_length`.
         trust_remote_code: Has no effect: code in a model's folder is never run.
         backend: "torch".
@@ -63,6 +64,7 @@ class LoadOptions(TypedDict, total=False):
     revision: str | None
     device: str | torch.device | None
     dtype: str | torch.dtype | None
+    reproducible: bool
     prompts: Mapping[str, str] | None
     default_prompt_name: str | None
     similarity_fn_name: str | SimilarityFunction | None
@@ -87,6 +89,7 @@ class Loading:
 
     device: str | torch.device | None
     dtype: str | torch.dtype | None
+    reproducible: bool
     prompts: dict[str, str]
     default_prompt_name: str | None
     similarity_fn_name: str | SimilarityFunction | None
@@ -116,12 +119,21 @@ def load_options(options: Mapping[str, Any]) -> Loading:
         if options.get(name) is not None and not isinstance(options[name], kind):
             # Without the value, which may be a secret of another type.
             raise InputTypeError(f"{name} is of type {type(options[name]).__name__}", name)
+    reproducible, dtype = options.get("reproducible", False), _dtype(options)
+    if not isinstance(reproducible, bool):
+        raise InputTypeError(f"reproducible is {reproducible!r}; pass a bool", "reproducible")
+    if reproducible and str(dtype).removeprefix("torch.") not in ("None", "float64"):
+        raise InputError(
+            f"reproducible=True computes in float64, and dtype is {dtype}; pass one of the two",
+            "dtype",
+        )
     options = to_keep(options)
     cache_dir = _one_of(options, "cache_dir", "cache_folder")
     token = _one_of(options, *SECRETS)
     return Loading(
         device=options.get("device"),
-        dtype=_dtype(options),
+        dtype=torch.float64 if reproducible else dtype,
+        reproducible=reproducible,
         prompts=_prompts(options.get("prompts")),
         default_prompt_name=options.get("default_prompt_name"),
         similarity_fn_name=options.get("similarity_fn_name"),

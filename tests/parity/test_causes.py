@@ -811,7 +811,7 @@ def test_command_takes_the_golden_texts_for_an_array(
 @pytest.mark.parametrize(
     ("arguments", "hint"),
     [
-        ([], "pass one of --against FILE and --golden FOLDER"),
+        ([], "pass one of --against FILE, --golden FOLDER and --digest"),
         (["--against", "a.npy", "--golden", "b"], "pass one of"),
         (["--against-stages", "a", "--against", "b"], "goes with --golden FOLDER"),
         (["--texts", "a", "--golden", "b"], "goes with --against FILE"),
