@@ -107,32 +107,33 @@ def main() -> None:
 
 def table() -> list[str]:
     """The lines of the table, a program a line."""
-    import numpy as np
-
     from minilm.encoder import SentenceEncoder
-    from minilm.parity.causes import diagnose
 
     encoder = SentenceEncoder.from_pretrained(MODEL, device="cpu", dtype="float32")
-    texts = json.loads((PEERS / "texts.json").read_text(encoding="utf-8"))
-    lines = [
+    names = sorted(path.stem for path in PEERS.glob("*.json") if path.name != "texts.json")
+    return [
         f"| {' | '.join(HEADINGS)} |",
         f"|{'---|' * len(HEADINGS)}",
+        *(line_of(name, encoder) for name in names),
     ]
-    for path in sorted(PEERS.glob("*.json")):
-        if path.name == "texts.json":
-            continue
-        peer = json.loads(path.read_text(encoding="utf-8"))
-        vectors = [np.frombuffer(base64.b64decode(row["embedding"]), "<f4") for row in peer["rows"]]
-        found = diagnose(encoder, [texts[row["text"]] for row in peer["rows"]], np.stack(vectors))
-        names = _by_kind(found)
-        shown = f"{path.stem} {peer['version']}, {peer['seen']}"
-        columns = (
-            shown, f"{peer['min_cosine_under_128_tokens']:.4f}", f"{peer['min_cosine']:.4f}",
-            *names, REMEDIES.get(path.stem, ""),
-        )  # fmt: skip
-        lines.append(f"| {' | '.join(columns)} |")
-        print(path.stem, found.summary, file=sys.stderr, flush=True)
-    return lines
+
+
+def line_of(name: str, encoder: Any) -> str:
+    """The line of one program."""
+    import numpy as np
+
+    from minilm.parity.causes import diagnose
+
+    texts = json.loads((PEERS / "texts.json").read_text(encoding="utf-8"))
+    peer = json.loads((PEERS / f"{name}.json").read_text(encoding="utf-8"))
+    vectors = [np.frombuffer(base64.b64decode(row["embedding"]), "<f4") for row in peer["rows"]]
+    found = diagnose(encoder, [texts[row["text"]] for row in peer["rows"]], np.stack(vectors))
+    print(name, found.summary, file=sys.stderr, flush=True)
+    columns = (
+        f"{name} {peer['version']}, {peer['seen']}", f"{peer['min_cosine_under_128_tokens']:.4f}",
+        f"{peer['min_cosine']:.4f}", *_by_kind(found), REMEDIES.get(name, ""),
+    )  # fmt: skip
+    return f"| {' | '.join(columns)} |"
 
 
 def _by_kind(found: Any) -> list[str]:

@@ -67,6 +67,7 @@ _COARSE = 4.0  # times the median difference: what fewer bits may leave of a tex
 _COMPANY = 1e-4  # by which vectors of one text in different batches differ if they depend on it
 _ALIKE = 8.0  # errors of like size: the largest of a text is at most so many times the smallest
 _EIGHT_BITS = (0.02, 0.8)  # the size of such errors, of vectors of length 1
+_ENOUGH, _OFTEN = 8, 0.75  # texts to tell such errors by, and the share in which they are alike
 _WEAK = 0.08  # the correlation that errors by rounding to 8 bits have, whatever the scales are
 
 _NOT_NORMALIZED = Cause("no normalization", "divide each vector by its length")
@@ -542,17 +543,18 @@ class _Case:
         error = self.goal - base.unit
         sizes = error.norm(dim=1)
         low, high = _EIGHT_BITS
-        if not (low <= float(sizes.min()) and float(sizes.max()) <= high):
+        if len(sizes) < _ENOUGH or not low <= float(sizes.min()) <= float(sizes.max()) <= high:
             return False
         if float(sizes.max()) > _ALIKE * float(sizes.min()):
             return False
         least = max(_WEAK, 4 / math.sqrt(error.numel()))
-        correlations = [
-            trial.correlation or 0.0
-            for trial in self.tried
-            if "int8" in trial.variant.bits and len(trial.causes) == 1
-        ]
-        return max(correlations, default=0.0) >= least
+        for trial in self.tried:
+            if "int8" in trial.variant.bits and len(trial.causes) == 1:
+                ours = trial.unit - base.unit
+                alike = (error * ours).sum(dim=1) > 0  # in nearly every text
+                if (trial.correlation or 0.0) >= least and float(alike.double().mean()) >= _OFTEN:
+                    return True
+        return False
 
     def _nearly(self, trials: "list[_Trial]", base: "_Trial") -> "list[_Trial]":
         """The trials that explain nearly all of the difference, or most of it, or of the texts."""
