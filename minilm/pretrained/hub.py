@@ -625,7 +625,7 @@ def mended(
             then it is removed from the cache, for other programs would load it.
     """
     token = AccessToken(token) if isinstance(token, str) else token
-    fetched = set()
+    fetched: dict[Path, str] = {}  # the hash that each had before
     while True:
         try:
             return read()
@@ -634,8 +634,14 @@ def mended(
                 raise
             given = error.path, error.expected, error.actual, error.kind, error.record
             if error.path in fetched:
-                _remove(error.path)
-                advice = "it was fetched twice and removed again; try later, or another HF_ENDPOINT"
+                with suppress(OSError):  # the link stays, as a mark that there is such a file
+                    error.path.resolve().unlink()
+                advice = "it was fetched again and removed; try later, or another HF_ENDPOINT"
+                if fetched[error.path] == error.actual:
+                    advice += (
+                        ". The same bytes came twice, so the server may call files by something "
+                        "else than their hash; a newer huggingface_hub keeps the list of the hashes"
+                    )
                 raise HashMismatchError(*given, advice) from None
             try:
                 _fetch_again(files, error.path, token, local_files_only)
@@ -645,7 +651,7 @@ def mended(
                     "pass the folder of a good copy"
                 )
                 raise HashMismatchError(*given, advice) from why.__cause__
-            fetched.add(error.path)
+            fetched[error.path] = error.actual
             # Not at the top: it loads torch, and this file is read for `--help` too.
             from minilm.inference.truncation import caller_level
 
@@ -683,13 +689,6 @@ def _fetch_again(
                 aside.unlink()
             elif aside is not None:
                 aside.replace(path)
-
-
-def _remove(path: Path) -> None:
-    """Remove a file from the cache, and the blob that it is a link to."""
-    for each in (path.resolve(), path):
-        with suppress(OSError):
-            each.unlink()
 
 
 class FileState(NamedTuple):

@@ -189,6 +189,7 @@ class Scores:
             self._corpus_scale = self._query_scale
             self._longest = float(self._query_lengths.max()) if len(self.corpus) else 0.0
         elif corpus_lengths is not None:
+            self._check_lengths(corpus_lengths, names[1])
             self._corpus_scale = 1 / corpus_lengths.to(self.queries).clamp(min=_SHORTEST)
             self._longest = float(corpus_lengths.max()) if len(self.corpus) else 0.0
         else:
@@ -211,7 +212,7 @@ class Scores:
         """Refuse vectors that are so long that no score of theirs can be computed.
 
         Args:
-            exact: Their lengths in float64.
+            exact: Their lengths.
             name: What they are called.
             rows: Their numbers; by default those from 0 on.
         """

@@ -26,6 +26,7 @@ from minilm.index import texts as index_texts
 from minilm.pretrained.fingerprint import Fingerprint
 from minilm.pretrained.hub import SHA256
 from minilm.tasks import quantized_search, semantic_search
+from minilm.tasks.search import LONGEST
 
 Array = np.ndarray[Any, Any]
 
@@ -1005,6 +1006,11 @@ def test_vectors_that_are_too_long_for_an_index(tmp_path: Path, index: Index) ->
         index.add(vectors, texts(3), fingerprint=MODEL)
     assert info.value.argument == "embeddings[1]"
     assert len(Index.open(index.folder)) == 5
+    with pytest.MonkeyPatch.context() as patch:  # by a version that didn't look
+        patch.setitem(LONGEST, torch.float32, np.inf)
+        old = Index.create(tmp_path / "old", MODEL, [(np.full((1, 16), 5e37), ["a"])])
+    with pytest.raises(InputError, match=r"old\[0\] has the length 2e\+38, too long"):
+        found(old, vectors[0])
     vectors[1] = 1e37  # of length 4e37
     index.add(vectors, texts(3), fingerprint=MODEL)
     [hits] = found(index, vectors[1])
