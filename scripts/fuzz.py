@@ -107,15 +107,11 @@ def _fuzz(
     names = options.target or _names()
     tallies: dict[str, Counter[str]] = {name: Counter() for name in names}
     finds: dict[str, dict[str, Any]] = {}
-    end = time.monotonic() + 60 * options.minutes
-    slot = min(SLOT, 60 * options.minutes / len(names))
-    while (left := end - time.monotonic()) > 0.5:
-        # Those with the fewest tries are next.
-        name = min(names, key=lambda each: tallies[each]["seconds"])
-        tallies[name]["seconds"] += 1
-        _watch(name, min(slot, left), folder, tallies[name], finds)
-    for tally in tallies.values():
-        del tally["seconds"]
+    share = 60 * options.minutes / len(names)  # without the seconds in which processes start
+    rounds = max(1, round(share / SLOT))
+    for _ in range(rounds):
+        for name in names:
+            _watch(name, share / rounds, folder, tallies[name], finds)
     return tallies, finds
 
 
