@@ -89,7 +89,9 @@ def main(arguments: list[str] | None = None) -> int:
     table, found = _table(tallies), _listed(finds)
     print(f"{table}\n\n{found}")
     if options.markdown:
-        body = f"{_versions()}\n\n{found}"
+        cases = sum(tally[each] for tally in tallies.values() for each in OUTCOMES)
+        about = f"{cases:,} damaged files of {len(tallies)} kinds. {_versions()}"
+        body = f"{about}\n\n{found}"
         results.write(options.markdown / "fuzz.md", "Damaged files: what was found", body)
         about = __doc__.partition("One try: ")[2].partition("Where\natheris")[0]
         results.write(options.markdown / "reliability.md", "Damaged files: what becomes of them",
