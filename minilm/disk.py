@@ -28,13 +28,16 @@ from weakref import WeakValueDictionary
 from minilm.errors import InputError
 
 __all__ = [
+    "DoubledKeyError",
     "absolute",
+    "check_header",
     "errors_about",
     "file_sha256",
     "inside",
     "lock_folder",
     "make_folder",
     "mount_of",
+    "parse_json",
     "remove_files",
     "sync",
     "sync_folder",
@@ -95,6 +98,60 @@ def inside(name: Any) -> str:
     if path is None or path.anchor or "\0" in name or any(not p.strip(" .") for p in path.parts):
         raise ValueError(f"{name!r} leads outside the folder")
     return "/".join(path.parts)
+
+
+# --- JSON
+
+
+class DoubledKeyError(ValueError):
+    """A JSON object has a key twice, so that what it says depends on who reads it."""
+
+
+def parse_json(data: bytes | str, parse_float: Callable[[str], float] | None = None) -> Any:
+    """Parse JSON that comes from elsewhere.
+
+    Args:
+        data: The text.
+        parse_float: Reads a number with a point or an exponent, by default as `float` does.
+
+    Raises:
+        ValueError: It is broken, or nested too deep for Python.
+        DoubledKeyError: An object has a key more than once.
+    """
+    try:
+        return json.loads(data, object_pairs_hook=_object_of, parse_float=parse_float)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
+def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        names = [name for name, _ in pairs]
+        doubled = next(name for name in names if names.count(name) > 1)
+        raise DoubledKeyError(f"has the key {doubled!r} more than once")
+    return found
+
+
+def check_header(file: IO[bytes]) -> None:
+    """Check that the header of a safetensors file has no name twice.
+
+    The format forbids it, and the library takes the last of them (seen with safetensors 0.8.0,
+    November 2026). All else that can be wrong with a file is left to the library.
+
+    Args:
+        file: The file, at its beginning.
+
+    Raises:
+        DoubledKeyError: A name is there twice.
+    """
+    size = int.from_bytes(file.read(8), "little")
+    try:
+        parse_json(file.read(min(size, 100_000_000)))  # the library takes no longer one
+    except DoubledKeyError as error:
+        raise DoubledKeyError(f"its header {error}") from error
+    except ValueError:
+        return
 
 
 # --- files

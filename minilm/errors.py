@@ -23,8 +23,10 @@ what it is about as attributes, so that nobody has to parse a message::
     DtypeWarning (UserWarning)               computed in float32, not in what was asked for
 """
 
+import errno
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +260,36 @@ class BadRowWarning(UserWarning):
 
 class DtypeWarning(UserWarning):
     """The processor is slower in the dtype asked for than in float32; the model is in float32."""
+
+
+@contextmanager
+def errors_of_libraries(refuse: Callable[[str], MinilmError]) -> Iterator[None]:
+    """Inside a `with`, raise an error of ours for any that a library raises about a broken file.
+
+    Which these are differs from library to library and grows with each version: besides their own,
+    MemoryError for a shape that lies, errors of tokenize and zlib, NotImplementedError for a
+    compression that a bit turned into another, and panics of Rust, which are no `Exception`.
+
+    Args:
+        refuse: Makes the error, given the reason in words; it names the file.
+
+    Raises:
+        MinilmError: What `refuse` made.
+        OSError: The system's, as for a file that is not there; it is passed on, as are errors that
+            are ours already, warnings, and Ctrl-C.
+    """
+    try:
+        yield
+    except (MinilmError, Warning):
+        raise
+    except BaseException as error:
+        is_panic = type(error).__name__ == "PanicException"
+        if not isinstance(error, Exception) and not is_panic:
+            raise
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+            raise
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+        raise refuse(reason or type(error).__name__) from error
 
 
 def describe(subject: str | Path, problems: Sequence[str]) -> str:

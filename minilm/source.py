@@ -68,9 +68,12 @@ class ModelFiles:
         A link that leads nowhere is a `ConfigError`: the model had the file, and it is lost.
         """
         path = self.path(name)
-        if path.is_symlink() and not path.exists():
-            raise ConfigError(path, ["is a link that leads nowhere; fetch the model again"])
-        return path if path.is_file() else None
+        try:
+            if path.is_symlink() and not path.exists():
+                raise ConfigError(path, ["is a link that leads nowhere; fetch the model again"])
+            return path if path.is_file() else None
+        except OSError as error:  # a name from modules.json that is too long for this disk
+            raise ConfigError(path, [f"can't be read: {error.strerror}"]) from error
 
     def path(self, name: str) -> Path:
         """The path that a file of that name has, or would have."""

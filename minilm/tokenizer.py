@@ -15,8 +15,8 @@ and is applied to the ids: a tokenizer has no state that two threads could fight
 Several files have a say in what becomes of a text: `is_built_anew` says which of them wins.
 """
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,7 +31,8 @@ from tokenizers.processors import TemplateProcessing
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from minilm.errors import InputError, TokenizerError
+from minilm.disk import parse_json
+from minilm.errors import InputError, TokenizerError, errors_of_libraries
 from minilm.inputs import Row, as_rows, check_positive_int, check_unicode
 
 __all__ = ["Tokens", "WordPieceTokenizer", "is_built_anew", "read_vocabulary"]
@@ -121,7 +122,8 @@ class WordPieceTokenizer:
         self._backend, self.pad_token_id = _load(tokenizer_json, settings, added_tokens or {}, path)
         if lower_case_first:
             self._backend.normalizer = NormalizerSequence([Lowercase(), self._backend.normalizer])
-        self.second_type_id = _second_type_id(self._backend, settings)
+        with _library_errors(path):
+            self.second_type_id = _second_type_id(self._backend, settings)
         self.vocab_size = 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
 
     @property
@@ -535,6 +537,10 @@ def _problems(values: Mapping[str, Any], settings: Mapping[str, Any], anew: bool
     return problems
 
 
+def _library_errors(path: str | Path) -> AbstractContextManager[None]:
+    return errors_of_libraries(lambda why: TokenizerError(path, [f"can't be loaded: {why}"]))
+
+
 def _load(
     tokenizer_json: bytes | str,
     settings: Mapping[str, Any] | None,
@@ -548,27 +554,26 @@ def _load(
     except ValueError as error:
         raise TokenizerError(path, [str(error)]) from error
     try:
-        values = json.loads(tokenizer_json)
+        values = parse_json(tokenizer_json)
         problems = _problems(values, settings, anew)
         of_file = values.get("added_tokens") or []
         of_padding = (values.get("padding") or {}).get("pad_token")
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise TokenizerError(path, [f"is not the JSON of a tokenizer: {error!r}"]) from error
     if problems:
         raise TokenizerError(path, problems)
-    try:
+    with _library_errors(path):
         text = tokenizer_json if isinstance(tokenizer_json, str) else tokenizer_json.decode("utf-8")
         backend = tokenizers.Tokenizer.from_str(text)
         backend.no_truncation()
         backend.no_padding()
-    except Exception as error:  # the library raises plain Exception
-        raise TokenizerError(path, [f"can't be loaded: {error}"]) from error
 
     unknown = values["model"].get("unk_token")
     if unknown not in values["model"]["vocab"]:
         problems.append(f"the unknown token {unknown!r} is not in the vocabulary")
     else:
-        encoding = backend.encode("a")
+        with _library_errors(path):
+            encoding = backend.encode("a")
         ends, ids = encoding.tokens, encoding.ids
         own = [backend.token_to_id(token) for token in ("[CLS]", "[SEP]")]
         if len(ends) != 3 or (ends[0], ends[-1]) != ("[CLS]", "[SEP]"):

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import hashlib
+import io
 import os
 import subprocess
 import sys
@@ -18,11 +19,14 @@ import safetensors.numpy
 
 from conftest import ROOT, another_process
 from minilm.disk import (
+    DoubledKeyError,
     absolute,
+    check_header,
     file_sha256,
     inside,
     lock_folder,
     make_folder,
+    parse_json,
     sync_folder,
     with_home,
     with_metadata,
@@ -45,6 +49,31 @@ def failing(number: int) -> Any:
 
 def names(folder: Path) -> list[str]:
     return [path.name for path in folder.iterdir()]
+
+
+# JSON
+
+
+def test_json_that_is_refused() -> None:
+    assert parse_json(b'{"a": [1, {"b": null}]}') == {"a": [1, {"b": None}]}
+    with pytest.raises(DoubledKeyError, match="has the key 'b' more than once"):
+        parse_json('[{"a": {"b": 1, "c": 2, "b": 1}}]')
+    for text in ("", "{", "\udc80", "[" * 100_000, '{"a":' * 100_000, b"\xff"):
+        with pytest.raises(ValueError):  # noqa: PT011  # the module json has many messages
+            parse_json(text)
+
+
+def test_name_twice_in_a_header() -> None:
+    tensor = '"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}'
+    for text, is_refused in ((f"{{{tensor}, {tensor}}}", True), (f"{{{tensor}}}", False)):
+        file = io.BytesIO(len(text).to_bytes(8, "little") + text.encode() + bytes(8))
+        if is_refused:
+            with pytest.raises(DoubledKeyError, match="its header has the key 'a' more than once"):
+                check_header(file)
+        else:
+            check_header(file)
+    for data in (b"", b"1234567", b"\xff" * 8 + b"{", bytes(8)):  # left to the library
+        check_header(io.BytesIO(data))
 
 
 # names

@@ -8,6 +8,7 @@ from typing import Any
 
 import make_test_data
 import pytest
+import tokenizers
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -581,6 +582,27 @@ def test_no_json_of_a_tokenizer(content: bytes | str) -> None:
 def test_json_that_the_library_refuses() -> None:
     assert bad_tokenizer({"decoder": {"type": "Nope"}}).startswith("can't be loaded: ")
     assert bad_tokenizer(changed_model(vocab="Nope")).startswith("can't be loaded: ")
+
+
+def test_panic_of_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a file whose template has a token that it doesn't define (tokenizers 0.23.3)."""
+
+    class PanicException(BaseException):
+        pass
+
+    class Library:
+        @staticmethod
+        def from_str(text: str) -> Any:
+            raise PanicException("no entry found for key")
+
+    monkeypatch.setattr(tokenizers, "Tokenizer", Library)
+    assert bad_tokenizer({}) == "can't be loaded: no entry found for key"
+
+
+def test_word_that_is_there_twice() -> None:
+    content = json.dumps(tiny_tokenizer_json()).replace('"the": 5,', '"the": 5, "the": 6,')
+    (problem,) = problems_of(content)
+    assert "has the key 'the' more than once" in problem
 
 
 @pytest.mark.parametrize("field", ["model", "normalizer", "pre_tokenizer"])

@@ -19,7 +19,7 @@ from minilm.vectors import from_arrow
 
 __all__ = [
     "embedding_array", "embedding_type", "embeddings_of", "fingerprint_in", "import_pyarrow",
-    "text_column", "texts_of", "vector_column", "with_fingerprint", "with_vectors",
+    "text_column", "texts_of", "vector_column", "vectors_of", "with_fingerprint", "with_vectors",
 ]  # fmt: skip
 
 # The dtypes of vectors; codes of int8, uint8 and bits have the last two.
@@ -104,6 +104,14 @@ def embeddings_of(column: Any) -> "np.ndarray[Any, Any]":
     if numbers.ndim != 2:
         raise InputError(f"the column holds {column.type}, not lists of numbers", "column")
     return numbers
+
+
+def vectors_of(table: Any, column: str, place: str) -> "np.ndarray[Any, Any]":
+    """The vectors of a table of the file `place`. Errors as in `embeddings_of`, which name it."""
+    try:
+        return embeddings_of(table.column(column))
+    except InputError as error:
+        raise InputError(f"{place}: {error}", "column") from error
 
 
 def vector_column(schema: Any, place: str) -> str:

@@ -4,15 +4,15 @@ In: a path. Out: a `Fingerprint`, or None. `tables.py`, `arrow.py` and `shards.p
 """
 
 import errno
-import zipfile
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import numpy as np
 import safetensors
 
-from minilm.disk import with_home
-from minilm.errors import ConfigError, InputError
+from minilm.disk import check_header, with_home
+from minilm.errors import ConfigError, InputError, errors_of_libraries
 from minilm.files.arrow import fingerprint_in, import_pyarrow
 from minilm.files.tables import METADATA_KEY, NPZ_KEY, sidecar_path
 from minilm.pretrained.fingerprint import Fingerprint
@@ -50,25 +50,26 @@ def read_fingerprint(path: str | Path) -> Fingerprint | None:
         raise ConfigError(place, [str(error)]) from error
 
 
+def _errors_about(path: Path, kind: str) -> AbstractContextManager[None]:
+    return errors_of_libraries(lambda why: ConfigError(path, [f"is not {kind}, or broken: {why}"]))
+
+
 def _from_npz(path: Path) -> bytes | None:
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            if NPZ_KEY not in arrays.files:
-                return None
-            array = arrays[NPZ_KEY]
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        raise ConfigError(path, [f"is not a .npz file, or broken: {error}"]) from error
+    with _errors_about(path, "a .npz file"), np.load(path, allow_pickle=False) as arrays:
+        if NPZ_KEY not in arrays.files:
+            return None
+        array = arrays[NPZ_KEY]
     if array.dtype != np.uint8:
         raise ConfigError(path, [f"{NPZ_KEY} has dtype {array.dtype}; expected uint8"])
     return bytes(array.tobytes())
 
 
 def _from_safetensors(path: Path) -> bytes | None:
-    try:
+    with _errors_about(path, "a safetensors file"):
+        with path.open("rb") as start:
+            check_header(start)
         with safetensors.safe_open(path, "np") as file:
             metadata: Mapping[str, str] = file.metadata() or {}
-    except safetensors.SafetensorError as error:
-        raise ConfigError(path, [f"is not a safetensors file, or broken: {error}"]) from error
     text = metadata.get(METADATA_KEY)
     return None if text is None else text.encode("utf-8")
 
@@ -77,10 +78,8 @@ def _from_parquet(path: Path) -> bytes | None:
     import_pyarrow("reading Parquet files")
     import pyarrow.parquet
 
-    try:
+    with _errors_about(path, "a Parquet file"):
         schema = pyarrow.parquet.read_schema(path)
-    except (ValueError, OSError) as error:
-        raise ConfigError(path, [f"is not a Parquet file, or broken: {error}"]) from error
     return fingerprint_in(schema)
 
 

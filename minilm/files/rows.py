@@ -20,14 +20,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from minilm.disk import with_home
+from minilm.disk import DoubledKeyError, parse_json, with_home
 from minilm.errors import InputError
 from minilm.report import shortened
 from minilm.streams import standard_input
 
 __all__ = [
-    "DEFAULT_COLUMN", "FORMS", "Reader", "Row", "as_float", "as_json", "column_of", "input_form",
-    "lone_surrogate",
+    "DEFAULT_COLUMN", "FORMS", "Reader", "Row", "as_float", "as_floats", "as_json", "check_numbers",
+    "column_of", "input_form", "lone_surrogate",
 ]  # fmt: skip
 
 DEFAULT_COLUMN = "text"
@@ -160,10 +160,10 @@ class Reader:
 
     def _object(self, line: str, number: int, name: str) -> Row:
         try:
-            row = (_decode_strictly if _HUGE.search(line) else _decode)(line)
-        except _RowError as error:
+            row = parse_json(line, as_float if _HUGE.search(line) else None)
+        except (DoubledKeyError, _RowError) as error:
             return Row(number, {}, None, str(error))
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             return Row(number, {}, None, f"is not valid JSON: {error}")
         if line.count("{") + line.count("[") > _DEEPEST and _depth(row) > _DEEPEST:
             return Row(number, {}, None, f"is nested more than {_DEEPEST} deep")
@@ -284,21 +284,30 @@ class _RowError(ValueError):
     """What is wrong with a row that is well-formed."""
 
 
-def _object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        doubled = next(name for name in names if names.count(name) > 1)
-        raise _RowError(f"has the key {doubled!r} more than once")
-    return found
-
-
 def as_float(text: str) -> float:
     """A number in a file; one that float64 can't hold is a `ValueError`, and not infinity."""
     value = float(text)
+    if "_" in text or not text.isascii():  # only Python takes that for a number
+        raise _RowError(f"has {shortened(text, 40)!r}, which is not a number")
     if math.isinf(value) and any(character.isdigit() for character in text):
         raise _RowError(f"has the number {shortened(text, 40)}, which is beyond what float64 holds")
     return value
+
+
+def as_floats(texts: Sequence[str]) -> list[float]:
+    """The numbers of a row of .csv. Errors as in `as_float`."""
+    numbers = [float(text) for text in texts]
+    whole = "".join(texts)
+    if any(map(math.isinf, numbers)) or "_" in whole or not whole.isascii():
+        numbers = [as_float(text) for text in texts]
+    return numbers
+
+
+def check_numbers(vector: Sequence[Any], line: int) -> None:
+    """Check that a list of JSON has numbers only: true would be read as 1."""
+    if {*map(type, vector)} - {int, float}:
+        other = next(each for each in vector if type(each) not in (int, float))
+        raise ValueError(f"line {line} has {as_json(other)[:40]} among its numbers")
 
 
 def _depth(value: Any) -> int:
@@ -307,10 +316,6 @@ def _depth(value: Any) -> int:
         level = [one for each in level for one in (each.values() if type(each) is dict else each)]
         depth += 1
     return depth
-
-
-_decode = json.JSONDecoder(object_pairs_hook=_object_of).decode
-_decode_strictly = json.JSONDecoder(object_pairs_hook=_object_of, parse_float=as_float).decode
 
 
 @cache

@@ -34,6 +34,7 @@ from minilm.disk import (
     inside,
     lock_folder,
     make_folder,
+    parse_json,
     remove_files,
     sync,
     sync_folder,
@@ -152,6 +153,7 @@ class ShardFolder:
         done: The parts that this run finished, by number.
         is_complete: Whether it finished all.
         is_lost: Whether the manifest is lost.
+        source: The file that says so; the folder, if only the parts do.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -165,6 +167,8 @@ class ShardFolder:
         self.header: dict[str, Any] | None = None
         self.done: dict[int, Part] = {}
         self.is_complete = self.is_lost = False
+        self.source = self.folder
+        self._whole: set[str] | None = None
 
     def __enter__(self) -> "ShardFolder":
         """Lock the folder, and read what was done before.
@@ -186,6 +190,7 @@ class ShardFolder:
                 found = _Found()  # of a folder that was here before
             self.header, self.is_complete = found.header, found.is_complete
             self.is_lost = found.header is not None and found.source is None
+            self.source = found.source or self.folder
             self.done = {_number(part.name): part for part in found.parts}
             if found.source is None:
                 known = {PROGRESS, *(part.name for part in found.parts)}
@@ -229,8 +234,9 @@ class ShardFolder:
                 _number(part.name): replace(part, sha256=file_sha256(self.folder / part.name))
                 for part in whole
             }
+            self._whole = {part.name for part in whole}
         self.header, self.is_lost = header, False
-        broken = [number for number, part in self.done.items() if not self._is_intact(part)]
+        broken = [n for n, part in self.done.items() if part.name not in self._intact()]
         for number in broken:
             del self.done[number]
         self.is_complete &= not broken
@@ -250,6 +256,24 @@ class ShardFolder:
     def _is_intact(self, part: Part) -> bool:
         path = self.folder / part.name
         return path.is_file() and file_sha256(path) == part.sha256
+
+    def _intact(self) -> set[str]:
+        """The names of the finished parts that are as they were written; read once."""
+        if self._whole is None:
+            self._whole = {part.name for part in self.done.values() if self._is_intact(part)}
+        return self._whole
+
+    def check_parts(self) -> None:
+        """Compare the run with what its whole parts say of it and of themselves.
+
+        Raises:
+            ValueError: A part says something else; those of 0.1.0 say nothing.
+        """
+        for part in self.done.values():
+            known = {name: value for name, value in asdict(part).items() if name != "sha256"}
+            told = _told(self.folder / part.name) if part.name in self._intact() else None
+            if told and (told["part"] != known or told["run"] != run_of(self.header or {})):
+                raise ValueError(f"{part.name} says something else")
 
     def add(self, number: int, name: str, table: Any, **more: int) -> Part:
         """Write a part, and then a line that says so.
@@ -370,11 +394,11 @@ def _read(folder: Path) -> _Found:
 
 def _from_manifest(path: Path) -> _Found:
     try:
-        header = json.loads(path.read_bytes())
+        header = parse_json(path.read_bytes())
         parts = [Part.from_dict(each) for each in header.pop("parts")]
         int(header["rows"]["written"])
         return _Found(header, parts, True, path)
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"is not a manifest, or broken: {error}; remove it, or choose another folder"
         raise ConfigError(path, [what]) from error
 
@@ -384,7 +408,7 @@ def _from_progress(path: Path) -> _Found | None:
         return None
     lines = path.read_bytes().split(b"\n")
     try:
-        header = json.loads(lines[0])
+        header = parse_json(lines[0])
     except ValueError:
         return None  # killed at the very first line
     if not isinstance(header, dict):
@@ -392,7 +416,7 @@ def _from_progress(path: Path) -> _Found | None:
     parts = []
     for line in lines[1:]:
         with suppress(ValueError):  # the last line may be cut short
-            parts.append(Part.from_dict(json.loads(line)))
+            parts.append(Part.from_dict(parse_json(line)))
     return _Found(header, parts, False, path)
 
 
@@ -417,12 +441,12 @@ def _told(path: Path) -> dict[str, Any] | None:
 
     try:
         schema = pyarrow.parquet.read_schema(path)
-        known = json.loads((schema.metadata or {}).get(PART_KEY.encode(), b"null"))
+        known = parse_json((schema.metadata or {}).get(PART_KEY.encode(), b"null"))
         if known is None:
             return None
         Part.from_dict({**known["part"], "sha256": ""})
         int(known["run"]["rows"]["written"])
-        fingerprint = json.loads(fingerprint_in(schema) or b"null")
+        fingerprint = parse_json(fingerprint_in(schema) or b"null")
         return {"run": known["run"], "part": known["part"], "fingerprint": fingerprint}
     except (ValueError, KeyError, TypeError, OSError):
         return None
@@ -533,7 +557,7 @@ def _problems_of(path: Path, part: Part, header: dict[str, Any], *, pages: bool)
             rows, record = opened.metadata.num_rows, fingerprint_in(opened.schema_arrow)
             for _ in opened.iter_batches() if pages else ():
                 pass
-        made_by = None if record is None else json.loads(record)
+        made_by = None if record is None else parse_json(record)
     except (ValueError, OSError) as error:
         return [f"{path.name} can't be read: {error}"]
     problems = []

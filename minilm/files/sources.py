@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from minilm.disk import with_home
-from minilm.errors import BadRowError, InputError
+from minilm.errors import BadRowError, InputError, errors_of_libraries
 from minilm.files.arrow import import_pyarrow, text_column
 from minilm.files.rows import DEFAULT_COLUMN, FORMS, Reader, Row, input_form
 from minilm.files.shards import manifest_path
@@ -428,9 +428,7 @@ def _strings(file: Path, column: Any) -> list[str | None]:
 
 def readable(file: Path, read: Callable[[], Any]) -> Any:
     """Call `read`, and name the file in errors of Arrow, which don't."""
-    try:
+    with errors_of_libraries(
+        lambda why: InputError(f"{file}: can't be read as Parquet: {why}", "inputs")
+    ):
         return read()
-    except (FileNotFoundError, PermissionError):
-        raise
-    except (ValueError, OSError, RuntimeError, NotImplementedError) as error:
-        raise InputError(f"{file}: can't be read as Parquet: {error}", "inputs") from error

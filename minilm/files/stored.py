@@ -5,22 +5,21 @@ for that form. `tables.py` and `streaming.py` write them; `parity/foreign.py` re
 programs wrote.
 """
 
-import json
 import os
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors
 
-from minilm.disk import with_home
-from minilm.errors import InputError
-from minilm.files.arrow import embeddings_of, import_pyarrow, vector_column
+from minilm.disk import parse_json, with_home
+from minilm.errors import InputError, errors_of_libraries
+from minilm.files.arrow import import_pyarrow, vector_column, vectors_of
 from minilm.files.records import read_fingerprint
-from minilm.files.rows import DEFAULT_COLUMN, Reader
+from minilm.files.rows import DEFAULT_COLUMN, Reader, as_floats, check_numbers
 from minilm.files.shards import part_paths
 from minilm.files.sources import readable
 from minilm.files.tables import SUFFIXES, VECTOR_FIELDS
@@ -85,17 +84,12 @@ def read_blocks(
         _check_same(path, record, fingerprint)
     for part in part_paths(path) if path.is_dir() else [path]:
         read = _READERS[part.suffix.lower()]
-        try:
+        with errors_of_libraries(partial(_refusal, part)):
             rows, vectors = read(part, embedding_column)
             if vectors.ndim != 2 or vectors.dtype.kind not in "fiu":
                 raise ValueError(f"holds {vectors.dtype} {list(vectors.shape)}, not vectors")
             if rows is not None and len(rows) != len(vectors):
                 raise ValueError(f"holds {len(vectors):,} vectors and {len(rows):,} rows")
-        except (*_BROKEN, safetensors.SafetensorError) as error:
-            if isinstance(error, InputError):
-                raise
-            reason = f"has no {error}" if isinstance(error, KeyError) else str(error)
-            raise InputError(f"{part}: is not a file of vectors: {reason}", "path") from error
         yield range(len(vectors)) if rows is None else rows, _decoded(vectors, record, part)
 
 
@@ -169,7 +163,9 @@ def _decoded(vectors: _Array, record: Fingerprint | None, path: Path) -> _Array:
 
 # --- one form each: rows, or None for .npy, and numbers as they are stored
 
-_BROKEN = (ValueError, KeyError, TypeError, IndexError, EOFError, zipfile.BadZipFile)
+
+def _refusal(path: Path, why: str) -> InputError:
+    return InputError(f"{path}: is not a file of vectors: {why}", "path")
 
 
 def _npy(path: Path, column: str | None) -> tuple[_Rows | None, _Array]:
@@ -179,20 +175,20 @@ def _npy(path: Path, column: str | None) -> tuple[_Rows | None, _Array]:
 def _npz(path: Path, column: str | None) -> tuple[_Rows | None, _Array]:
     with np.load(path, allow_pickle=False) as archive:
         name = "rows_json" if "rows_json" in archive else "texts_json"
-        rows = json.loads(archive[name].tobytes())
+        rows = parse_json(archive[name].tobytes())
         return _objects(rows), archive["embeddings"]
 
 
 def _safetensors(path: Path, column: str | None) -> tuple[_Rows | None, _Array]:
     with safetensors.safe_open(path, "np") as file:
         metadata = file.metadata() or {}
-    texts = json.loads(metadata["texts_json"])
-    rows = _objects(json.loads(metadata.get("rows_json", "null")) or texts)
+    texts = parse_json(metadata["texts_json"])
+    rows = _objects(parse_json(metadata.get("rows_json", "null")) or texts)
     if "text_column" in metadata:
         rows = [row | {metadata["text_column"]: t} for row, t in zip(rows, texts, strict=True)]
     with path.open("rb") as opened:  # `get_tensor` would copy
         size = int.from_bytes(opened.read(8), "little")
-        tensor = json.loads(opened.read(size))["embeddings"]
+        tensor = parse_json(opened.read(size))["embeddings"]
     kind = {"F32": "<f4", "F64": "<f8", "F16": "<f2", "I8": "i1", "U8": "u1"}[tensor["dtype"]]
     start, shape = 8 + size + tensor["data_offsets"][0], tuple(tensor["shape"])
     if not all(shape):
@@ -200,7 +196,9 @@ def _safetensors(path: Path, column: str | None) -> tuple[_Rows | None, _Array]:
     return rows, np.memmap(path, kind, "r", start, shape)
 
 
-def _objects(rows: list[Any]) -> list[dict[str, Any]]:
+def _objects(rows: Any) -> list[dict[str, Any]]:
+    if not isinstance(rows, list) or not all(isinstance(row, str | dict) for row in rows):
+        raise ValueError("its rows are not a list of objects and strings")
     return [{DEFAULT_COLUMN: row} if isinstance(row, str) else row for row in rows]
 
 
@@ -212,16 +210,20 @@ def _jsonl(path: Path, column: str | None) -> tuple[_Rows | None, _Array]:
         if name is None:
             raise ValueError(f"line {line} has no list of numbers {names[0]!r}")
         vectors.append(row.pop(name))
+        check_numbers(vectors[-1], line)
         rows.append(row)
     return rows, np.array(vectors or np.zeros((0, 0)))
 
 
 def _csv(path: Path, column: str | None) -> tuple[_Rows | None, _Array]:
     rows, vectors = [], []
-    for _, row in _rows(path, lambda names: names[:1]):
+    for line, row in _rows(path, lambda names: names[:1]):
         width = next(number for number in range(len(row) + 1) if str(number) not in row)
         numbers = [row.pop(str(number)) for number in range(width)]
-        vectors.append([float(number) for number in numbers])
+        try:
+            vectors.append(as_floats(numbers))
+        except ValueError as error:
+            raise ValueError(f"line {line}: {error}") from error
         rows.append(row)
     return rows, np.array(vectors or np.zeros((0, 0)))
 
@@ -245,7 +247,7 @@ def _parquet(path: Path, column: str | None) -> tuple[_Rows | None, _Array]:
 
     table = readable(path, read)
     name = column or vector_column(table.schema, str(path))
-    vectors = embeddings_of(table.column(name))
+    vectors = vectors_of(table, name, str(path))
     return table.drop_columns([name]).to_pylist(), vectors
 
 

@@ -26,7 +26,13 @@ import torch
 
 from minilm.disk import file_sha256, with_home
 from minilm.encoder import SentenceEncoder
-from minilm.errors import BadRowWarning, InputError, NotFiniteError, TruncationError
+from minilm.errors import (
+    BadRowWarning,
+    ConfigError,
+    InputError,
+    NotFiniteError,
+    TruncationError,
+)  # fmt: skip
 from minilm.files.arrow import import_pyarrow, with_vectors
 from minilm.files.rows import DEFAULT_COLUMN
 from minilm.files.shards import Part, ShardFolder, run_of
@@ -230,7 +236,18 @@ def encode_files(
             for path, stat in zip(files, stats, strict=True)
         ]
         if shards.header is not None:
-            differing = _differing(shards.header, wanted, described)
+            try:
+                differing = _differing(shards.header, wanted, described)
+                if not (differing or shards.is_lost):
+                    _layout(shards.header)
+                    shards.check_parts()
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                differing = f"lacks {error}" if isinstance(error, KeyError) else str(error)
+                if not overwrite:
+                    what = f"is not the record of this run, or broken: {differing}"
+                    raise ConfigError(
+                        shards.source, [f"{what}; pass --overwrite, or choose another folder"]
+                    ) from error
             if differing and not overwrite:
                 raise InputError(
                     f"{folder}: holds a run with another {differing}; repeat that one, choose "
@@ -498,8 +515,13 @@ def _header(
 
 
 def _layout(header: dict[str, Any]) -> Layout:
-    """Rebuild a `Layout` from a manifest."""
-    return Layout(
+    """Rebuild a `Layout` from a manifest.
+
+    Raises:
+        KeyError, TypeError, ValueError, AttributeError: Something in it is missing, or is
+            something else.
+    """
+    layout = Layout(
         form=header["form"],
         column=header["column"],
         columns=header["columns"],
@@ -508,6 +530,14 @@ def _layout(header: dict[str, Any]) -> Layout:
         bad=header["rows"]["bad"],
         examples=header["bad_rows"],
     )
+    texts = [layout.form, layout.column, *layout.examples, *layout.columns.values()]
+    counts = [*layout.rows, layout.characters, *(header["rows"][n] for n in ("read", "written"))]
+    counts.append(layout.bad)
+    if {*map(type, texts)} - {str} or {*map(type, counts)} - {int} or min(counts) < 0:
+        raise TypeError("a text or a count is something else")
+    if sum(layout.rows) != header["rows"]["read"] or layout.column not in layout.columns:
+        raise ValueError("its counts of rows, or its columns, contradict each other")
+    return layout
 
 
 def _differing(

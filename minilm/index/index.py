@@ -35,7 +35,7 @@ from typing import Any, TypedDict
 
 import numpy as np
 
-from minilm.disk import absolute, file_sha256, lock_folder, sync_folder
+from minilm.disk import absolute, lock_folder, sync_folder
 from minilm.errors import ConfigError, InputError, InputTypeError
 from minilm.index.segments import (
     LOCK,
@@ -45,6 +45,7 @@ from minilm.index.segments import (
     Row,
     Segment,
     commit,
+    damages,
     extended,
     float_vectors,
     is_ours,
@@ -262,13 +263,14 @@ class Index:
         Raises:
             InputError, InputTypeError, OSError: As in `add`.
         """
-        _check_same(self.fingerprint, fingerprint, "add vectors")
+        _check_same(self.folder, self.fingerprint, fingerprint, "add vectors")
         _check_is_index(self.folder)
         with lock_folder(self.folder, LOCK, "folder"):
             manifest = read_manifest(self.folder)  # another process may have added
             if manifest != self._manifest:
                 self._use(manifest)
-                _check_same(self.fingerprint, fingerprint, "add vectors")  # or made it anew
+                # Or it has made the index anew.
+                _check_same(self.folder, self.fingerprint, fingerprint, "add vectors")
             remove_leftovers(self.folder, manifest)
             longer = extended(self.folder, manifest, self._segments, blocks)
             if longer != manifest:
@@ -316,9 +318,8 @@ class Index:
                 f"{' and '.join(self.codes) or 'no kind'}; create it with codes=[{precision!r}]",
                 "precision",
             )
-        _check_same(
-            self.fingerprint, _as_query(fingerprint, self.fingerprint), "search with queries"
-        )
+        query = _as_query(fingerprint, self.fingerprint)
+        _check_same(self.folder, self.fingerprint, query, "search with queries")
         queries = float_vectors(query_embeddings, self.dimension, "query_embeddings").cpu()
         names = ("query_embeddings", str(self.folder))
         segments, count = self._segments, len(self)  # another thread may be adding
@@ -337,7 +338,7 @@ class Index:
             if by_code:
                 candidates, best = best, Best(best.queries, top_k)
                 for scores, segment in zip(exact, segments, strict=True):
-                    rescore(scores, candidates, best, rows, segment.first)
+                    rescore(scores, candidates, best, rows, segment.first, names[1])
             results += [
                 [{"corpus_id": i, "score": score, "row": self.row(i)} for i, score in found]
                 for found in best.results()
@@ -350,22 +351,8 @@ class Index:
         Raises:
             ConfigError: Files have other contents, or are missing; all are listed.
         """
-        problems = []
-        for entry in self._manifest.segments:
-            for name, file in entry.files.items():
-                try:
-                    actual = file_sha256(self.folder / entry.name / name)
-                except FileNotFoundError:
-                    problems.append(
-                        f"{entry.name}/{name} is gone, perhaps into a larger segment; open the "
-                        "index again"
-                    )
-                    continue
-                if actual != file["sha256"]:
-                    problems.append(
-                        f"{entry.name}/{name} has SHA-256 {actual}, expected {file['sha256']}: it "
-                        "was changed or damaged; build the index again"
-                    )
+        entries = self._manifest.segments
+        problems = [problem for entry in entries for problem in damages(self.folder, entry)]
         if problems:
             raise ConfigError(self.folder / MANIFEST, problems)
 
@@ -394,12 +381,14 @@ def _check_is_index(folder: Path) -> None:
         )
 
 
-def _check_same(ours: Fingerprint | None, theirs: Fingerprint | None, what: str) -> None:
+def _check_same(
+    folder: Path, ours: Fingerprint | None, theirs: Fingerprint | None, what: str
+) -> None:
     if ours is None or theirs is None:
         if ours is not theirs:
             raise InputError(
-                f"fingerprint is {theirs}, that of the index is {ours}; can't {what}: pass that "
-                "of the model that made them, and the same for all vectors of an index",
+                f"fingerprint is {theirs}, that of the index {folder} is {ours}; can't {what}: "
+                "pass that of the model that made them, and the same for all vectors of an index",
                 "fingerprint",
             )
         return
@@ -414,8 +403,8 @@ def _check_same(ours: Fingerprint | None, theirs: Fingerprint | None, what: str)
             f"{name}: {a!r}, not {b!r}" for name, (a, b) in comparison.differing.items()
         )
         raise InputError(
-            f"can't {what} of {theirs}: the index was made by {ours} ({differing}); use that "
-            "model, or build another index with this one",
+            f"can't {what} of {theirs}: the index {folder} was made by {ours} ({differing}); use "
+            "that model, or build another index with this one",
             "fingerprint",
         )
 

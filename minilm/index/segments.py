@@ -25,12 +25,13 @@ from minilm.disk import (
     errors_about,
     file_sha256,
     inside,
+    parse_json,
     sync,
     sync_folder,
     temporary_name,
     write_atomically,
 )  # fmt: skip
-from minilm.errors import ConfigError, InputError, InputTypeError
+from minilm.errors import ConfigError, InputError, InputTypeError, errors_of_libraries
 from minilm.pretrained.fingerprint import Fingerprint
 from minilm.quantize import model_ranges, quantize_embeddings
 from minilm.similarity import Embeddings
@@ -38,7 +39,7 @@ from minilm.tasks.search import LONGEST, not_finite, too_long_error
 from minilm.vectors import as_matrix
 
 __all__ = [
-    "LOCK", "MANIFEST", "Block", "Manifest", "Row", "Segment", "commit", "extended",
+    "LOCK", "MANIFEST", "Block", "Manifest", "Row", "Segment", "commit", "damages", "extended",
     "float_vectors", "is_ours", "lost_segments", "read_manifest", "remove_leftovers",
     "size_problem",
 ]  # fmt: skip
@@ -100,7 +101,7 @@ def read_manifest(folder: Path) -> Manifest:
     """
     path = folder / MANIFEST
     try:
-        values = json.loads(path.read_bytes())
+        values = parse_json(path.read_bytes())
         if not isinstance(values, dict) or values.get("format") != FORMAT:
             raise ConfigError(path, [f'is not of an index: its "format" is not "{FORMAT}"'])
         if values.get("format_version") != FORMAT_VERSION:
@@ -108,6 +109,7 @@ def read_manifest(folder: Path) -> Manifest:
             what = f"is of format {found!r}, this package reads {FORMAT_VERSION}; update minilm"
             raise ConfigError(path, [what])
         record = values["fingerprint"]
+        codes = tuple(_typed(code, str) for code in values["codes"])
         segments = tuple(
             _Entry(
                 inside(entry["name"]),
@@ -126,15 +128,34 @@ def read_manifest(folder: Path) -> Manifest:
             None if record is None else Fingerprint.from_dict(record),
             None if dimension is None else _typed(dimension, int),
             _typed(values["column"], str),
-            tuple(_typed(code, str) for code in values["codes"]),
+            codes,
             _typed(values["next_segment"], int),
-            segments,
+            _checked_entries(segments, codes, values["next_segment"]),
         )
-    except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, ConfigError):
             raise
         what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
         raise ConfigError(path, [f"is broken: {what}; build the index again"]) from error
+
+
+def _checked_entries(
+    entries: tuple[_Entry, ...], codes: Sequence[str], next_segment: int
+) -> tuple[_Entry, ...]:
+    """Check that segments have the files that they should, and names that the next one has not."""
+    expected = {"rows.jsonl", *(f"{kind}.npy" for kind in ("vectors", "lengths", "offsets"))}
+    expected |= {f"{code}.npy" for code in codes}
+    numbers = []
+    for entry in entries:
+        if expected != entry.files.keys():
+            differing = ", ".join(sorted(expected ^ entry.files.keys()))
+            raise ValueError(f"{entry.name} lists other files than it should have: {differing}")
+        if not _SEGMENT.fullmatch(entry.name):
+            raise ValueError(f"{entry.name!r} is not the name of a segment")
+        numbers.append(int(entry.name.removeprefix("segment-")))
+    if numbers != sorted({*numbers}) or max(numbers, default=-1) >= next_segment:
+        raise ValueError("its segments are not numbered one after the other, below next_segment")
+    return entries
 
 
 def _typed(value: Any, kind: type) -> Any:
@@ -181,10 +202,13 @@ class Segment:
     def _array(self, name: str, dtype: type, shape: tuple[int, ...]) -> _Array:
         path = self.path / name
         try:
-            mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-            array: _Array = mapped.view(np.ndarray)  # slices of a memmap take longer
-        except (ValueError, EOFError, FileNotFoundError) as error:
-            raise ConfigError(path, [f"is not a .npy file, or broken: {error}"]) from error
+            with errors_of_libraries(
+                lambda why: ConfigError(path, [f"is not a .npy file, or broken: {why}"])
+            ):
+                mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+                array: _Array = mapped.view(np.ndarray)  # slices of a memmap take longer
+        except FileNotFoundError as error:
+            raise ConfigError(path, ["is missing; build the index again"]) from error
         if array.dtype != dtype or array.shape != shape:
             found = f"{array.dtype} {list(array.shape)}"
             what = f"holds {found}, not {np.dtype(dtype)} {list(shape)}; build the index again"
@@ -207,8 +231,9 @@ class Segment:
     def row(self, i: int) -> dict[str, Any]:
         [line] = self.lines(i, i + 1)
         try:
-            return dict(json.loads(line))
-        except ValueError as error:
+            row = parse_json(line)
+            return dict(_typed(row, dict))
+        except (ValueError, TypeError) as error:
             raise ConfigError(
                 self.path / "rows.jsonl", [f"line {i + 1} is broken: {error}"]
             ) from error
@@ -231,6 +256,9 @@ def extended(
             break
         absorbed.insert(0, segment)
         count += segment.count
+    damaged = [each for segment in absorbed for each in damages(folder, segment.entry)]
+    if damaged:  # which would get a hash that says it is whole
+        raise ConfigError(folder / MANIFEST, damaged)
     old = chain.from_iterable(map(_blocks_of, absorbed))
     name = f"segment-{manifest.next_segment:05}"
     entry = _write_segment(folder, name, chain(old, [head], checked), manifest)
@@ -430,6 +458,25 @@ def remove_leftovers(folder: Path, manifest: Manifest) -> None:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
+
+
+def damages(folder: Path, entry: _Entry) -> list[str]:
+    """Read all files of a segment, and say which have other hashes than index.json has."""
+    problems = []
+    for name, file in entry.files.items():
+        try:
+            actual = file_sha256(folder / entry.name / name)
+        except FileNotFoundError:
+            problems.append(
+                f"{entry.name}/{name} is gone, perhaps into a larger segment; open the index again"
+            )
+            continue
+        if actual != file["sha256"]:
+            problems.append(
+                f"{entry.name}/{name} has SHA-256 {actual}, expected {file['sha256']}: it was "
+                "changed or damaged; build the index again"
+            )
+    return problems
 
 
 def size_problem(path: Path, expected: int) -> str | None:

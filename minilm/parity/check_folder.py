@@ -18,7 +18,7 @@ import numpy as np
 
 from minilm.encoder import SentenceEncoder
 from minilm.errors import InputError
-from minilm.files.arrow import embeddings_of, text_column, texts_of, vector_column
+from minilm.files.arrow import text_column, texts_of, vector_column, vectors_of
 from minilm.files.records import read_fingerprint
 from minilm.files.shards import manifest_path, part_paths, verify_parts
 from minilm.files.sources import readable
@@ -170,7 +170,7 @@ def _sampled(
         in_part = [row - starts[number] for row in chosen]
         table = readable(path, read).take(in_part)
         texts += texts_of(table, name, str(path), in_part)
-        found.append(embeddings_of(table.column(vectors)))
+        found.append(vectors_of(table, vectors, str(path)))
     stored = np.concatenate(found)
     recorded = read_fingerprint(whole[0])
     result = check_vectors(encoder, texts, stored, recorded, sample=len(texts))

@@ -7,17 +7,15 @@ NumPy, torch and onnxruntime are imported only when they are used, so that the c
 `--help` at once.
 """
 
-import json
-import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import count, takewhile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from minilm.errors import InputError, MissingPackageError
-from minilm.files.rows import DEFAULT_COLUMN, Reader, as_float
+from minilm.disk import check_header, parse_json
+from minilm.errors import InputError, MissingPackageError, errors_of_libraries
+from minilm.files.rows import DEFAULT_COLUMN, Reader, as_floats, check_numbers
 from minilm.files.tables import SUFFIXES, VECTOR_FIELDS, read_table
 
 if TYPE_CHECKING:
@@ -93,12 +91,8 @@ def read_vectors(
             none at all, or not as many texts as vectors; or one of its texts is not a string.
         OSError: The file can't be read.
     """
-    import zipfile
-
     import numpy as np
-    from safetensors import SafetensorError
 
-    broken = (ValueError, KeyError, TypeError, IndexError, EOFError, zipfile.BadZipFile)
     readers = {
         ".npy": _read_npy,
         ".npz": _read_npz,
@@ -115,17 +109,14 @@ def read_vectors(
             "form",
             argument,
         )
-    try:
+    with errors_of_libraries(
+        lambda why: InputError(f"{path}: is not a file of vectors: {why}", argument)
+    ):
         own, rows = read(path, column)
         vectors = np.asarray(rows)
         if vectors.dtype.kind not in "fiu":
             raise ValueError(f"holds {vectors.dtype}, not numbers")
         vectors = vectors.astype(np.promote_types(vectors.dtype, np.float32))
-    except (*broken, SafetensorError) as error:
-        if isinstance(error, InputError):
-            raise
-        reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-        raise InputError(f"{path}: is not a file of vectors: {reason}", argument) from error
     if vectors.ndim != 2 or not vectors.size:
         shape = list(vectors.shape)
         raise InputError(f"{path}: holds an array {shape}, expected one row a text", argument)
@@ -159,7 +150,7 @@ def _read_npz(path: Path, column: str | None) -> tuple[list[str] | None, Any]:
 def _from_archive(archive: Any) -> tuple[list[str] | None, Any]:
     texts = None
     if "texts_json" in archive:
-        texts = _strings("texts_json", json.loads(archive["texts_json"].tobytes()))
+        texts = _strings("texts_json", parse_json(archive["texts_json"].tobytes()))
     elif "texts" in archive:
         texts = _strings("texts", archive["texts"].tolist())
     names = [name for name in archive if name != "texts" and not name.endswith("_json")]
@@ -174,11 +165,13 @@ def _from_archive(archive: Any) -> tuple[list[str] | None, Any]:
 def _read_safetensors(path: Path, column: str | None) -> tuple[list[str] | None, Any]:
     import safetensors
 
+    with path.open("rb") as start:
+        check_header(start)
     with safetensors.safe_open(path, "np") as file:
         names = list(file.keys())
         name = next((name for name in VECTOR_FIELDS if name in names), names[0])
         texts = (file.metadata() or {}).get("texts_json")
-        own = None if texts is None else _strings("texts_json", json.loads(texts))
+        own = None if texts is None else _strings("texts_json", parse_json(texts))
         return own, file.get_tensor(name)
 
 
@@ -192,15 +185,16 @@ def _strings(name: str, texts: Any) -> list[str]:
 
 
 def _read_jsonl(path: Path, column: str | None) -> tuple[list[str] | None, Any]:
-    def others(names: Sequence[str]) -> Sequence[str]:
+    def beside(names: Sequence[str]) -> Sequence[str]:
         return [name for name in names if name not in VECTOR_FIELDS]
 
     texts: list[str] = []
     vectors: list[Any] = []
-    for line, text, row in Reader(column, candidates=others).good_rows(str(path)):
+    for line, text, row in Reader(column, candidates=beside).good_rows(str(path)):
         vector = next((row[name] for name in VECTOR_FIELDS if name in row), None)
         if not isinstance(vector, list):
             raise ValueError(f"line {line} has no list of numbers under {VECTOR_FIELDS[0]!r}")
+        check_numbers(vector, line)
         if vectors and len(vector) != len(vectors[0]):
             raise ValueError(f"line {line} has {len(vector)} numbers, the first {len(vectors[0])}")
         texts.append(text)
@@ -225,10 +219,7 @@ def _read_csv(path: Path, column: str | None) -> tuple[list[str] | None, Any]:
             heading = list(row)
             names = _numbered(heading) or heading[heading.index(reader.column) + 1 :]
         try:
-            vector = [float(row[name]) for name in names]
-            if any(map(math.isinf, vector)):
-                vector = [as_float(row[name]) for name in names]
-            vectors.append(vector)
+            vectors.append(as_floats([row[name] for name in names]))
         except ValueError as error:
             raise ValueError(f"line {line}: {error}") from error
         texts.append(text)
@@ -243,11 +234,11 @@ def _numbered(names: Sequence[str]) -> list[str]:
 
 def _read_parquet(path: Path, column: str | None) -> tuple[list[str] | None, Any]:
     from minilm.files.arrow import (
-        embeddings_of,
         import_pyarrow,
         text_column,
         texts_of,
         vector_column,
+        vectors_of,
     )
 
     import_pyarrow("reading Parquet files")
@@ -257,7 +248,7 @@ def _read_parquet(path: Path, column: str | None) -> tuple[list[str] | None, Any
     name = vector_column(schema, str(path))
     texts = text_column(schema, column, str(path), name)
     table = pyarrow.parquet.read_table(path, columns=[texts, name])
-    return texts_of(table, texts, str(path)), embeddings_of(table.column(name))
+    return texts_of(table, texts, str(path)), vectors_of(table, name, str(path))
 
 
 def run_onnx(
@@ -306,7 +297,7 @@ def run_onnx(
             for key in inputs
             if key in features
         }
-        with _onnx_errors(path, "can't be run"):
+        with errors_of_libraries(_refusal(path, "can't be run")):
             (output,) = session.run([name], feed)
         found = torch.from_numpy(np.asarray(output)).float()[:count]
         if found.dim() == 3:  # [batch, tokens, 384] -> [batch, 384]
@@ -323,20 +314,12 @@ def _session(path: Path) -> Any:
         raise MissingPackageError("comparing with an ONNX model", "onnxruntime", "onnx") from error
     if not path.is_file():
         raise InputError(f"{path}: no such file", "--against")
-    with _onnx_errors(path, "is not an ONNX model"):
+    with errors_of_libraries(_refusal(path, "is not an ONNX model")):
         return onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
 
-@contextmanager
-def _onnx_errors(path: Path, problem: str) -> Iterator[None]:
-    """Raise an `InputError` for what onnxruntime raises, which are classes of its own."""
-    try:
-        yield
-    except Warning:  # python -W error
-        raise
-    except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"{path}: {problem}: {reason}", "--against") from error
+def _refusal(path: Path, problem: str) -> Callable[[str], InputError]:
+    return lambda why: InputError(f"{path}: {problem}: {why.splitlines()[0]}", "--against")
 
 
 def _output(path: Path, session: Any, hidden_size: int) -> str:

@@ -11,6 +11,7 @@ have them, and all have ids, the pooled vector and the embedding.
 
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import resources
@@ -19,12 +20,18 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
 from torch import Tensor
 
-from minilm.disk import make_folder, with_metadata, write_atomically
+from minilm.disk import (
+    check_header,
+    file_sha256,
+    make_folder,
+    parse_json,
+    with_metadata,
+    write_atomically,
+)  # fmt: skip
 from minilm.encoder import SentenceEncoder
-from minilm.errors import InputError
+from minilm.errors import InputError, errors_of_libraries
 from minilm.files.tables import METADATA_KEY
 from minilm.interpret.trace import Trace, traces
 from minilm.outputs import check_folder
@@ -315,12 +322,7 @@ def compare_stages_file(folder: Path, file: Path) -> StageReport:
         InputError: One of the files is missing or broken, or `file` has none of the names.
     """
     index, golden = _read_golden(folder)
-    try:
-        theirs = safetensors.torch.load_file(file)
-    except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
-        raise InputError(
-            f"{file}: is not a safetensors file: {error}", "--against-stages"
-        ) from error
+    theirs = _tensors(file, "--against-stages")
     ignored = tuple(sorted(name for name in theirs if name not in golden))
     if len(ignored) == len(theirs):
         some = ", ".join(sorted(golden)[:3])
@@ -352,23 +354,53 @@ def _read_golden(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Read the index and the float64 tensors of a golden folder."""
     name = _FILES["float64"]
     try:
-        index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
-        data = (folder / name).read_bytes()
-        expected = index["files"][name]["sha256"]
+        with errors_of_libraries(
+            lambda why: InputError(f"{folder / INDEX}: is not a golden index: {why}", "--golden")
+        ):
+            index = parse_json((folder / INDEX).read_bytes())
+            _check_index(index)
+        actual = file_sha256(folder / name)
     except FileNotFoundError as error:
         raise InputError(
             f"{error.filename}: no such file; write it with minilm parity --golden {folder}",
             "--golden",
         ) from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{folder / INDEX}: is not a golden index: {error}", "--golden") from error
-    if hashlib.sha256(data).hexdigest() != expected:
+    if actual != index["files"][name]["sha256"]:
         raise InputError(
             f"{folder / name}: is not the file that {INDEX} describes; write both again with "
             f"minilm parity --golden {folder}",
             "--golden",
         )
-    return index, safetensors.torch.load(data)
+    return index, _tensors(folder / name, "--golden")
+
+
+def _tensors(file: Path, argument: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file that is an argument."""
+    try:
+        with (
+            errors_of_libraries(
+                lambda why: InputError(f"{file}: is not a safetensors file: {why}", argument)
+            ),
+            file.open("rb") as start,
+        ):
+            check_header(start)
+            return safetensors.torch.load_file(file)
+    except OSError as error:
+        raise InputError(f"{file}: is not a safetensors file: {error}", argument) from error
+
+
+def _check_index(index: Any) -> None:
+    """Raise an error if an index lacks what is read of it, or has something else there."""
+    if not isinstance(index["files"][_FILES["float64"]]["sha256"], str):
+        raise TypeError("the hash of a file is not a string")
+    if not all(isinstance(stage, str) for stage in index["stages"]):
+        raise TypeError("a stage is not a string")
+    for stage, rounding in index["float32_rounding"].items():
+        if type(rounding) not in (int, float) or not 0 <= rounding < math.inf:
+            raise ValueError(f"the rounding of {stage} is {rounding!r}")
+    for number, text in enumerate(index["texts"]):
+        if not all(isinstance(each, str) for each in (text["text"], *text["tokens"])):
+            raise TypeError(f"texts[{number}] has something else than strings")
 
 
 def _compare(

@@ -7,11 +7,11 @@ The published file names its tensors as Google's first BERT release did; `NAMES`
 one goes. Nothing is skipped silently: a tensor that is not in the table is an error.
 """
 
+import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,8 @@ from torch.overrides import TorchFunctionMode
 
 from minilm.bert import BertModel
 from minilm.config import BertConfig
-from minilm.errors import WeightsError
+from minilm.disk import check_header
+from minilm.errors import WeightsError, errors_of_libraries
 
 __all__ = ["NAMES", "UNUSED", "UNUSED_HEADS", "build_bert", "read_checkpoint"]
 
@@ -104,12 +105,11 @@ def read_checkpoint(
         weight_map = weight_map or {}
         for file, content in {"": data}.items() if isinstance(data, bytes) else data.items():
             try:
-                contents = safetensors.torch.load(content)
-            except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError) as error:
-                reason = f"is not a safetensors file, or cut short: {error}"
+                contents = _tensors(content, path)
+            except WeightsError as error:
                 if isinstance(data, bytes):
-                    raise WeightsError(path, [reason]) from error
-                problems.append(f"{file} {reason}")
+                    raise
+                problems += [f"{file} {problem}" for problem in error.problems]
                 continue
             problems += [
                 f"{name} is not in {file}, where it should be"
@@ -138,6 +138,15 @@ def read_checkpoint(
     if problems:
         raise WeightsError(path, problems)
     return state
+
+
+def _tensors(data: bytes, path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file, under the names that it has for them."""
+    with errors_of_libraries(
+        lambda why: WeightsError(path, [f"is not a safetensors file, or cut short: {why}"])
+    ):
+        check_header(io.BytesIO(data))
+        return safetensors.torch.load(data)
 
 
 def build_bert(config: BertConfig, state: dict[str, Tensor]) -> BertModel:
@@ -183,10 +192,10 @@ def read_unused(
     found = {}
     try:
         for data in files:
-            for name, tensor in safetensors.torch.load(data).items():
+            for name, tensor in _tensors(data, "model.safetensors").items():
                 if _plain(name) in shapes:
                     found[_plain(name)] = tensor
-    except (safetensors.SafetensorError, ValueError, KeyError, RuntimeError):
+    except WeightsError:
         return {}
     fits = all(tuple(tensor.shape) == shapes[name] for name, tensor in found.items())
     return found if fits and len(found) == len(shapes) else {}

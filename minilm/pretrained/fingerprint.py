@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from minilm.disk import parse_json
 from minilm.errors import InputError, WeightsError
 from minilm.inference.compute import Plan
 from minilm.pipeline import Pipeline
@@ -135,8 +136,8 @@ class Fingerprint:
             InputError: It is not valid JSON, or as in `from_dict`.
         """
         try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            values = parse_json(text)
+        except ValueError as error:
             raise InputError(f"not a fingerprint: is not valid JSON: {error}", "text") from error
         return cls.from_dict(values)
 

@@ -13,7 +13,6 @@ same weights (`pytorch_model.bin`, `onnx/`, ...) where there is `model.safetenso
 where there is `tokenizer.json`, and what a training left behind.
 """
 
-import json
 import logging
 import warnings
 from collections.abc import Callable
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from minilm.config import BertConfig, unsupported
-from minilm.disk import inside
+from minilm.disk import inside, parse_json
 from minilm.errors import (
     ConfigError,
     MinilmError,
@@ -570,8 +569,8 @@ def _read_json(
         return dict(default)
     data = _read(files, name, error)
     try:
-        values = json.loads(data)
-    except (ValueError, RecursionError) as reason:
+        values = parse_json(data)
+    except ValueError as reason:
         raise error(files.path(name), [f"is not valid JSON: {reason}"]) from reason
     if not isinstance(values, kind):
         word = "an object" if kind is dict else "a list"

@@ -130,7 +130,14 @@ def by_codes(
     return _Decoded(queries.cpu(), tensor, precision, ranges)
 
 
-def rescore(scores: Scores, candidates: Best, chosen: Best, rows: slice, first_id: int = 0) -> None:
+def rescore(
+    scores: Scores,
+    candidates: Best,
+    chosen: Best,
+    rows: slice,
+    first_id: int = 0,
+    argument: str = "rescore_embeddings",
+) -> None:
     """Put candidates among the best by their exact scores.
 
     Args:
@@ -140,6 +147,7 @@ def rescore(scores: Scores, candidates: Best, chosen: Best, rows: slice, first_i
         chosen: The best so far of the same queries; it is changed.
         rows: The place of these queries in `scores`.
         first_id: The number that the first vector of the corpus has among the candidates.
+        argument: What to call the corpus in an error.
 
     Raises:
         InputError: A candidate has a number that is not finite.
@@ -149,7 +157,7 @@ def rescore(scores: Scores, candidates: Best, chosen: Best, rows: slice, first_i
     values = scores.exact(torch.from_numpy(i + rows.start), torch.from_numpy(ids - first_id))
     finite = values.isfinite()
     if not finite.all():
-        raise not_finite("rescore_embeddings", int(ids[int((~finite).nonzero()[0])]))
+        raise not_finite(argument, int(ids[int((~finite).nonzero()[0])]))
     chosen.add(i, ids, values.numpy())
 
 

@@ -1,5 +1,6 @@
 """Files in, a folder of Parquet files out: the vectors of `encode`, however often it was killed."""
 
+import itertools
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from functools import partial
@@ -26,6 +28,7 @@ from conftest import ROOT, TINY_WORDS, load, write_model_folder
 from minilm import SentenceEncoder
 from minilm.errors import (
     BadRowWarning,
+    ConfigError,
     InputError,
     NotFiniteError,
     TruncationError,
@@ -708,3 +711,58 @@ def test_interrupted_command_leaves_a_clean_state(tmp_path: Path) -> None:
     assert report.computed == 200 - finished
     run(encoder, source, tmp_path / "whole", shard_rows=10)
     assert with_manifest(out) == with_manifest(tmp_path / "whole")
+
+
+# a run whose record was damaged
+
+
+def damaged_run(encoder: SentenceEncoder, folder: Path, change: Callable[[Any], object]) -> Path:
+    """A run of three parts, of which the last is still to be made, with its progress changed."""
+    source = write_jsonl(folder / "a.jsonl", [{"id": i, "text": "a cat"} for i in range(6)])
+    out = folder / "out"
+    run(encoder, source, out, shard_rows=2)
+    manifest = json.loads(manifest_path(out).read_text(encoding="utf-8"))
+    manifest_path(out).unlink()
+    (out / "part-00002.parquet").unlink()
+    lines = [manifest, *manifest.pop("parts")[:2]]
+    change(lines)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (out / PROGRESS).write_text(text, encoding="utf-8")
+    return source
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda lines: lines[0].pop("rows"),
+        lambda lines: lines[0].update(rows=[]),
+        lambda lines: lines[0].update(settings=True),
+        lambda lines: lines[0].update(inputs=[[]]),
+        lambda lines: lines[0].update(columns="text"),
+        lambda lines: lines[0]["columns"].update(id="double"),
+        lambda lines: lines[0].update(characters=None),
+        lambda lines: lines[0].update(characters=99),
+        lambda lines: lines[0].update(column=["text"]),
+        lambda lines: lines[0]["rows"].update(written=4),
+        lambda lines: lines[1].update(tokens=1),
+        lambda lines: lines[2].update(cut_rows=1),
+    ],
+    ids=itertools.count(),
+)
+def test_record_of_a_run_that_was_damaged(
+    tiny_encoder: SentenceEncoder, tmp_path: Path, change: Callable[[Any], object]
+) -> None:
+    source, out = damaged_run(tiny_encoder, tmp_path, change), tmp_path / "out"
+    before = contents(out)
+    with pytest.raises(ConfigError, match="is not the record of this run, or broken") as raised:
+        run(tiny_encoder, source, out, shard_rows=2)
+    assert raised.value.path == out / PROGRESS
+    assert contents(out) == before
+    assert run(tiny_encoder, source, out, shard_rows=2, overwrite=True).computed == 3
+    read = pq.read_table(out).column("id").to_pylist()
+    assert read == list(range(6))
+
+
+def test_record_of_a_run_that_is_whole(tiny_encoder: SentenceEncoder, tmp_path: Path) -> None:
+    source = damaged_run(tiny_encoder, tmp_path, lambda lines: None)
+    assert run(tiny_encoder, source, tmp_path / "out", shard_rows=2).computed == 1

@@ -430,6 +430,33 @@ def truncated(name: str) -> Callable[[Path], None]:
     return lambda folder: os.truncate(folder / name, (folder / name).stat().st_size - 1)
 
 
+def with_a_key_twice(folder: Path) -> None:
+    path = folder / "index.json"
+    text = path.read_text().replace('"column"', '"column": "other", "column"', 1)
+    path.write_text(text)
+
+
+@pytest.mark.parametrize("line", [b'["id", "text"]', b"{" * 14, b'[["a", 1]]    ', b"7", b"[" * 14])
+def test_row_that_is_no_object(index: Index, line: bytes) -> None:
+    path = index.folder / "segment-00000" / "rows.jsonl"
+    before = path.read_bytes()
+    path.write_bytes(line.ljust(before.index(b"\n")) + before[before.index(b"\n") :])
+    with pytest.raises(ConfigError, match=r"rows\.jsonl: line 1 is broken"):
+        Index.open(index.folder).row(0)
+
+
+def test_damage_is_not_merged_into_a_whole_segment(index: Index) -> None:
+    path = index.folder / "segment-00000" / "vectors.npy"
+    data = path.read_bytes()
+    path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    before = (index.folder / "index.json").read_bytes()
+    damaged = Index.open(index.folder)
+    with pytest.raises(ConfigError, match=r"segment-00000/vectors\.npy has SHA-256"):
+        damaged.add(random(1, 6, 16), texts(6), fingerprint=MODEL)
+    assert (index.folder / "index.json").read_bytes() == before
+    assert names(index.folder) == ["index.json", "segment-00000"]
+
+
 def without_files(folder: Path) -> None:
     edited(lambda values: values["segments"][0]["files"].clear())(folder)
     (folder / "segment-00000/vectors.npy").unlink()
@@ -467,7 +494,12 @@ def test_names_that_lead_outside_are_refused(
         (edited(lambda v: v["fingerprint"].pop("pooling")), "pooling is missing"),
         (edited(lambda v: v.update(dimension=15)), "vectors.npy: holds float32 [5, 16], not"),
         (edited(lambda v: v["segments"][0].update(rows=4)), "holds float32 [5, 16], not"),
-        (without_files, "vectors.npy: is not a .npy file, or broken: [Errno 2]"),
+        (without_files, "segment-00000 lists other files than it should have: lengths.npy"),
+        (edited(lambda v: v["codes"].append("binary")), "it should have: binary.npy"),
+        (edited(lambda v: v["segments"][0].update(name="other")), "not the name of a segment"),
+        (edited(lambda v: v["segments"].append(v["segments"][0])), "are not numbered one after"),
+        (edited(lambda v: v.update(next_segment=0)), "are not numbered one after"),
+        (with_a_key_twice, "has the key 'column' more than once"),
         (lambda folder: shutil.rmtree(folder / "segment-00000"), "rows.jsonl is missing"),
         (lambda folder: (folder / "segment-00000/rows.jsonl").unlink(), "rows.jsonl is missing"),
         (truncated("segment-00000/vectors.npy"), "vectors.npy has 447 bytes, not 448"),

@@ -1,6 +1,7 @@
 """Planted mistakes are named, and nothing else is; files and models of other programs are read."""
 
 import copy
+import io
 import json
 import pickle
 from collections.abc import Callable, Iterable
@@ -589,6 +590,23 @@ def test_files_are_read(tmp_path: Path) -> None:
     assert read_vectors(tmp_path / "a.npy", default=texts).texts == texts
 
 
+def lying_npy() -> bytes:
+    """The header of a file of 4 TB, and no numbers."""
+    file = io.BytesIO()
+    fields = {"descr": "<f4", "fortran_order": False, "shape": (10**12, 1)}
+    np.lib.format.write_array_header_1_0(file, fields)
+    return file.getvalue()
+
+
+def test_null_among_vectors_of_parquet(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    table = pyarrow.table({"text": ["a", "b"], "embedding": [[1.0], None]})
+    parquet.write_table(table, tmp_path / "a.parquet")
+    with pytest.raises(InputError, match=r"a\.parquet: the column has nulls"):
+        read_vectors(tmp_path / "a.parquet")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -597,7 +615,12 @@ def test_files_are_read(tmp_path: Path) -> None:
         ("a.npz", b"PK\x03\x04nonsense", "is not a file of vectors"),
         ("a.jsonl", b'{"text": "a"}\n', "line 1 has no list of numbers under 'embedding'"),
         ("a.jsonl", b'{"text": "a", "embedding": [1]}\nx', "line 2: is not valid JSON"),
-        ("a.jsonl", b'{"text": "a", "embedding": ["x"]}', "not numbers"),
+        ("a.jsonl", b'{"text": "a", "embedding": ["x"]}', 'has "x" among its numbers'),
+        ("a.jsonl", b'{"text": "a", "embedding": [0.5, true]}', "line 1 has true among its num"),
+        ("a.csv", b"text,0,1\na,1_0,1\n", "line 2: has '1_0', which is not"),
+        ("a.csv", "text,0,1\na,１,1\n".encode(), "line 2: has '１', which is not"),
+        ("a.npy", lying_npy(), "is not a file of vectors"),
+        ("a.parquet", b"PAR1 nonsense PAR1", "is not a file of vectors"),
         ("a.jsonl", b"", "expected one row a text"),
         ("a.jsonl", b"\xff", "line 1 is not UTF-8"),
         ("a.csv", b"text,0\na,x\n", "is not a file of vectors"),

@@ -13,6 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from conftest import edit_json
 from minilm import SentenceEncoder, cli
 from minilm.errors import InputError
 from minilm.parity.golden import (
@@ -174,6 +175,29 @@ def test_readme_beside_them_names_everything(folder: Path) -> None:
     ):
         assert name in text
     assert "00, 01, 02" in text
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": []},
+        {"files": {"golden.float64.safetensors": {"sha256": 1}}},
+        {"stages": None},
+        {"stages": ["input_ids", ["pooled"]]},
+        {"float32_rounding": 3},
+        {"float32_rounding": {"pooled": [1]}},
+        {"float32_rounding": {"pooled": -1}},
+        {"float32_rounding": {"pooled": float("nan")}},
+        {"texts": [{"tokens": []}]},
+        {"texts": [{"text": "a", "tokens": [["a"]]}]},
+        {"texts": 1},
+    ],
+    ids=str,
+)
+def test_index_of_another_form(folder: Path, dump: Dump, change: dict[str, Any]) -> None:
+    edit_json(folder / "golden.json", **change)
+    with pytest.raises(InputError, match=r"golden\.json: is not a golden index"):
+        compared(folder, dump)
 
 
 @pytest.mark.slow

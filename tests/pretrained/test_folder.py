@@ -260,6 +260,17 @@ def test_a_path_that_leads_outside_is_refused(
     refuse("modules.json", ConfigError, f"path {place!r} leads outside the model's folder")
 
 
+def test_a_path_too_long_for_the_disk_is_named(tiny_folder: Path, refuse: Refuse) -> None:
+    write_stages(tiny_folder, STAGES[0], (STAGES[1][0], "x" * 300))
+    refuse(f"{'x' * 300}/config.json", ConfigError, "can't be read: File name too long")
+
+
+def test_a_key_that_is_there_twice_is_refused(tiny_folder: Path, refuse: Refuse) -> None:
+    path = tiny_folder / "config.json"
+    path.write_text(path.read_text().replace("{", '{"layer_norm_eps": 0.5, ', 1))
+    refuse("config.json", ConfigError, "has the key 'layer_norm_eps' more than once")
+
+
 @pytest.mark.parametrize(
     ("place", "where"),
     [
