@@ -16,6 +16,7 @@ from minilm import inputs
 from minilm.errors import InputError
 from minilm.inference import encode as calls
 from minilm.inference.eval_mode import eval_mode, set_mode
+from minilm.inference.int8 import calibration_of
 from minilm.inference.kernels import accelerate, fast_products
 from minilm.inference.packed import embed, keeps_bits
 from minilm.inference.process_pool import ProcessPool
@@ -71,7 +72,7 @@ class SentenceEncoder(Pipeline):
         # Checked before 90 MB are fetched for nothing. Modules stay where and what they are.
         wanted = load_options(options)
         dtype, device = wanted.dtype, wanted.device
-        asked = None if str(dtype) == "auto" else dtype
+        asked = None if str(dtype).removeprefix("torch.") in ("auto", "int8") else dtype
         kind = None if modules and dtype is None else inputs.as_dtype(asked)
         target = None if modules and device is None else inputs.as_device(device, kind)
         source: ModelFiles | None = None
@@ -81,7 +82,7 @@ class SentenceEncoder(Pipeline):
             source = hub.locate(model_name_or_path, **wanted.where)
             assert target is not None
             kind = dtype_on(target, dtype)
-            read = partial(folder.read_model, source, kind)
+            read = partial(folder.read_model, source, torch.float32 if kind == torch.int8 else kind)
             parts = hub.mended(source, read, **wanted.where)
             modules, tokenizer = parts.build(), parts.tokenizer
             max_seq_length = parts.max_seq_length if max_seq_length is None else max_seq_length
@@ -99,10 +100,15 @@ class SentenceEncoder(Pipeline):
         self.default_prompt_name = default_prompt_name
         self.similarity_fn_name = similarity_fn_name or "cosine"
         self.truncate_dim = truncate_dim
+        if kind == torch.int8:
+            self.in_int8, kind = True, torch.float32
         mixed = kind == torch.bfloat16  # for the products only; sums and norms stay float32
         accelerate(self.bert, kind if mixed else None)
         self.to(target, None if mixed else kind)
         self._rounds = wanted.reproducible
+        if self.in_int8:
+            for layer in self.bert.layers:
+                calibration_of(layer)  # refuses other weights
 
     @classmethod
     def from_pretrained(

@@ -76,9 +76,11 @@ class Pipeline(nn.Module):
         prompts: Texts to put in front of sentences, by name: `encode(prompt_name=...)`.
         default_prompt_name: The one that `encode` uses if none is asked for; None for none.
         source: Where the files came from, with their SHA-256; None for a model made of `modules`.
+        in_int8: Whether `encode` computes the products of float32 weights in 8 bits, on a CPU.
     """
 
     _rounds = False  # whether it was loaded with `reproducible=True`
+    in_int8 = False
 
     def forward(self, features: Batch | Mapping[str, Any]) -> dict[str, Any]:
         """Token ids -> sentence vectors.
@@ -161,7 +163,14 @@ class Pipeline(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """The dtype of the weight matrices: what the products are computed in."""
+        """What `encode` computes the products in: `weights_dtype`, or int8."""
+        dtype = self.weights_dtype
+        is_usual = dtype == torch.float32 and self.device.type == "cpu"
+        return torch.int8 if self.in_int8 and is_usual else dtype
+
+    @property
+    def weights_dtype(self) -> torch.dtype:
+        """The dtype of the weight matrices, in which a plain call computes the products."""
         weights = (part.weight for part in self.bert.modules() if isinstance(part, nn.Linear))
         return next(weights, self.bert.embeddings.word_embeddings.weight).dtype
 
@@ -183,7 +192,7 @@ class Pipeline(nn.Module):
             InputError: A device can't be used; the message names it.
         """
         given = (*args, *kwargs.values())
-        dtype = next((kind for kind in given if isinstance(kind, torch.dtype)), self.dtype)
+        dtype = next((kind for kind in given if isinstance(kind, torch.dtype)), self.weights_dtype)
         for device in given:
             if isinstance(device, str | torch.device):
                 inputs.as_device(device, dtype)

@@ -371,7 +371,7 @@ def _add_model(one: Any) -> None:
     )
     group.add_argument(
         "--dtype",
-        help="float32 (default), float64, float16, bfloat16; or auto: bfloat16 where it is fast",
+        help="float32 (default), float64, float16, bfloat16, int8; auto: bfloat16 where it is fast",
     )
     group.add_argument(
         "--reproducible",

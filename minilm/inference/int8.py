@@ -36,25 +36,48 @@ too little for full codes, and says nothing. `exact_products` tries the largest 
 """
 
 import functools
+import hashlib
+import platform
 from collections.abc import Mapping, Sequence
+from importlib import resources
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minilm.bert import Attend, BertLayer, BertModel
+from minilm.errors import InputError
 
-__all__ = ["Int8Layer", "calibrate", "exact_products"]
+__all__ = ["Int8Layer", "calibrate", "calibration_of", "digest", "exact_products", "why_not"]
+
+PUBLISHED = "int8_products.npz"  # by `scripts/make/int8_products.py`
 
 _LOWEST = -0.17  # of GELU, rounded down
 # How far a column's factor follows the activations rather than the weights: the best from 0.4 on.
 _SMOOTHING = 0.7
+# Share of tokens below the range of a column, and above it: those few get ranges of their own, and
+# all others finer codes.
+_BEYOND = 0.001
 _LEAST = 1e-6  # of a range or a scale, for what is 0 throughout
 _MIDDLE = 128  # the code of a column's middle
 _Then = tuple[str, list[Any], str]  # what follows in the product: name, arguments, algorithm
 _NOTHING: _Then = ("none", [], "")
 _GELU: _Then = ("gelu", [], "none")
+
+
+def why_not() -> str:
+    """Return why this processor can't multiply in 8 bits, and what else to do; "" where it can."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return "8-bit products are for x86 processors; pass dtype='float32'"
+    if not exact_products():
+        seen = torch.backends.cpu.get_cpu_capability()
+        return (
+            f"this processor ({seen}) has no exact sums of 8-bit products, which VNNI has: it "
+            "would cut large ones off; pass dtype='float32'"
+        )
+    return ""
 
 
 @functools.cache
@@ -160,14 +183,29 @@ class _Product:
         self._bias = self._bias - error
 
     def __call__(self, rows: Tensor, then: _Then = _NOTHING, add: Tensor | None = None) -> Tensor:
-        """float32 `[n, inputs]` of the fixed range -> `[n, outputs]`.
+        """float32 `[n, inputs]` -> `[n, outputs]`."""
+        codes = torch.addcmul(self._start, rows, self._slope)
+        outside: Tensor | None = None
+        if codes.amin() < 0 or codes.amax() >= 256:
+            outside = ((codes.amin(1) < 0) | (codes.amax(1) >= 256)).nonzero()[:, 0]
+            # Filled up, since each new number of rows takes time to prepare, and memory.
+            outside = torch.cat([outside, outside[:1].expand(-len(outside) % 16)])
+            differences = codes[outside].sub_(_MIDDLE + 0.5)
+            codes.clamp_(0, 255)
+        output = self._multiply(codes, self._bias, then, add)
+        if outside is not None and len(outside):
+            factors = differences.abs().amax(1, keepdim=True).div_(127)
+            codes = differences.div_(factors).add_(_MIDDLE + 0.5)
+            own = torch.addcmul(self._bias, self._multiply(codes, None), factors)
+            own = F.gelu(own) if then == _GELU else own
+            output[outside] = own if add is None else own.add_(add[outside])
+        return output
 
-        What is out of range counts as its end.
-        """
-        codes = torch.addcmul(self._start, rows, self._slope).clamp_(0, 255).to(torch.uint8)
-        return _multiply(
-            codes, self.scale, _MIDDLE, self._packed, self._weight_scales, self._bias, then, add
-        )
+    def _multiply(
+        self, codes: Tensor, bias: Tensor | None, then: _Then = _NOTHING, add: Tensor | None = None
+    ) -> Tensor:
+        given = (codes.to(torch.uint8), self.scale, _MIDDLE, self._packed, self._weight_scales)
+        return _multiply(*given, bias, then, add)
 
     def by_rows(self, rows: Tensor, add: Tensor) -> Tensor:
         """Multiply what GELU gave, each row with a scale of its own, and one column in float32.
@@ -189,10 +227,57 @@ class _Product:
         return rest.addcmul_(sums, scales)
 
 
+def digest(layer: nn.Module) -> str:
+    """SHA-256 over the weights and biases of a layer's products."""
+    assert isinstance(layer, BertLayer)
+    found = hashlib.sha256()
+    for pair in _parameters(layer).values():
+        for tensor in pair:
+            found.update(f"{list(tensor.shape)}\n".encode())
+            found.update(tensor.contiguous().numpy().data)
+    return found.hexdigest()
+
+
+@functools.cache
+def _published() -> dict[str, dict[str, Tensor]]:
+    """What `calibrate` gave for the layers of the published model, by their `digest`."""
+    found: dict[str, dict[str, Tensor]] = {}
+    path = resources.files("minilm.inference").joinpath(PUBLISHED)
+    with torch.inference_mode(False), path.open("rb") as file, np.load(file) as arrays:
+        for key in arrays:
+            layer, name = key.split("/")
+            array = arrays[key].astype(np.float32)
+            found.setdefault(layer, {})[name] = torch.from_numpy(array)
+    return found
+
+
+def calibration_of(layer: nn.Module) -> Mapping[str, Tensor]:
+    """Return what `Int8Layer` takes besides a layer of the published model.
+
+    Raises:
+        InputError: It has other weights, or came from a processor that adds exactly to one that
+            does not.
+    """
+    if not exact_products():
+        raise InputError(f"dtype is 'int8': {why_not()}", "dtype")
+    calibration = _published().get(digest(layer))
+    if calibration is None:
+        raise InputError(
+            "dtype is 'int8', whose ranges were measured with the published weights; these are "
+            "others: load them with dtype='float32'",
+            "dtype",
+        )
+    return calibration
+
+
 class Int8Layer:
     """A layer's forward with its products in 8 bits: a copy of the weights, for inference on a CPU.
 
     A number that is not finite comes out as one, by way of the residual.
+
+    Attributes:
+        copied: The weights and biases that it has copies of.
+        multiple: 4: the number of rows may be any, but each new one takes time to prepare.
 
     Args:
         layer: With float32 parameters on the CPU.
@@ -200,12 +285,16 @@ class Int8Layer:
     """
 
     def __init__(self, layer: BertLayer, calibration: Mapping[str, Tensor]) -> None:
+        self.multiple, self.settled = 4, True
         self._heads = layer.attention.heads
         norms = (layer.attention_layer_norm, layer.feed_forward_layer_norm)
         self._norms = [
             (list(norm.normalized_shape), norm.weight.detach(), norm.bias.detach(), norm.eps)
             for norm in norms
         ]
+        self.copied = tuple(
+            parameter for linear in _linear(layer) for parameter in (linear.weight, linear.bias)
+        )
         self._products = {}
         for name, (weight, bias) in _parameters(layer).items():
             low, high = (calibration.get(f"{name}.{end}") for end in ("low", "high"))
@@ -214,12 +303,9 @@ class Int8Layer:
                 self._products[name].correct(calibration[f"{name}.error"])
 
     def query_key_value(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """float32 `[n, 384]` -> three of `[n, 12, 32]`, views of one tensor."""
-        query, key, value = (
-            self._products["query_key_value"](hidden_states)
-            .view(len(hidden_states), 3, *self._heads)
-            .unbind(1)
-        )
+        """float32 `[..., 384]` -> three of `[..., 12, 32]`, views of one tensor."""
+        projected = self._products["query_key_value"](hidden_states.flatten(0, -2))
+        query, key, value = projected.view(*hidden_states.shape[:-1], 3, *self._heads).unbind(-3)
         return query, key, value
 
     def attention_output(self, context: Tensor, hidden_states: Tensor) -> Tensor:
@@ -238,32 +324,31 @@ class Int8Layer:
         return self._products["output"].by_rows(activation, add=hidden_states)
 
     def __call__(self, hidden_states: Tensor, attend: Attend) -> Tensor:
-        """`BertLayer.forward` for float32 `[n, 384]`."""
-        with torch.no_grad():
-            context = attend(*self.query_key_value(hidden_states)).reshape(hidden_states.shape)
-            hidden_states = F.layer_norm(
-                self.attention_output(context, hidden_states), *self._norms[0]
-            )
-            activation = self.intermediate(hidden_states)
-            return F.layer_norm(self.output(activation, hidden_states), *self._norms[1])
+        """`BertLayer.forward` for float32 `[..., 384]`, without a gradient."""
+        context = attend(*self.query_key_value(hidden_states))
+        rows = hidden_states.flatten(0, -2)  # -> [n, 384]
+        attended = self.attention_output(context.reshape(rows.shape), rows)
+        attended = torch.layer_norm(attended, *self._norms[0])
+        output = self.output(self.intermediate(attended), attended)
+        return torch.layer_norm(output, *self._norms[1]).view(hidden_states.shape)
+
+
+def _linear(layer: BertLayer) -> tuple[nn.Linear, ...]:
+    """The linear layers, in the order of computation."""
+    attention, feed_forward = layer.attention, layer.feed_forward
+    return (
+        attention.query, attention.key, attention.value, attention.output,
+        feed_forward.intermediate, feed_forward.output,
+    )  # fmt: skip
 
 
 def _parameters(layer: BertLayer) -> dict[str, tuple[Tensor, Tensor]]:
     """The weight and the bias of each product of a layer, in the order of computation."""
-    attention, feed_forward = layer.attention, layer.feed_forward
-    three = (attention.query, attention.key, attention.value)
-    return {
-        "query_key_value": (
-            torch.cat([linear.weight.detach() for linear in three]),
-            torch.cat([linear.bias.detach() for linear in three]),
-        ),
-        "attention_output": (attention.output.weight.detach(), attention.output.bias.detach()),
-        "intermediate": (
-            feed_forward.intermediate.weight.detach(),
-            feed_forward.intermediate.bias.detach(),
-        ),
-        "output": (feed_forward.output.weight.detach(), feed_forward.output.bias.detach()),
-    }
+    pairs = [(linear.weight.detach(), linear.bias.detach()) for linear in _linear(layer)]
+    weights, biases = zip(*pairs[:3], strict=True)
+    together = torch.cat(weights), torch.cat(biases)
+    names = ("query_key_value", "attention_output", "intermediate", "output")
+    return dict(zip(names, [together, *pairs[3:]], strict=True))
 
 
 @torch.no_grad()
@@ -326,8 +411,9 @@ def _measure(
         zero = torch.zeros((), dtype=torch.float32, device="cpu")
         coded = [product.by_rows(rows, add=zero) for rows in coded]
     else:
-        low = torch.stack([rows.amin(0) for rows in plain]).amin(0)
-        high = torch.stack([rows.amax(0) for rows in plain]).amax(0)
+        together = torch.cat(plain).sort(0).values
+        beyond = round(len(together) * _BEYOND)
+        low, high = together[beyond], together[-1 - beyond]
         measured[f"{name}.low"], measured[f"{name}.high"] = low, high
         product = _Product(weight, bias, low, high)
         coded = [product(rows) for rows in coded]

@@ -80,6 +80,7 @@ import torch.nn.modules.module as _any_module
 from torch import Tensor, nn
 
 from minilm.bert import Attend, BertFeedForward, BertLayer, BertSelfAttention, attention
+from minilm.inference.int8 import Int8Layer, calibration_of
 
 __all__ = [
     "Chains",
@@ -421,7 +422,7 @@ def _norm(norm: nn.LayerNorm, rows: Tensor) -> Tensor:
 class _Thread(threading.local):
     """What one thread's layers compute by; nothing outside `fast_products`."""
 
-    layers: Mapping[nn.Module, _FlatLayer] = MappingProxyType({})
+    layers: Mapping[nn.Module, "_FlatLayer | Int8Layer"] = MappingProxyType({})
 
 
 _thread = _Thread()
@@ -471,7 +472,7 @@ class _Flat:
         checksums: Of each copied weight.
     """
 
-    layers: tuple[tuple[int, _FlatLayer], ...]
+    layers: tuple[tuple[int, _FlatLayer | Int8Layer], ...]
     multiple: int
     made_of: tuple[Any, ...] = ()
     places: tuple[Tensor, ...] = ()
@@ -499,6 +500,7 @@ class _Flat:
             return cls((), 16)
         # By functions that loop without the interpreter: this stands before each query.
         inside = list(map(vars, modules))
+        in_int8 = getattr(modules[0], "in_int8", False)
         made_of: tuple[Any, ...] = ()
         try:
             parameters = list(chain.from_iterable(map(dict.values, map(_PARAMETERS, inside))))
@@ -506,6 +508,7 @@ class _Flat:
             made_of = (
                 torch.get_num_threads(),
                 torch.get_float32_matmul_precision(),
+                in_int8,
                 list(map(id, modules)),
                 list(map(type, modules)),
                 [type(own.get("forward")) for own in inside],
@@ -526,7 +529,8 @@ class _Flat:
         for place, module in enumerate(modules):
             if isinstance(module, BertLayer):
                 is_fast = type(vars(module).get("forward")) is FastLayer
-                layer = _flatten(module) if is_fast and type(module) is BertLayer else None
+                is_fast &= type(module) is BertLayer
+                layer = _flatten(module, in_int8) if is_fast else None
                 multiple = max(multiple, 16 if layer is None else layer.multiple)
                 if layer is not None:
                     layers.append((place, layer))
@@ -581,7 +585,7 @@ _PAIR = {"weight", "bias"}  # not so where one of them is pruned, or somebody's 
 _known: WeakKeyDictionary[nn.Module, _Flat] = WeakKeyDictionary()
 
 
-def _flatten(layer: BertLayer) -> _FlatLayer | None:
+def _flatten(layer: BertLayer, in_int8: bool) -> _FlatLayer | Int8Layer | None:
     """Make the flat function of a layer, of its own parameters; None if that would not be the same
     as to call its parts one by one.
     """
@@ -605,6 +609,8 @@ def _flatten(layer: BertLayer) -> _FlatLayer | None:
     dtype = weights[0].dtype
     if any(weight.dtype != dtype for weight in weights) or len({w.shape for w in weights[:3]}) > 1:
         return None
+    if in_int8 and dtype == torch.float32:
+        return Int8Layer(layer, calibration_of(layer))
     found = [
         product_for(dtype, *weight.shape, most_error=most_error)  # type: ignore[misc]  # of a matrix
         for weight, most_error in zip(weights, _MOST_ERRORS, strict=True)

@@ -337,7 +337,7 @@ def in_dtype(encoder: _Encoder, dtype: str | torch.dtype | None) -> _Encoder:
     kind = None if dtype is None else inputs.as_dtype(dtype)
     known: dict[int, Any] = {id(encoder.get_tokenizer()): encoder.get_tokenizer()}
     known |= {id(tensor): tensor for tensor in (*encoder.parameters(), *encoder.buffers())}
-    if kind is not None and kind != encoder.dtype:
+    if kind is not None and kind != encoder.weights_dtype:
         rest = torch.float32 if kind == torch.bfloat16 else kind
         for module in encoder.modules():
             for value in module.parameters(recurse=False):

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from minilm.bert import Attend
 from minilm.encoder import SentenceEncoder
+from minilm.errors import InputError
 from minilm.inference.kernels import fast_products
 from minilm.report import aligned, jsonable, shortened
 from minilm.tokenizer import WordPieceTokenizer
@@ -89,7 +90,13 @@ _MOST_RELAXED = 4.0
 
 
 def bars(dtype: torch.dtype) -> Bars:
-    """The bars for a model in `dtype`."""
+    """The bars for a model in `dtype`.
+
+    Raises:
+        InputError: There are none: in int8 only whole vectors are compared.
+    """
+    if dtype not in _BARS:
+        raise InputError(f"dtype is {dtype}, for which stages have no bars", "dtype")
     return _BARS[dtype]
 
 

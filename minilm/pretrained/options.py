@@ -16,6 +16,7 @@ import torch
 
 from minilm.disk import absolute
 from minilm.errors import DtypeWarning, InputError, InputTypeError
+from minilm.inference import int8
 from minilm.inference.truncation import caller_level
 from minilm.inputs import as_dtype
 from minilm.pretrained.hub import AccessToken
@@ -155,9 +156,25 @@ def dtype_on(device: torch.device, dtype: str | torch.dtype | None) -> torch.dty
     two makers and on a GPU), else float32. A processor that doesn't is up to nine times slower in
     bfloat16 or float16 than in float32, which takes their place there, with a `DtypeWarning`.
 
+    int8 is for the products only, of float32 weights; it is refused where it can't be had or
+    doesn't pay.
+
     Raises:
-        InputError: As in `as_dtype`.
+        InputError: As in `as_dtype`; or it is int8, and the device has no exact sums of 8-bit
+            products, or faster ones in bfloat16.
     """
+    if str(dtype).removeprefix("torch.") == "int8":
+        reason = int8.why_not()
+        if device.type != "cpu":
+            reason = f"it is for a CPU, not {device.type}; pass dtype='bfloat16', or device='cpu'"
+        elif _has_amx() and has_products(torch.bfloat16):
+            reason = (
+                "this processor has AMX, by which bfloat16 is faster, and more exact; "
+                "pass dtype='bfloat16'"
+            )
+        if reason:
+            raise InputError(f"dtype is 'int8': {reason}", "dtype")
+        return torch.int8
     if str(dtype) == "auto":
         is_ampere = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
         is_fast = is_ampere or (device.type == "cpu" and has_products(torch.bfloat16))
@@ -190,7 +207,13 @@ def has_products(dtype: torch.dtype) -> bool:
     on_x86 = platform.machine().lower() in ("x86_64", "amd64")
     if dtype != torch.bfloat16 or not on_x86 or not hasattr(torch.cpu, "_is_avx512_bf16_supported"):
         return True
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.cpu._is_avx512_bf16_supported() or _has_amx()
+
+
+def _has_amx() -> bool:
+    """Whether the processor has matrix units that this torch knows of."""
+    ask = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return ask is not None and bool(ask())
 
 
 def to_keep(options: Mapping[str, Any]) -> dict[str, Any]:

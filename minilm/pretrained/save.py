@@ -288,7 +288,9 @@ def _tensors(encoder: Pipeline) -> dict[str, Tensor]:
         # Copies, since tied weights share memory, which the format can't express.
         state = {published_name(name): _copy(tensor) for name, tensor in ours.items()}
         pooler = read_pooler(encoder)
-        return state | {name: _copy(tensor.to(encoder.dtype)) for name, tensor in pooler.items()}
+        return state | {
+            name: _copy(tensor.to(encoder.weights_dtype)) for name, tensor in pooler.items()
+        }
 
 
 def _copy(tensor: Tensor) -> Tensor:

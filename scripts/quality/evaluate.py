@@ -3,6 +3,7 @@
 
     python scripts/quality/evaluate.py              # all four tasks, on ../shared/data
     python scripts/quality/evaluate.py --reference  # and what the reference reaches
+    python scripts/quality/evaluate.py --dtype int8   # what products in 8 bits cost
     python scripts/quality/evaluate.py --task sts --data STS17.en-en.tsv
     python scripts/quality/evaluate.py --task classification --data texts.jsonl --json
 
@@ -271,6 +272,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--task", choices=list(TASKS), help="one of them (default: all)")
     parser.add_argument("--data", type=Path, help="a file or folder of the task's form")
     parser.add_argument("--model", default=hub.DEFAULT_MODEL, metavar="NAME_OR_FOLDER")
+    parser.add_argument("--dtype", help="of our vectors: float32 (default), int8, ...")
     parser.add_argument("--reference", action="store_true", help="also of sentence-transformers")
     parser.add_argument("--json", action="store_true")
     results.add_option(parser)
@@ -283,7 +285,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {missing[0]}: no such file or folder; see --data", file=sys.stderr)
         return 2
     try:
-        figures = run(tasks, options.model, options.reference)
+        figures = run(tasks, options.model, options.dtype, options.reference)
     except (MinilmError, OSError, ValueError, KeyError, AttributeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -295,7 +297,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def run(tasks: dict[str, Path], model: str, with_reference: bool) -> list[Figure]:
+def run(
+    tasks: dict[str, Path], model: str, dtype: str | None, with_reference: bool
+) -> list[Figure]:
     """Load what is needed, and measure.
 
     Raises:
@@ -306,7 +310,7 @@ def run(tasks: dict[str, Path], model: str, with_reference: bool) -> list[Figure
     except ImportError as error:
         script = "scripts/quality/evaluate.py"
         raise MissingPackageError(script, "scikit-learn", "sklearn") from error
-    encoder = SentenceEncoder.from_pretrained(model)
+    encoder = SentenceEncoder.from_pretrained(model, dtype=dtype)
     files = encoder.source
     is_published = files is not None and hub.SHA256["model.safetensors"] in files.sha256.values()
 

@@ -1,6 +1,5 @@
 """A layer's products in 8 bits: near the float32 ones, exact sums, a row's bits its own."""
 
-import json
 from typing import Any
 
 import pytest
@@ -8,12 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from conftest import DATA, seeded_bert
-from minilm import BertConfig, BertModel, SentenceEncoder
+from conftest import seeded_bert
+from minilm import BertConfig, BertModel
 from minilm.bert import BertLayer
 from minilm.inference import int8
 from minilm.inference.int8 import Int8Layer, calibrate, exact_products
-from minilm.inference.packed import PackedBatch, plan_batches
+from minilm.inference.packed import PackedBatch
 
 SMALL = BertConfig(
     vocab_size=50,
@@ -121,17 +120,28 @@ def test_a_column_of_large_weights_stays_in_float32() -> None:
     assert (near - exact).abs().max() < 0.05  # the column's scale alone, 8 / 127, times 25 is 1.6
 
 
-def test_values_out_of_range_count_as_its_ends() -> None:
-    product, _, _ = make_product(384, 384)
-    low = torch.full((1, 384), -1e30)
-    assert torch.equal(product(low), product(low / 1e20))
-    assert not torch.equal(product(low), product(-low))
+@pytest.mark.parametrize("variant", ["plain", "gelu", "add"])
+def test_a_row_out_of_range_has_a_range_of_its_own(variant: str) -> None:
+    product, weight, bias = make_product(384, 384)
+    rows, add = randn(40, 384, seed=3).clamp(-1, 1), randn(40, 384, seed=4)
+    rows[[3, 17]] *= 30
+    then = ("gelu", [], "none") if variant == "gelu" else ("none", [], "")
+    given = add if variant == "add" else None
+    near = product(rows, then=then, add=given)
+    exact = F.linear(rows, weight, bias)
+    exact = F.gelu(exact) if variant == "gelu" else exact + add if variant == "add" else exact
+    error = (near - exact).square().mean(1).sqrt() / exact.std(1)
+    assert error.min() > 1e-4
+    assert error.max() < 0.02  # cut off, those two would be wrong by 0.9
+    usual = product(rows[:3], then=then, add=None if given is None else given[:3])
+    assert torch.equal(near[:3], usual)  # the others are as they were without it
 
 
 @pytest.mark.parametrize(("outputs", "inputs"), SHAPES)
 def test_a_row_has_its_bits_in_any_company(outputs: int, inputs: int) -> None:
     product, _, _ = make_product(outputs, inputs)
     rows, add = randn(2048, inputs), randn(2048, outputs, seed=1)
+    rows[::7] *= 9  # out of range
 
     def compute(part: slice, variant: str) -> Tensor:
         taken, added = rows[part].clone(), add[part]
@@ -190,8 +200,9 @@ def test_calibration_takes_the_mean_error_off() -> None:
         for given in (rough, calibration)
     ]
     assert (mean[1] - exact).abs().max() < 1e-5 < (mean[0] - exact).abs().max()
-    states_low = calibration["query_key_value.low"]
-    assert torch.equal(states_low, states.amin(0))
+    low, high = (calibration[f"query_key_value.{end}"] for end in ("low", "high"))
+    assert ((states < low).sum(0) <= 1).all()  # a thousandth of 300 tokens, rounded
+    assert ((states > high).sum(0) <= 1).all()
 
 
 def _query_key_value(layer: BertLayer, states: Tensor) -> list[Tensor]:
@@ -207,39 +218,3 @@ def test_sums_that_are_cut_off_are_found_on_any_processor(
 
     monkeypatch.setattr(int8, "_multiply", saturated)
     assert not exact_products.__wrapped__()
-
-
-def test_the_published_model_keeps_its_cosines(
-    encoder: SentenceEncoder, encoder64: SentenceEncoder
-) -> None:
-    texts = [
-        json.loads(line)["text"]
-        for line in (DATA / "parity_texts.jsonl").read_text("utf-8").splitlines()
-    ]
-    calibration_texts, others = texts[::3], texts[1::3]
-    bert = encoder.bert
-
-    def batches(texts: list[str]) -> list[tuple[list[int], PackedBatch]]:
-        assert encoder.tokenizer is not None
-        ids = encoder.tokenizer.tokenize(texts, 256).input_ids
-        plan = plan_batches([len(row) for row in ids], 2048)
-        return [(rows, PackedBatch([ids[row] for row in rows])) for rows in plan]
-
-    calibrations = calibrated(bert, [batch for _, batch in batches(calibration_texts)])
-    layers = [
-        Int8Layer(layer, calibration)  # type: ignore[arg-type]
-        for layer, calibration in zip(bert.layers, calibrations, strict=True)
-    ]
-    vectors = torch.empty(len(others), 384)
-    with torch.inference_mode():
-        for rows, batch in batches(others):
-            states = bert.embeddings(batch.input_ids, None, batch.position_ids)
-            for layer in layers:
-                states = layer(states, batch.attend)
-            vectors[rows] = batch.pool(encoder.pooling, states)
-    exact = torch.from_numpy(encoder64.encode(others, truncation="silent"))
-    # Many languages and odd texts ("No.", "!!!???..."); the module says what falls below 0.998.
-    cosines = F.cosine_similarity(vectors.double(), exact)
-    assert cosines.mean() >= 0.999
-    assert cosines.quantile(0.06) >= 0.998
-    assert cosines.min() >= 0.99
