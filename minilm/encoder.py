@@ -130,6 +130,11 @@ class SentenceEncoder(Pipeline):
                 without products in bfloat16 or float16, where these would be slower, it is
                 float32, with a `DtypeWarning`; `encoder.dtype` is what it really is. (`.half()`
                 and `.to(dtype)` do what they say on any processor, at its speed.)
+                "int8" multiplies in 8 bits in `encode`, in float32 elsewhere: a plain call, a trace
+                and gradients are as in float32. It is for the published weights, and for a CPU
+                that multiplies bytes exactly (VNNI) and has no AMX, with which bfloat16 is faster.
+                Cosines to the exact vectors are 0.998 and more for sentences. A fingerprint says
+                so, and its vectors are not mixed with those of other dtypes.
                 "auto" is the fastest whose vectors keep a cosine of 0.9999 with the exact ones:
                 bfloat16 where the processor or the GPU multiplies in it, else float32.
             reproducible: Compute in float64 and round each vector once, to float32: the same bits
@@ -152,7 +157,7 @@ class SentenceEncoder(Pipeline):
                 is damaged, and can't be fetched again.
             ConfigError, TokenizerError, WeightsError, ModelFolderError: The files of the model
                 are broken, or ask for what is not implemented.
-            InputError: The device or dtype can't be used, or an option has no effect here.
+            InputError: The device or dtype can't be used, or doesn't pay, or an option has no effect here.
         """
         return cls(name_or_path, **options)
 

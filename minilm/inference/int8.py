@@ -1,35 +1,32 @@
 """The matrix products of a layer in 8 bits: a byte for each weight and each activation.
 
 In: a `BertLayer` and what `calibrate` measured of it. Out: an `Int8Layer`, which computes the same
-but for rounding. Next: `bert.py` for what it computes, `kernels.py` for the products in float32.
+but for rounding. Next: `kernels.py`, which uses it where a model was loaded with `dtype="int8"`.
+(`precision="int8"` is another thing: it rounds the vectors that come out.)
 
 A processor with instructions for it (VNNI) multiplies bytes some four times as fast as float32. A
-number x becomes the code round(x / scale) + zero point, from 0 to 255, and the product of codes is
-a sum of whole numbers, which is exact: it is the same in any order, so that a row keeps its bits in
-any company. What costs accuracy is the rounding to codes, and each of these takes some away:
+number x becomes the code round(x / scale) + zero point, from 0 to 255. What costs accuracy is the
+rounding to codes, and each of these takes some of it away:
 
 - Weights have a scale for each output, so that none is rounded by another's size.
-- Activations differ between columns: a few of the 384 reach 28, most of them 2. With one scale the
-  small ones would lose their digits. So each column is divided by a factor, and the weights are
-  multiplied by it, which leaves the product as it was (Xiao et al. 2022, "SmoothQuant", equation
-  4). Columns are taken about the middle of their range, and what that adds goes into the bias.
+- Smoothing. Activations differ between columns: a few of the 384 reach 28, most of them 2. With one
+  scale the small ones would lose their digits. So each column is divided by a factor, and the
+  weights are multiplied by it, which leaves the product as it was (Xiao et al. 2022, "SmoothQuant",
+  equation 4). Columns are taken about the middle of their range; what that adds goes into the bias.
+- Ranges are those of all but a thousandth of the tokens. A token that goes beyond gets a scale of
+  its own, by a second product of those few rows.
 - The second product of the feed-forward sublayer takes what GELU gives: never below -0.17, and as
   much as 25 in one column, where all others stay under 6. One scale for all tokens would lose more
   than all else together: here each row has its own. And that column's weights, as large as 8 where
   the others are 0.05 on average, would be the scale of some outputs: it stays in float32.
-- What is left has a mean that is not 0, and a mean over tokens, as pooling is, doesn't lessen that.
-  The mean error of each output, measured on texts, is taken off the bias.
+- Correction. What is left has a mean that is not 0, and pooling, a mean over tokens, doesn't lessen
+  that. The mean error of each output, measured on texts, is taken off the bias.
 
-Lowest and mean cosine to float64, on sentences, paragraphs and long texts:
+`scripts/results/int8-products.md` has the cosines to float64. Texts of one word or none lose most.
 
-    8-bit weights alone                                  0.9990   0.9994
-    fixed ranges, also behind GELU                       0.9868   0.9953
-    a scale for each row behind GELU                     0.9978   0.9987
-    the same, the mean error taken off                   0.9980   0.9992
-    the same, a column in float32: this module           0.9978   0.9993
-
-Texts unlike those that were calibrated on fall further: one letter a hundred times, or "No.", to
-0.990 to 0.996, and of 697 texts in many languages and of odd kinds one in thirty below 0.998.
+Same bits. The product of codes is a sum of whole numbers, which is exact in any order, and a row's
+scale depends on that row alone: so a text keeps its bits in any batch and with any number of
+threads. Between processors they may differ, since what stands between the products is in float32.
 
 Not every processor adds exactly: AVX2 without VNNI adds two products of bytes in 16 bits, which is
 too little for full codes, and says nothing. `exact_products` tries the largest ones out.
@@ -219,12 +216,12 @@ class _Product:
         """
         column = rows[:, self._column, None].clone()  # [n, 1]
         rows[:, self._column] = 0
-        scales = rows.amax(1, keepdim=True).sub_(_LOWEST).clamp_min_(_LEAST).div_(255)  # [n, 1]
-        slope = scales.reciprocal()
-        codes = torch.addcmul(0.5 - _LOWEST * slope, rows, slope).to(torch.uint8)
-        sums = _multiply(codes, 1.0, 0, self._packed, self._weight_scales, None, _NOTHING)
+        ranges = rows.amax(1, keepdim=True).sub_(_LOWEST)  # [n, 1], above 0
+        slope = 255 / ranges
+        codes = torch.addcmul(slope * -_LOWEST + 0.5, rows, slope).to(torch.uint8)
+        sums = _multiply(codes, 1 / 255, 0, self._packed, self._weight_scales, None, _NOTHING)
         rest = torch.addcmul(self._bias, column, self._column_weight).add_(add)
-        return rest.addcmul_(sums, scales)
+        return rest.addcmul_(sums, ranges)
 
 
 def digest(layer: nn.Module) -> str:
@@ -359,9 +356,6 @@ def calibrate(
 
     All texts go through the layers twice, side by side: in float32, and in 8 bits, as far as those
     are calibrated. Each product is corrected before the next one is measured.
-
-    Ranges are those of the extremes, so that rare texts count: of 500 sentences the worst kept a
-    cosine of 0.9963 to 0.9980 with 300 texts to calibrate on, and of 0.9986 with 697.
 
     Args:
         bert: In float32, on the CPU.
