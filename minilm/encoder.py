@@ -157,7 +157,8 @@ class SentenceEncoder(Pipeline):
                 is damaged, and can't be fetched again.
             ConfigError, TokenizerError, WeightsError, ModelFolderError: The files of the model
                 are broken, or ask for what is not implemented.
-            InputError: The device or dtype can't be used, or doesn't pay, or an option has no effect here.
+            InputError: The device or dtype can't be used, or doesn't pay, or an option has no
+                effect here.
         """
         return cls(name_or_path, **options)
 
