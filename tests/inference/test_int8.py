@@ -125,7 +125,7 @@ def test_a_row_out_of_range_has_a_range_of_its_own(variant: str) -> None:
     product, weight, bias = make_product(384, 384)
     rows, add = randn(40, 384, seed=3).clamp(-1, 1), randn(40, 384, seed=4)
     rows[[3, 17]] *= 30
-    then = ("gelu", [], "none") if variant == "gelu" else ("none", [], "")
+    then = int8._GELU if variant == "gelu" else int8._NOTHING
     given = add if variant == "add" else None
     near = product(rows, then=then, add=given)
     exact = F.linear(rows, weight, bias)

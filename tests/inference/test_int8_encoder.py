@@ -13,9 +13,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from conftest import ROOT
+import bench
+from conftest import ROOT, minilm
 from minilm import SentenceEncoder
 from minilm.errors import InputError
+from minilm.index.index import Index
 from minilm.inference import int8
 from minilm.pretrained import options
 from minilm.pretrained.fingerprint import compare
@@ -49,6 +51,17 @@ def test_vectors_are_near_the_exact_ones(
     assert cosines[[0, 4, 6]].min() > 0.998
 
 
+def test_workloads_keep_their_cosines(coded: SentenceEncoder, encoder64: SentenceEncoder) -> None:
+    tokenizer = coded.get_tokenizer()
+    workloads = bench.make_texts(lambda words: tokenizer(words).token_counts, 1)
+    for name, count in (("W1", 200), ("W2", 100), ("W3", 12)):
+        texts = workloads[name][:count]
+        near, exact = (torch.from_numpy(e.encode(texts)).double() for e in (coded, encoder64))
+        cosines = F.cosine_similarity(near, exact)
+        assert cosines.min() >= 0.998, name
+        assert cosines.mean() >= 0.999, name
+
+
 def test_texts_have_their_bits_in_any_company(coded: SentenceEncoder) -> None:
     together = coded.encode(TEXTS)
     alone = np.stack([coded.encode(text) for text in TEXTS])
@@ -70,7 +83,7 @@ def test_a_plain_call_is_in_float32(coded: SentenceEncoder, encoder: SentenceEnc
     vectors = coded(features)["sentence_embedding"]
     assert torch.equal(vectors, encoder(features)["sentence_embedding"])
     vectors.sum().backward()
-    gradient = coded.bert.layers[0].attention.query.weight.grad
+    gradient = coded.get_parameter("bert.layers.0.attention.query.weight").grad
     assert gradient is not None
     assert gradient.abs().max() > 0
     coded.zero_grad()
@@ -83,6 +96,21 @@ def test_what_says_int8(coded: SentenceEncoder, encoder: SentenceEncoder) -> Non
     assert ours.weights_sha256 == other.weights_sha256
     assert compare(ours, other).verdict == compare(other, ours).verdict == "model"
     assert compare(ours, coded.fingerprint()).verdict == "same"
+
+
+def test_an_index_is_not_mixed(
+    coded: SentenceEncoder, encoder: SentenceEncoder, tmp_path: Path
+) -> None:
+    index = Index.create(tmp_path / "index", coded.fingerprint())
+    index.add(coded.encode(TEXTS), TEXTS, fingerprint=coded.fingerprint())
+    with pytest.raises(InputError, match="'int8', not 'float32'"):
+        index.search(encoder.encode("a query"), fingerprint=encoder.fingerprint())
+
+
+def test_info_says_int8(coded: SentenceEncoder, published: Path) -> None:
+    model = ["--model", str(published), "--device", "cpu"]
+    done = minilm("info", *model, "--dtype", "int8")
+    assert "computes in: int8 on cpu\n" in done.stdout.decode()
 
 
 def test_copies_stay_in_int8(coded: SentenceEncoder) -> None:
@@ -109,7 +137,7 @@ def test_other_weights_are_refused(coded: SentenceEncoder, tiny_encoder: Sentenc
     changed = copy.deepcopy(coded)
     changed.encode("before")
     with torch.no_grad():
-        changed.bert.layers[3].feed_forward.output.weight[5] *= 1.01
+        changed.get_parameter("bert.layers.3.feed_forward.output.weight")[5] *= 1.01
     with pytest.raises(InputError, match="published weights"):
         changed.encode("after")
 
