@@ -4,21 +4,21 @@ In: a `BertLayer` and what `calibrate` measured of it. Out: an `Int8Layer`, whic
 but for rounding. Next: `kernels.py`, which uses it where a model was loaded with `dtype="int8"`.
 (`precision="int8"` is another thing: it rounds the vectors that come out.)
 
-A processor with instructions for it (VNNI) multiplies bytes some four times as fast as float32. A
+A processor with instructions for it (VNNI) multiplies bytes several times as fast as float32. A
 number x becomes the code round(x / scale) + zero point, from 0 to 255. What costs accuracy is the
 rounding to codes, and each of these takes some of it away:
 
 - Weights have a scale for each output, so that none is rounded by another's size.
-- Smoothing. Activations differ between columns: a few of the 384 reach 28, most of them 2. With one
-  scale the small ones would lose their digits. So each column is divided by a factor, and the
+- Smoothing. Activations differ between columns: a few of the 384 reach ten times what most do. With
+  one scale the small ones would lose their digits. So each column is divided by a factor, and the
   weights are multiplied by it, which leaves the product as it was (Xiao et al. 2022, "SmoothQuant",
   equation 4). Columns are taken about the middle of their range; what that adds goes into the bias.
 - Ranges are those of all but a thousandth of the tokens. A token that goes beyond gets a scale of
   its own, by a second product of those few rows.
-- The second product of the feed-forward sublayer takes what GELU gives: never below -0.17, and as
-  much as 25 in one column, where all others stay under 6. One scale for all tokens would lose more
-  than all else together: here each row has its own. And that column's weights, as large as 8 where
-  the others are 0.05 on average, would be the scale of some outputs: it stays in float32.
+- The second product of the feed-forward sublayer takes what GELU gives: never below -0.17, and in
+  one column several times what all others reach. One scale for all tokens would lose more than all
+  else together: here each row has its own. And that column's weights, a hundred times as large as
+  the average, would be the scale of some outputs: it stays in float32.
 - Correction. What is left has a mean that is not 0, and pooling, a mean over tokens, doesn't lessen
   that. The mean error of each output, measured on texts, is taken off the bias.
 
