@@ -133,8 +133,8 @@ class SentenceEncoder(Pipeline):
                 "int8" multiplies in 8 bits in `encode`, in float32 elsewhere: a plain call, a trace
                 and gradients are as in float32. It is for the published weights, and for a CPU
                 that multiplies bytes exactly (VNNI) and has no AMX, with which bfloat16 is faster.
-                Cosines to the exact vectors are 0.998 and more for sentences. A fingerprint says
-                so, and its vectors are not mixed with those of other dtypes.
+                Cosines to the exact vectors are 0.998 and more for sentences, less for texts of a
+                word or none. A fingerprint says int8; an index doesn't mix it with other dtypes.
                 "auto" is the fastest whose vectors keep a cosine of 0.9999 with the exact ones:
                 bfloat16 where the processor or the GPU multiplies in it, else float32.
             reproducible: Compute in float64 and round each vector once, to float32: the same bits

@@ -2,12 +2,13 @@
 
     python scripts/make/int8_products.py [--model FOLDER] [--write] [--markdown FILE]
 
-Calibration and measurement share no text. Calibrated is with texts of ours, the same in every run
+Calibrated is with texts of ours, the same in every run
 of one commit: the docstrings of this package, whole and by sentences, stretches of 250 words of
 them, words of the vocabulary alone, in random order and repeated, and test texts in other languages
-and of odd kinds. Measured is on the workloads of `scripts/bench/bench.py`, which are made of other
-test texts, and on sentences of every kind; `scripts/quality/evaluate.py --dtype int8` measures
-similarity and retrieval. --write puts the numbers into minilm/inference/int8_products.npz.
+and of odd kinds. Measured is on W1 to W3 of `scripts/bench/bench.py` and on the kind "everyday",
+with which nothing was calibrated, and on the other kinds of test texts, with 200 of which it was.
+`scripts/quality/evaluate.py --dtype int8` measures similarity and retrieval. --write puts the
+numbers into minilm/inference/int8_products.npz.
 """
 
 import argparse
