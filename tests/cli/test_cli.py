@@ -378,7 +378,8 @@ def test_examples_of_the_help_run(
         words = shlex.split((after or before).split(" > ")[0])
         given = [] if words[:2] == ["index", "export"] else model  # which loads none
         done = minilm(*words, *given, stdin=stdin, cwd=workplace)
-        assert done.returncode == 0, (line, done.stdout, done.stderr)
+        expected = 1 if "--digest" in words else 0  # of another model than the published one
+        assert done.returncode == expected, (line, done.stdout, done.stderr)
 
 
 def test_every_command_has_examples_in_its_help() -> None:
