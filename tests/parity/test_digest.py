@@ -29,8 +29,14 @@ from minilm.parity.mistakes import Variant, VariantRunner, causes_for
 from mutations import MUTATIONS, planted
 
 Expected = dict[int, dict[str, bytes]]
-# Of the mistakes, those that can't show on these texts.
-UNSEEN: set[str] = set()
+# Of the mistakes, those that the chosen texts don't show.
+UNSEEN = {
+    "special tokens in small letters",
+    "unassigned characters dropped",
+    "line and paragraph separators no blanks",
+    "line and paragraph separators dropped",
+    "text ended by NUL",
+}
 
 
 def rounded(values: Any) -> bytes:
