@@ -100,13 +100,14 @@ class SentenceEncoder(Pipeline):
         self.default_prompt_name = default_prompt_name
         self.similarity_fn_name = similarity_fn_name or "cosine"
         self.truncate_dim = truncate_dim
-        if kind == torch.int8:
-            self.in_int8, kind = True, torch.float32
+        in_int8 = kind == torch.int8
+        if in_int8:
+            kind = torch.float32
         mixed = kind == torch.bfloat16  # for the products only; sums and norms stay float32
         accelerate(self.bert, kind if mixed else None)
         self.to(target, None if mixed else kind)
-        self._rounds = wanted.reproducible
-        if self.in_int8:
+        self._rounds, self.in_int8 = wanted.reproducible, in_int8
+        if in_int8:
             for layer in self.bert.layers:
                 calibration_of(layer)  # refuses other weights
 

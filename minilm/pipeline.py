@@ -186,19 +186,26 @@ class Pipeline(nn.Module):
         return vectors.float() if self.reproducible else vectors
 
     def to(self, *args: Any, **kwargs: Any) -> Self:
-        """Move or convert the model, as `nn.Module.to`.
+        """Move or convert the model, as `nn.Module.to`. Asked for a dtype, it is in int8 no more.
 
         Raises:
             InputError: A device can't be used; the message names it.
         """
         given = (*args, *kwargs.values())
-        dtype = next((kind for kind in given if isinstance(kind, torch.dtype)), self.weights_dtype)
+        dtype = next((kind for kind in given if isinstance(kind, torch.dtype)), None)
         for device in given:
             if isinstance(device, str | torch.device):
-                inputs.as_device(device, dtype)
+                inputs.as_device(device, dtype or self.weights_dtype)
+        if dtype is not None:
+            self.in_int8 = False
         # Parameters stay ordinary tensors wherever we are, unless they were copied in such a place.
         with torch.inference_mode(any(part.is_inference() for part in self.parameters())):
             return super().to(*args, **kwargs)
+
+    def float(self) -> Self:
+        """Convert the model, as `nn.Module.float`; it is in int8 no more."""
+        self.in_int8 = False
+        return super().float()
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """Add the stage that scales to length 1, if there is none.

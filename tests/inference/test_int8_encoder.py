@@ -120,6 +120,9 @@ def test_copies_stay_in_int8(coded: SentenceEncoder) -> None:
         assert np.array_equal(other.encode(TEXTS), vectors)
     converted = copy.deepcopy(coded).double()
     assert converted.dtype == torch.float64
+    assert copy.deepcopy(coded).to("cpu").dtype == torch.int8
+    for converted in (copy.deepcopy(coded).float(), copy.deepcopy(coded).to(torch.float32)):
+        assert converted.dtype == torch.float32
 
 
 def test_saved_weights_are_those_of_float32(coded: SentenceEncoder, tmp_path: Path) -> None:
