@@ -686,7 +686,8 @@ TARGETS = (
     ),
     Target(
         "the manifest of parts", ("parts.manifest.json",), _write_parts, _check_parts,
-        lambda folder, result: bool(plain_json((folder / "parts.manifest.json").read_bytes())),
+        lambda folder, result: not (path := folder / "parts.manifest.json").is_file()
+        or bool(plain_json(path.read_bytes())),
     ),
     Target(
         "a run of parts, finished",
