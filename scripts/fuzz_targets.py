@@ -305,6 +305,8 @@ def _stored_say(folder: Path, result: Result) -> bool:
 
 def _vectors_say(folder: Path, result: Result, *, narrow: bool = False) -> bool:
     for name, (texts, dtype, shape, data) in result.items():
+        if not narrow and not all(isinstance(text, str) for text in texts):
+            return False  # rows may have anything there, texts may not
         said = _PLAIN[Path(name).suffix]((folder / name).read_bytes())
         if narrow and not texts and not said[0]:  # no row, and so no vector
             continue
@@ -338,8 +340,8 @@ def _plain_jsonl(data: bytes) -> tuple[list[str], Any]:
             name = next(each for each in _NAMES if each in row)
             others = [each for each in row if each not in _NAMES]
             text = row[others[0] if len(others) == 1 else "text"]
-            if any(type(each) not in (int, float) for each in row[name]) or type(text) is not str:
-                raise ValueError("no numbers, or no text")
+            if any(type(each) not in (int, float) for each in row[name]):
+                raise ValueError("no numbers")
             texts.append(text)
             vectors.append(row[name])
     return texts, vectors
@@ -684,7 +686,8 @@ TARGETS = (
     ),
     Target(
         "the manifest of parts", ("parts.manifest.json",), _write_parts, _check_parts,
-        lambda folder, result: bool(plain_json((folder / "parts.manifest.json").read_bytes())),
+        lambda folder, result: not (path := folder / "parts.manifest.json").is_file()
+        or bool(plain_json(path.read_bytes())),
     ),
     Target(
         "a run of parts, finished",

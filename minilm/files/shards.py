@@ -397,6 +397,7 @@ def _from_manifest(path: Path) -> _Found:
         header = parse_json(path.read_bytes())
         parts = [Part.from_dict(each) for each in header.pop("parts")]
         int(header["rows"]["written"])
+        run_of(header)
         return _Found(header, parts, True, path)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         what = f"is not a manifest, or broken: {error}; remove it, or choose another folder"

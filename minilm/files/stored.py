@@ -90,6 +90,10 @@ def read_blocks(
                 raise ValueError(f"holds {vectors.dtype} {list(vectors.shape)}, not vectors")
             if rows is not None and len(rows) != len(vectors):
                 raise ValueError(f"holds {len(vectors):,} vectors and {len(rows):,} rows")
+            expected = vectors.shape[1] if record is None else _width(record)
+            if len(vectors) and vectors.shape[1] != expected:
+                what = f"its vectors have {vectors.shape[1]} numbers"
+                raise ValueError(f"{what}, its fingerprint says {expected}")
         yield range(len(vectors)) if rows is None else rows, _decoded(vectors, record, part)
 
 
@@ -132,6 +136,12 @@ def _check_same(path: Path, record: Fingerprint | None, wanted: Fingerprint) -> 
             "made it, or embed the texts again",
             "fingerprint",
         )
+
+
+def _width(record: Fingerprint) -> int:
+    """How many numbers of a vector are stored."""
+    is_packed = record.precision in ("binary", "ubinary")
+    return -(-record.dimension // 8) if is_packed else record.dimension
 
 
 def _decoded(vectors: _Array, record: Fingerprint | None, path: Path) -> _Array:

@@ -409,3 +409,11 @@ def test_where_nothing_can_be_written_beside_the_folder(
         folder = written(tmp_path / "a")
     assert sorted(contents(folder)) == [f"part-0000{i}.parquet" for i in range(3)]
     assert verify_parts(folder).problems == []
+
+
+def test_a_manifest_with_other_inputs_is_named(tmp_path: Path) -> None:
+    folder = written(tmp_path / "a")
+    manifest = json.loads(manifest_path(folder).read_text())
+    manifest_path(folder).write_text(json.dumps(manifest | {"inputs": [[1]]}))
+    with pytest.raises(ConfigError, match="is not a manifest, or broken"):
+        verify_parts(folder)

@@ -147,3 +147,15 @@ def test_a_damaged_page_is_noticed(tiny_folder: Path, tmp_path: Path) -> None:
     assert pq.read_table(path).num_rows == 3  # silently
     with pytest.raises(InputError, match=r"can't be read as Parquet: .*CRC"):
         read_vectors(path)
+
+
+def test_numbers_that_got_lost(tiny_folder: Path, tmp_path: Path) -> None:
+    path = encoded(".csv", tmp_path, tiny_folder)
+    path.write_text(path.read_text(encoding="utf-8").replace(",1,", ",one,", 1), encoding="utf-8")
+    with pytest.raises(InputError, match=r"out\.csv.* have 1 numbers, its fingerprint says 32"):
+        read_vectors(path)
+    path = encoded(".jsonl", tmp_path, tiny_folder)
+    lines = path.read_text(encoding="utf-8").replace('"embedding": [', '"embedding": [true, ', 1)
+    path.write_text(lines, encoding="utf-8")
+    with pytest.raises(InputError, match=r"out\.jsonl: .*line 1 has true among its numbers"):
+        read_vectors(path)
