@@ -97,6 +97,7 @@ def test_what_lies_outside_is_noticed(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of libraries, about files that they leave open
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 def test_every_target_withstands_some_damage(target: Target, tmp_path: Path) -> None:
     tries = fuzz._Tries(target, tmp_path / "files")
