@@ -268,7 +268,11 @@ class VariantRunner:
             self._keep(variant, [list(row) for row in missing])
         found = [self._kept[variant.computed, tuple(ids[i]), variant.pooling] for i in places]
         width = self.encoder.bert.config.hidden_size
-        return torch.stack(found) if found else torch.empty(0, width, dtype=torch.float64, device="cpu")
+        return (
+            torch.stack(found)
+            if found
+            else torch.empty(0, width, dtype=torch.float64, device="cpu")
+        )
 
     def _keep(self, variant: Variant, rows: list[list[int]]) -> None:
         """Compute some ids and keep their vectors: by all poolings where nothing else differs."""
