@@ -63,7 +63,7 @@ _WITHIN = 0.5  # orders of magnitude by which they may be behind the best
 _STEPS = 3  # mistakes of the arithmetic, each of which must help
 _RIGHT = 0.15  # the share of texts, equal to rounding, that shows the arithmetic to be right
 _FAR = 1e-3  # a text that was read otherwise is farther off than this
-_COARSE = 4.0  # times the median difference: what fewer bits may leave of a text
+_COARSE = 4.0  # times the usual difference: what fewer bits may leave of a text
 _COMPANY = 1e-4  # by which vectors of one text in different batches differ if they depend on it
 _ALIKE = 8.0  # errors of like size: the largest of a text is at most so many times the smallest
 _EIGHT_BITS = (0.02, 0.8)  # the size of such errors, of vectors of length 1
@@ -456,10 +456,12 @@ class _Case:
 
     def _has_right_arithmetic(self, state: "_Trial") -> bool:
         """Whether some texts are equal to rounding, and others far off."""
-        right = state.of_text <= self._slack(state)
+        slack = self._slack(state)
+        right = state.of_text <= slack
         if int(right.sum()) < max(2, _RIGHT * len(right)) or right.all():
             return False
-        return float(state.of_text[~right].median()) > _FAR
+        # Not just beyond it, as errors of few bits are that vary from text to text.
+        return float(state.of_text[~right].median()) > max(_FAR, _COARSE * slack)
 
     def _reading(self, state: "_Trial") -> "list[_Trial] | None":
         """The readings that make most texts right, if some are right already; rivals if tied."""

@@ -415,6 +415,7 @@ def test_every_path_may_begin_with_the_home(
     run("index", "search", "~/index", "the dog")
     run("explain", "a dog", "a cat", "--html", "~/pairs.html")
     made = {"out.npz", "folder", "pattern", "kept.txt", "index", "pairs.html"}
+    made |= {"folder.manifest.json", "pattern.manifest.json"}
     assert {path.name for path in home.iterdir()} == made | {"texts.txt"}
     assert not list(workplace.glob("~*"))
 

@@ -58,7 +58,7 @@ def test_functions_of_arrays_need_a_cast(written: Written) -> None:
 
 def types(source: Any, column: str = "embedding") -> str:
     with duckdb.connect() as connection:  # which an error leaves without use
-        (kind,) = connection.sql(f"SELECT typeof({column}) FROM source LIMIT 1").fetchone()
+        ((kind,),) = connection.sql(f"SELECT typeof({column}) FROM source LIMIT 1").fetchall()
     return str(kind)
 
 

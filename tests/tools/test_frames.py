@@ -93,7 +93,7 @@ def _by_daft(folder: Path) -> int:
 
 def _by_duckdb(folder: Path) -> int:
     sql = f"SELECT count(*) FROM read_parquet('{folder}/*')"
-    return int(tool("duckdb").connect().sql(sql).fetchone()[0])
+    return int(tool("duckdb").connect().sql(sql).fetchall()[0][0])
 
 
 def _by_clickhouse(folder: Path) -> int:
