@@ -36,8 +36,8 @@ def golden() -> Golden:
 
 
 def test_golden_file_is_complete(golden: Golden) -> None:
-    assert len(golden.texts) == len(golden.input_ids) == 20
-    assert golden.embeddings.shape == (20, 384)
+    assert len(golden.texts) == len(golden.input_ids) == 32
+    assert golden.embeddings.shape == (32, 384)
     lengths = [len(ids) for ids in golden.input_ids]
     assert min(lengths) == 2
     assert max(lengths) == 256
