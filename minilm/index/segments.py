@@ -32,6 +32,7 @@ from minilm.disk import (
     write_atomically,
 )  # fmt: skip
 from minilm.errors import ConfigError, InputError, InputTypeError, errors_of_libraries
+from minilm.files.arrays import map_npy
 from minilm.pretrained.fingerprint import Fingerprint
 from minilm.quantize import model_ranges, quantize_embeddings
 from minilm.similarity import Embeddings
@@ -153,8 +154,8 @@ def _checked_entries(
         if not _SEGMENT.fullmatch(entry.name):
             raise ValueError(f"{entry.name!r} is not the name of a segment")
         numbers.append(int(entry.name.removeprefix("segment-")))
-    if numbers != sorted({*numbers}) or max(numbers, default=-1) >= next_segment:
-        raise ValueError("its segments are not numbered one after the other, below next_segment")
+    if numbers != sorted({*numbers}) or (numbers[-1] if numbers else -1) != next_segment - 1:
+        raise ValueError("its segments are not numbered one after the other, up to next_segment")
     return entries
 
 
@@ -205,8 +206,7 @@ class Segment:
             with errors_of_libraries(
                 lambda why: ConfigError(path, [f"is not a .npy file, or broken: {why}"])
             ):
-                mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-                array: _Array = mapped.view(np.ndarray)  # slices of a memmap take longer
+                array = map_npy(path).view(np.ndarray)  # slices of a memmap take longer
         except FileNotFoundError as error:
             raise ConfigError(path, ["is missing; build the index again"]) from error
         if array.dtype != dtype or array.shape != shape:

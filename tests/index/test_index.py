@@ -499,6 +499,7 @@ def test_names_that_lead_outside_are_refused(
         (edited(lambda v: v["segments"][0].update(name="other")), "not the name of a segment"),
         (edited(lambda v: v["segments"].append(v["segments"][0])), "are not numbered one after"),
         (edited(lambda v: v.update(next_segment=0)), "are not numbered one after"),
+        (edited(lambda v: v.update(segments=[])), "are not numbered one after"),
         (with_a_key_twice, "has the key 'column' more than once"),
         (lambda folder: shutil.rmtree(folder / "segment-00000"), "rows.jsonl is missing"),
         (lambda folder: (folder / "segment-00000/rows.jsonl").unlink(), "rows.jsonl is missing"),
