@@ -13,6 +13,7 @@ import safetensors
 
 from minilm.disk import check_header, with_home
 from minilm.errors import ConfigError, InputError, errors_of_libraries
+from minilm.files.arrays import open_npz
 from minilm.files.arrow import fingerprint_in, import_pyarrow
 from minilm.files.tables import METADATA_KEY, NPZ_KEY, sidecar_path
 from minilm.pretrained.fingerprint import Fingerprint
@@ -55,10 +56,10 @@ def _errors_about(path: Path, kind: str) -> AbstractContextManager[None]:
 
 
 def _from_npz(path: Path) -> bytes | None:
-    with _errors_about(path, "a .npz file"), np.load(path, allow_pickle=False) as arrays:
-        if NPZ_KEY not in arrays.files:
+    with _errors_about(path, "a .npz file"), open_npz(path) as arrays:
+        if NPZ_KEY not in arrays:
             return None
-        array = arrays[NPZ_KEY]
+        array = arrays[NPZ_KEY]()
     if array.dtype != np.uint8:
         raise ConfigError(path, [f"{NPZ_KEY} has dtype {array.dtype}; expected uint8"])
     return bytes(array.tobytes())

@@ -17,9 +17,10 @@ import safetensors
 
 from minilm.disk import parse_json, with_home
 from minilm.errors import InputError, errors_of_libraries
+from minilm.files.arrays import map_npy, open_npz
 from minilm.files.arrow import import_pyarrow, vector_column, vectors_of
 from minilm.files.records import read_fingerprint
-from minilm.files.rows import DEFAULT_COLUMN, Reader, as_floats, check_numbers
+from minilm.files.rows import DEFAULT_COLUMN, Reader, as_floats, as_json, check_numbers
 from minilm.files.shards import part_paths
 from minilm.files.sources import readable
 from minilm.files.tables import SUFFIXES, VECTOR_FIELDS
@@ -179,23 +180,28 @@ def _refusal(path: Path, why: str) -> InputError:
 
 
 def _npy(path: Path, column: str | None) -> tuple[_Rows | None, _Array]:
-    return None, np.load(path, mmap_mode="r", allow_pickle=False)
+    return None, map_npy(path)
 
 
 def _npz(path: Path, column: str | None) -> tuple[_Rows | None, _Array]:
-    with np.load(path, allow_pickle=False) as archive:
-        name = "rows_json" if "rows_json" in archive else "texts_json"
-        rows = parse_json(archive[name].tobytes())
-        return _objects(rows), archive["embeddings"]
+    with open_npz(path) as archive:
+        texts = parse_json(archive["texts_json"]().tobytes())
+        rows = parse_json(archive["rows_json"]().tobytes()) if "rows_json" in archive else texts
+        return _checked(rows, texts), archive["embeddings"]()
 
 
 def _safetensors(path: Path, column: str | None) -> tuple[_Rows | None, _Array]:
     with safetensors.safe_open(path, "np") as file:
         metadata = file.metadata() or {}
     texts = parse_json(metadata["texts_json"])
-    rows = _objects(parse_json(metadata.get("rows_json", "null")) or texts)
+    rows = parse_json(metadata.get("rows_json", "null")) or texts
     if "text_column" in metadata:
-        rows = [row | {metadata["text_column"]: t} for row, t in zip(rows, texts, strict=True)]
+        column = metadata["text_column"]
+        rows = _objects(rows)
+        if any(column in row for row in rows):
+            raise ValueError(f"its rows have {column!r} beside the texts of that name")
+        rows = [row | {column: text} for row, text in zip(rows, texts, strict=True)]
+    rows = _checked(rows, texts)
     with path.open("rb") as opened:  # `get_tensor` would copy
         size = int.from_bytes(opened.read(8), "little")
         tensor = parse_json(opened.read(size))["embeddings"]
@@ -204,6 +210,18 @@ def _safetensors(path: Path, column: str | None) -> tuple[_Rows | None, _Array]:
     if not all(shape):
         return rows, np.zeros(shape, kind)
     return rows, np.memmap(path, kind, "r", start, shape)
+
+
+def _checked(rows: Any, texts: Any) -> list[dict[str, Any]]:
+    """Rows as objects; texts are kept a second time, and each must be in its row."""
+    checked = _objects(rows)
+    if not isinstance(texts, list) or len(texts) != len(checked):
+        raise ValueError("its texts_json is not a list with a text for each row")
+    for number, (row, text) in enumerate(zip(checked, texts, strict=True)):
+        # An index gives a row without a text as JSON.
+        if not isinstance(text, str) or (text not in row.values() and text != as_json(row)):
+            raise ValueError(f"row {number} does not have the text that texts_json has for it")
+    return checked
 
 
 def _objects(rows: Any) -> list[dict[str, Any]]:

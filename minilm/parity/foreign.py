@@ -135,31 +135,31 @@ def read_vectors(
 
 
 def _read_npy(path: Path, column: str | None) -> tuple[list[str] | None, Any]:
-    import numpy as np
+    from minilm.files.arrays import read_npy
 
-    return None, np.load(path, allow_pickle=False)
+    return None, read_npy(path)
 
 
 def _read_npz(path: Path, column: str | None) -> tuple[list[str] | None, Any]:
-    import numpy as np
+    from minilm.files.arrays import open_npz
 
-    with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
+    with open_npz(path) as archive:
         return _from_archive(archive)
 
 
 def _from_archive(archive: Any) -> tuple[list[str] | None, Any]:
     texts = None
     if "texts_json" in archive:
-        texts = _strings("texts_json", parse_json(archive["texts_json"].tobytes()))
+        texts = _strings("texts_json", parse_json(archive["texts_json"]().tobytes()))
     elif "texts" in archive:
-        texts = _strings("texts", archive["texts"].tolist())
+        texts = _strings("texts", archive["texts"]().tolist())
     names = [name for name in archive if name != "texts" and not name.endswith("_json")]
     name = next((name for name in VECTOR_FIELDS if name in names), None)
     if name is None and len(names) == 1:
         name = names[0]
     if name is None:
         raise KeyError("embeddings")
-    return texts, archive[name]
+    return texts, archive[name]()
 
 
 def _read_safetensors(path: Path, column: str | None) -> tuple[list[str] | None, Any]:

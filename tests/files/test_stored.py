@@ -1,17 +1,21 @@
 """What encode wrote, in every form and precision, read back as float32."""
 
 import json
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from conftest import load, write_model_folder
 from minilm import SentenceEncoder
 from minilm.cli import main
-from minilm.errors import InputError
+from minilm.errors import ConfigError, InputError
 from minilm.files.records import read_fingerprint
+from minilm.files.rows import as_json
 from minilm.files.stored import read_vectors
 from minilm.files.tables import SUFFIXES, Table, write_table
 from minilm.quantize import dequantize, model_ranges
@@ -133,6 +137,64 @@ def test_files_that_are_something_else(tmp_path: Path) -> None:
         read_vectors(tmp_path / "empty")
     with pytest.raises(FileNotFoundError):
         read_vectors(tmp_path / "none.npy")
+
+
+def arrays_of(path: Path) -> dict[str, Any]:
+    with np.load(path) as archive:
+        return dict(archive)
+
+
+def with_name_twice(path: Path) -> None:
+    with zipfile.ZipFile(path, "a") as archive, pytest.warns(UserWarning, match="Duplicate name"):
+        archive.writestr("embeddings.npy", archive.read("embeddings.npy"))
+
+
+def with_another_text(path: Path) -> None:
+    texts = np.frombuffer(json.dumps(["other", *TEXTS[1:]]).encode(), np.uint8)
+    np.savez(path, **arrays_of(path) | {"texts_json": texts})
+
+
+def with_other_metadata(path: Path, **changed: str | None) -> None:
+    with safetensors.safe_open(path, "np") as file:
+        metadata = file.metadata() | changed
+    kept = {key: value for key, value in metadata.items() if value is not None}
+    tensors = safetensors.numpy.load_file(path)
+    path.write_bytes(safetensors.numpy.save(tensors, kept))
+
+
+@pytest.mark.parametrize(
+    ("form", "damage", "message"),
+    [
+        (".npy", lambda path: path.write_bytes(path.read_bytes() + b"x"), "goes on behind its arr"),
+        (".npz", with_name_twice, "has 'embeddings' more than once"),
+        (".npz", with_another_text, "row 0 does not have the text that texts_json has"),
+        (
+            ".safetensors",
+            lambda path: with_other_metadata(path, text_column=None),
+            "row 0 does not have the text that texts_json has",
+        ),
+        (
+            ".safetensors",
+            lambda path: with_other_metadata(path, text_column="tags"),
+            "its rows have 'tags' beside the texts of that name",
+        ),
+    ],
+)
+def test_files_that_contradict_themselves(
+    tiny_folder: Path, tmp_path: Path, form: str, damage: Callable[[Path], None], message: str
+) -> None:
+    path = encoded(form, tmp_path, tiny_folder)
+    (tmp_path / f"out{form}.fingerprint.json").unlink(missing_ok=True)  # says the width
+    damage(path)
+    with pytest.raises((InputError, ConfigError), match=message):
+        read_vectors(path)
+
+
+def test_rows_without_a_text(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"text": "a"}, {"id": 1.5}]
+    for name in ("a.npz", "a.safetensors"):  # as an index exports them
+        write_table(tmp_path / name, Table(["a", as_json(rows[1])], rows), np.eye(2, dtype="f4"))
+        assert read_vectors(tmp_path / name)[0] == rows
 
 
 def test_a_damaged_page_is_noticed(tiny_folder: Path, tmp_path: Path) -> None:

@@ -590,6 +590,17 @@ def test_files_are_read(tmp_path: Path) -> None:
     assert read_vectors(tmp_path / "a.npy", default=texts).texts == texts
 
 
+def test_arrays_are_read_to_their_end(tmp_path: Path) -> None:
+    vectors, texts = np.ones((2000, 4), np.float32), [str(number) for number in range(2000)]
+    np.savez(tmp_path / "a.npz", embeddings=vectors)
+    np.save(tmp_path / "a.npy", vectors)
+    for name in ("a.npz", "a.npy"):
+        data = (tmp_path / name).read_bytes()
+        (tmp_path / name).write_bytes(data.replace(b"(2000, 4)", b"(2000, 3)"))
+        with pytest.raises(InputError, match="is not a file of vectors: goes on behind its array"):
+            read_vectors(tmp_path / name, texts)
+
+
 def lying_npy() -> bytes:
     """The header of a file of 4 TB, and no numbers."""
     file = io.BytesIO()
