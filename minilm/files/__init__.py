@@ -6,6 +6,7 @@
 - `streaming.py`  files of any size -> a folder of vectors
 - `shards.py`     the parts of that folder, and its manifest
 - `arrow.py`      vectors as a column of Arrow and Parquet
+- `arrays.py`     .npy and .npz files, whole or refused
 - `records.py`    the fingerprint that was kept with a file of vectors
 - `stored.py`     such a file, or a folder, -> rows and float32 vectors
 

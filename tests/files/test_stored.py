@@ -123,6 +123,7 @@ def test_files_that_are_something_else(tmp_path: Path) -> None:
         ("a.txt", b"x", "has no suffix of .npy, .npz"),
         ("a.npy", b"x", "is not a file of vectors"),
         ("a.npz", b"x", "is not a .npz file"),
+        ("a.npz", b"PK\x03\x04x", "is not a .npz file"),  # and closed, else pytest complains
         ("a.safetensors", b"x", "is not a safetensors file"),
         ("a.jsonl", b'{"text": "a"}\n', "line 1 has no list of numbers 'embedding'"),
         ("a.jsonl", b"{\n", "line 1: is not valid JSON"),
