@@ -11,6 +11,7 @@ import io
 import json
 import random
 import re
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
@@ -318,7 +319,8 @@ def _npz(data: bytes, choices: Choices) -> bytes:
         entries[place] = (name, _npy(content, choices))
     target = io.BytesIO()
     method = choices.pick((zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED))
-    with zipfile.ZipFile(target, "w", method) as archive:
+    with zipfile.ZipFile(target, "w", method) as archive, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Duplicate name")  # that is the damage
         for name, content in entries:
             archive.writestr(zipfile.ZipInfo(name), content, method)
     return target.getvalue()

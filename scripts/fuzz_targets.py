@@ -106,8 +106,7 @@ def plain_npy(data: bytes) -> np.ndarray[Any, Any]:
     header = ast.literal_eval(data[start : start + size].decode("latin-1"))
     if set(header) != {"descr", "fortran_order", "shape"}:
         raise ValueError("other fields")
-    flat = np.frombuffer(data, np.dtype(header["descr"]), int(np.prod(header["shape"])),
-                         start + size)  # fmt: skip
+    flat = np.frombuffer(data, np.dtype(header["descr"]), offset=start + size)
     return flat.reshape(header["shape"], order="F" if header["fortran_order"] else "C")
 
 
@@ -291,8 +290,7 @@ def _read_stored(folder: Path) -> Result:
     found = {}
     for name in STORED_FILES:
         rows, vectors = read_stored(folder / name)
-        texts = [row.get("text") or "" for row in rows] if name != "v.npy" else TEXTS
-        found[name] = texts, str(vectors.dtype), vectors.shape, vectors.tobytes()
+        found[name] = _frozen(list(rows)), str(vectors.dtype), vectors.shape, vectors.tobytes()
     return found
 
 
@@ -300,24 +298,33 @@ STORED_FILES = tuple(name for name in VECTOR_FILES if name != "v.ndjson")
 
 
 def _stored_say(folder: Path, result: Result) -> bool:
-    return _vectors_say(folder, result, narrow=True)
-
-
-def _vectors_say(folder: Path, result: Result, *, narrow: bool = False) -> bool:
-    for name, (texts, dtype, shape, data) in result.items():
-        if not narrow and not all(isinstance(text, str) for text in texts):
-            return False  # rows may have anything there, texts may not
-        said = _PLAIN[Path(name).suffix]((folder / name).read_bytes())
-        if narrow and not texts and not said[0]:  # no row, and so no vector
+    for name, (rows, *vectors) in result.items():
+        said = _PLAIN_ROWS[Path(name).suffix]((folder / name).read_bytes())
+        if rows == "[]" and not said[0]:  # no row, and so no vector
             continue
-        wanted = TEXTS if said[0] is None else said[0]
-        array = np.asarray(said[1])
-        if array.dtype == object or array.dtype.kind not in "fiu":
-            return False
-        array = array.astype(np.float32 if narrow else np.promote_types(array.dtype, np.float32))
-        if (texts, dtype, shape, data) != (wanted, str(array.dtype), array.shape, array.tobytes()):
+        if (rows, *vectors) != (_frozen(said[0]), *_numbers(said[1], np.float32)):
             return False
     return True
+
+
+def _vectors_say(folder: Path, result: Result) -> bool:
+    for name, (texts, *vectors) in result.items():
+        if not all(isinstance(text, str) for text in texts):
+            return False
+        said = _PLAIN[Path(name).suffix]((folder / name).read_bytes())
+        if (texts, *vectors) != (TEXTS if said[0] is None else said[0], *_numbers(said[1], None)):
+            return False
+    return True
+
+
+def _numbers(vectors: Any, dtype: type | None) -> tuple[str, tuple[int, ...], bytes]:
+    """The dtype, shape and bytes of numbers, by default at least as wide as float32."""
+    array = np.asarray(vectors)
+    if array.dtype.kind not in "fiu":
+        raise ValueError("no numbers")
+    with np.errstate(over="ignore"):  # what float32 can't hold is infinite in it, as IEEE 754 says
+        array = array.astype(dtype or np.promote_types(array.dtype, np.float32))
+    return str(array.dtype), array.shape, array.tobytes()
 
 
 _NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*", re.ASCII)
@@ -332,18 +339,25 @@ def _number(text: str) -> float:
     return float(text)
 
 
-def _plain_jsonl(data: bytes) -> tuple[list[str], Any]:
-    texts, vectors = [], []
+def _jsonl_rows(data: bytes) -> tuple[list[Any], Any]:
+    rows, vectors = [], []
     for line in data.decode("utf-8-sig").split("\n"):
         if line.strip():
             row = json.loads(line, object_pairs_hook=_object, parse_float=_number)
-            name = next(each for each in _NAMES if each in row)
-            others = [each for each in row if each not in _NAMES]
-            text = row[others[0] if len(others) == 1 else "text"]
-            if any(type(each) not in (int, float) for each in row[name]):
+            vector = row.pop(next(each for each in _NAMES if isinstance(row.get(each), list)))
+            if any(type(each) not in (int, float) for each in vector):
                 raise ValueError("no numbers")
-            texts.append(text)
-            vectors.append(row[name])
+            rows.append(row)
+            vectors.append(vector)
+    return rows, vectors
+
+
+def _plain_jsonl(data: bytes) -> tuple[list[str], Any]:
+    rows, vectors = _jsonl_rows(data)
+    texts = []
+    for row in rows:
+        others = [each for each in row if each not in _NAMES]
+        texts.append(row[others[0] if len(others) == 1 else "text"])
     return texts, vectors
 
 
@@ -365,34 +379,88 @@ def _plain_csv(data: bytes) -> tuple[list[str], Any]:
     return [row[text] for row in rows], [[_number(row[place]) for place in places] for row in rows]
 
 
-def _plain_npz(data: bytes) -> tuple[list[str] | None, Any]:
+def _csv_rows(data: bytes) -> tuple[list[Any], Any]:
+    import csv
+    import io
+
+    lines = [row for row in csv.reader(io.StringIO(data.decode("utf-8-sig"), "")) if row]
+    rows = [_object(list(zip(lines[0], line, strict=True))) for line in lines[1:]]
+    vectors = []
+    for row in rows:
+        width = next(number for number in range(len(row) + 1) if str(number) not in row)
+        vectors.append([_number(row.pop(str(number))) for number in range(width)])
+    return rows, vectors
+
+
+def _archive(data: bytes) -> Any:
+    """An archive, from which a reader takes what it needs: the rest may be broken."""
     import io
     import zipfile
 
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        names = archive.namelist()
-        if len(set(names)) < len(names):
-            raise ValueError("a name is there twice")
-        arrays = {name.removesuffix(".npy"): plain_npy(archive.read(name)) for name in names}
-    texts = plain_json(arrays["texts_json"].tobytes()) if "texts_json" in arrays else None
-    if texts is None and "texts" in arrays:
-        texts = arrays["texts"].tolist()
-    names = [name for name in arrays if name != "texts" and not name.endswith("_json")]
-    return texts, arrays[next((name for name in _NAMES if name in names), names[0])]
+    archive = zipfile.ZipFile(io.BytesIO(data))
+    names = archive.namelist()
+    if len(set(names)) < len(names):
+        raise ValueError("a name is there twice")
+    return archive
+
+
+def _plain_npz(data: bytes) -> tuple[list[str] | None, Any]:
+    archive = _archive(data)
+    every = [name.removesuffix(".npy") for name in archive.namelist()]
+    texts = None
+    if "texts_json" in every:
+        texts = plain_json(plain_npy(archive.read("texts_json.npy")).tobytes())
+    elif "texts" in every:
+        texts = plain_npy(archive.read("texts.npy")).tolist()
+    names = [name for name in every if name != "texts" and not name.endswith("_json")]
+    name = next((name for name in _NAMES if name in names), names[0])
+    return texts, plain_npy(archive.read(f"{name}.npy"))
+
+
+def _npz_rows(data: bytes) -> tuple[list[Any], Any]:
+    archive = _archive(data)
+    texts = plain_json(plain_npy(archive.read("texts_json.npy")).tobytes())
+    rows = texts
+    if "rows_json.npy" in archive.namelist():
+        rows = plain_json(plain_npy(archive.read("rows_json.npy")).tobytes())
+    return _with_texts(rows, texts), plain_npy(archive.read("embeddings.npy"))
+
+
+def _with_texts(rows: Any, texts: Any) -> list[Any]:
+    objects = [{"text": row} if isinstance(row, str) else row for row in rows]
+    if not all(text in row.values() for row, text in zip(objects, texts, strict=True)):
+        raise ValueError("a text is not that of its row")
+    return objects
+
+
+def _safetensors_rows(data: bytes) -> tuple[list[Any], Any]:
+    tensors = plain_safetensors(data)
+    metadata = json.loads(tensors["__metadata__"][0])
+    texts = plain_json(metadata["texts_json"])
+    rows = plain_json(metadata.get("rows_json", "null")) or texts
+    if "text_column" in metadata:
+        rows = [_object([*row.items(), (metadata["text_column"], text)])
+                for row, text in zip(rows, texts, strict=True)]  # fmt: skip
+    return _with_texts(rows, texts), _tensor(tensors["embeddings"])
 
 
 def _plain_vectors(data: bytes) -> tuple[list[str] | None, Any]:
     tensors = plain_safetensors(data)
     metadata = json.loads(tensors.pop("__metadata__", ("{}",))[0])
     name = next((each for each in _NAMES if each in tensors), next(iter(tensors)))
-    dtype, shape, numbers = tensors[name]
+    texts = plain_json(metadata["texts_json"]) if "texts_json" in metadata else None
+    return texts, _tensor(tensors[name])
+
+
+def _tensor(tensor: tuple[str, tuple[int, ...], bytes]) -> Any:
+    dtype, shape, numbers = tensor
     kinds = {**_FLOATS, "I64": np.int64, "I32": np.int32, "I16": np.int16, "I8": np.int8,
              "U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "U64": np.uint64}  # fmt: skip
-    array = np.frombuffer(numbers, kinds[dtype]).reshape(shape)
-    return plain_json(metadata["texts_json"]) if "texts_json" in metadata else None, array
+    return np.frombuffer(numbers, kinds[dtype]).reshape(shape)
 
 
-def _plain_parquet(data: bytes) -> tuple[list[str], Any]:
+def _parquet(data: bytes) -> tuple[Any, str, Any]:
+    """A table, which of its columns holds vectors, and these."""
     import pyarrow
     import pyarrow.parquet
 
@@ -401,15 +469,26 @@ def _plain_parquet(data: bytes) -> tuple[list[str], Any]:
     lists = [each.name for each in table.schema if kinds.is_fixed_size_list(each.type)
              or kinds.is_list(each.type)]  # fmt: skip
     name = next((each for each in _NAMES if each in lists), lists[0])
-    others = [each for each in table.column_names if each != name]
-    texts = table.column("text" if "text" in others else others[0]).to_pylist()
     column = table.column(name)
     vectors = column.to_pylist()
     if None in vectors or any(None in row for row in vectors):
         raise ValueError("null")
+    return table, name, np.array(vectors, column.type.value_type.to_pandas_dtype())
+
+
+def _plain_parquet(data: bytes) -> tuple[list[str], Any]:
+    table, name, vectors = _parquet(data)
+    others = [each for each in table.column_names if each != name]
+    texts = table.column("text" if "text" in others else others[0]).to_pylist()
     ours = b"minilm.fingerprint" in (table.schema.metadata or {})
-    dtype = column.type.value_type.to_pandas_dtype()
-    return [text or "" if ours else text for text in texts], np.array(vectors, dtype)
+    return [text or "" if ours else text for text in texts], vectors
+
+
+def _parquet_rows(data: bytes) -> tuple[list[Any], Any]:
+    table, name, vectors = _parquet(data)
+    if len(set(table.column_names)) < table.num_columns:
+        raise ValueError("a column is there twice")
+    return table.drop_columns([name]).to_pylist(), vectors
 
 
 _PLAIN: dict[str, Callable[[bytes], tuple[list[str] | None, Any]]] = {
@@ -420,6 +499,14 @@ _PLAIN: dict[str, Callable[[bytes], tuple[list[str] | None, Any]]] = {
     ".npz": _plain_npz,
     ".parquet": _plain_parquet,
     ".safetensors": _plain_vectors,
+}
+_PLAIN_ROWS: dict[str, Callable[[bytes], tuple[list[Any], Any]]] = {
+    ".csv": _csv_rows,
+    ".jsonl": _jsonl_rows,
+    ".npy": lambda data: ([*range(len(plain_npy(data)))], plain_npy(data)),
+    ".npz": _npz_rows,
+    ".parquet": _parquet_rows,
+    ".safetensors": _safetensors_rows,
 }
 
 
@@ -571,7 +658,10 @@ def _add_to_index(folder: Path) -> Result:
 def _index_says(folder: Path, result: Result) -> bool:
     """Whether what index.json alone says is the same but for names of the model and the column."""
     values = plain_json((folder / "index" / "index.json").read_bytes())
-    return bool(result[4] == values["column"] and values["segments"])
+    last = values["segments"][-1]["name"]
+    return bool(
+        result[4] == values["column"] and last == f"segment-{values['next_segment'] - 1:05}"
+    )
 
 
 _SEGMENTS = tuple(
