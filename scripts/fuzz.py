@@ -202,6 +202,7 @@ class _Tries:
 
     def _read(self) -> Any:
         with warnings.catch_warnings():
+            # A warning counts for nothing here: only an error is "named".
             warnings.simplefilter("ignore")
             return self.target.read(self.place)
 
