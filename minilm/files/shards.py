@@ -399,7 +399,7 @@ def _from_manifest(path: Path) -> _Found:
         int(header["rows"]["written"])
         run_of(header)
         return _Found(header, parts, True, path)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         what = f"is not a manifest, or broken: {error}; remove it, or choose another folder"
         raise ConfigError(path, [what]) from error
 

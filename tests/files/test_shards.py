@@ -411,9 +411,10 @@ def test_where_nothing_can_be_written_beside_the_folder(
     assert verify_parts(folder).problems == []
 
 
-def test_a_manifest_with_other_inputs_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [{"inputs": [[1]]}, {"rows": {"written": float("inf")}}])
+def test_a_broken_manifest_is_named(tmp_path: Path, change: dict[str, Any]) -> None:
     folder = written(tmp_path / "a")
     manifest = json.loads(manifest_path(folder).read_text())
-    manifest_path(folder).write_text(json.dumps(manifest | {"inputs": [[1]]}))
+    manifest_path(folder).write_text(json.dumps(manifest | change))
     with pytest.raises(ConfigError, match="is not a manifest, or broken"):
         verify_parts(folder)
