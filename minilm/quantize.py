@@ -45,6 +45,8 @@ __all__ = [
     "has_model_ranges",
     "model_ranges",
     "quantize_embeddings",
+    "stored_bytes",
+    "stored_width",
 ]
 
 Precision = Literal["float32", "int8", "uint8", "binary", "ubinary"]
@@ -254,7 +256,7 @@ def _codes(
         raise InputError(f"embeddings[{row}] has a NaN, which has no code", "embeddings")
     if precision.endswith("binary"):
         if not array.size:
-            shape = (*array.shape[:-1], (array.shape[-1] + 7) // 8)
+            shape = (*array.shape[:-1], stored_width(array.shape[-1], precision))
             return np.zeros(shape, _DTYPES[precision])
         bits = np.packbits(array > 0, axis=-1)
         return bits if precision == "ubinary" else (bits.astype(np.int16) - 128).astype(np.int8)
@@ -323,6 +325,17 @@ def _range_rows(ranges: Embeddings | None) -> _Array:
     if not np.isfinite(rows).all() or (rows[0] > rows[1]).any():
         raise InputError("ranges is not finite, or ends before it begins", "ranges")
     return rows
+
+
+def stored_width(width: int, precision: str) -> int:
+    """How many numbers a vector of `width` numbers has where it is stored: eight bits make one."""
+    return -(-width // 8) if precision.endswith("binary") else width
+
+
+def stored_bytes(width: int, precision: str) -> int:
+    """How many bytes a vector of `width` numbers takes where it is stored."""
+    size = {"float32": 4, "float16": 2}.get(precision, 1)
+    return stored_width(width, precision) * size
 
 
 def as_stored(vectors: _Array, precision: str, place: str = "") -> _Array:

@@ -54,6 +54,8 @@ if TYPE_CHECKING:
 
 def encode(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Write the vectors of texts."""
+    from minilm.quantize import stored_bytes, stored_width
+
     output = None if options.output in (None, "-") else with_home(options.output)
     if output is not None and _means_folder(options.output, output):
         _encode_files(options, parser)
@@ -76,13 +78,11 @@ def encode(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None
     encoder = _load(options)
     width = encoder.bert.config.hidden_size
     width = min(options.truncate_dim or encoder.truncate_dim or width, width)
-    if options.precision in ("binary", "ubinary"):
-        width = -(-width // 8)
     suffix = ".jsonl" if output is None else form_of(output)
-    check_rows(table, suffix, options.embedding_column, width)
-    if output is not None:
-        size = 4 if options.precision == "float32" else 1  # of a number; as text it has more
-        check_room(output, len(table.texts) * width * size)
+    stored = stored_width(width, options.precision)
+    check_rows(table, suffix, options.embedding_column, stored)
+    if output is not None:  # as text, numbers take more
+        check_room(output, len(table.texts) * stored_bytes(width, options.precision))
     embeddings = encoder.encode(
         table.texts,
         batch_size=options.batch_size,

@@ -25,7 +25,7 @@ from minilm.files.shards import part_paths
 from minilm.files.sources import readable
 from minilm.files.tables import SUFFIXES, VECTOR_FIELDS
 from minilm.pretrained.fingerprint import Fingerprint, compare
-from minilm.quantize import dequantize, has_model_ranges, model_ranges
+from minilm.quantize import dequantize, has_model_ranges, model_ranges, stored_width
 
 __all__ = ["read_blocks", "read_vectors", "record_of"]
 
@@ -91,7 +91,9 @@ def read_blocks(
                 raise ValueError(f"holds {vectors.dtype} {list(vectors.shape)}, not vectors")
             if rows is not None and len(rows) != len(vectors):
                 raise ValueError(f"holds {len(vectors):,} vectors and {len(rows):,} rows")
-            expected = vectors.shape[1] if record is None else _width(record)
+            expected = vectors.shape[1]
+            if record is not None:
+                expected = stored_width(record.dimension, record.precision)
             if len(vectors) and vectors.shape[1] != expected:
                 what = f"its vectors have {vectors.shape[1]} numbers"
                 raise ValueError(f"{what}, its fingerprint says {expected}")
@@ -137,12 +139,6 @@ def _check_same(path: Path, record: Fingerprint | None, wanted: Fingerprint) -> 
             "made it, or embed the texts again",
             "fingerprint",
         )
-
-
-def _width(record: Fingerprint) -> int:
-    """How many numbers of a vector are stored."""
-    is_packed = record.precision in ("binary", "ubinary")
-    return -(-record.dimension // 8) if is_packed else record.dimension
 
 
 def _decoded(vectors: _Array, record: Fingerprint | None, path: Path) -> _Array:

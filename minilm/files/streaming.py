@@ -49,7 +49,7 @@ from minilm.inference.truncation import (
 )
 from minilm.inputs import check_choice, check_positive_int, check_unicode, progress_bar
 from minilm.outputs import check_room
-from minilm.quantize import PRECISIONS, as_stored
+from minilm.quantize import PRECISIONS, as_stored, stored_bytes
 from minilm.version import __version__
 
 __all__ = ["FilesReport", "encode_files"]
@@ -269,7 +269,8 @@ def encode_files(
         shards.begin(header)
         there = len(shards.done)
         missing = header["rows"]["written"] - sum(part.rows for part in shards.done.values())
-        check_room(folder, missing * _bytes_of(record.dimension, precision))
+        # Vectors are not compressed.
+        check_room(folder, missing * stored_bytes(record.dimension, precision))
         if not shards.is_complete:
             run = _Parts(encoder, shards, files, layout, header, options)
             run.compute(workers, show_progress_bar)
@@ -410,13 +411,6 @@ class _Parts:
             cut_read=sum(answer.kept[rows[row]] for row in cut),
             cut_first=cut[0] if cut else -1,
         )
-
-
-def _bytes_of(width: int, precision: str) -> int:
-    """How many bytes a vector takes: vectors are not compressed."""
-    if precision in ("binary", "ubinary"):
-        return -(-width // 8)
-    return width * {"float32": 4, "float16": 2}.get(precision, 1)
 
 
 def _check_names(layout: Layout, embedding_column: str, row_number: str | None) -> None:

@@ -34,7 +34,7 @@ from minilm.disk import (
 from minilm.errors import ConfigError, InputError, InputTypeError, errors_of_libraries
 from minilm.files.arrays import map_npy
 from minilm.pretrained.fingerprint import Fingerprint
-from minilm.quantize import model_ranges, quantize_embeddings
+from minilm.quantize import model_ranges, quantize_embeddings, stored_width
 from minilm.similarity import Embeddings
 from minilm.tasks.search import LONGEST, not_finite, too_long_error
 from minilm.vectors import as_matrix
@@ -187,7 +187,7 @@ class Segment:
         self.vectors = self._array("vectors.npy", np.float32, (entry.rows, width))
         self._lengths = self._array("lengths.npy", np.float32, (entry.rows,))
         self._offsets = self._array("offsets.npy", np.int64, (entry.rows + 1,))
-        forms = {"int8": (np.int8, width), "binary": (np.int8, (width + 7) // 8)}
+        forms = {"int8": (np.int8, width), "binary": (np.int8, stored_width(width, "binary"))}
         self.codes = {
             name: self._array(f"{name}.npy", dtype, (entry.rows, columns))
             for name, (dtype, columns) in forms.items()

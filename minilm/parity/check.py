@@ -21,7 +21,7 @@ from minilm.errors import InputError, InputTypeError
 from minilm.inference.encode import required_ranges
 from minilm.parity.causes import decimals, diagnose, short_form
 from minilm.pretrained.fingerprint import Comparison, Fingerprint, Verdict, compare, fingerprint
-from minilm.quantize import dequantize, quantize_embeddings
+from minilm.quantize import dequantize, quantize_embeddings, stored_width
 from minilm.report import aligned, jsonable
 from minilm.similarity import Embeddings
 
@@ -317,8 +317,7 @@ class _Recorded:
     @property
     def width(self) -> int:
         """How many numbers a stored vector has."""
-        is_packed = self.precision in ("binary", "ubinary")
-        return -(-self.dimension // 8) if is_packed else self.dimension
+        return stored_width(self.dimension, self.precision)
 
     def embed(self, encoder: SentenceEncoder, texts: list[str]) -> Tensor:
         """Texts -> `[n, dimension]`, not rounded."""
