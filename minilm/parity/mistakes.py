@@ -480,30 +480,27 @@ def _int8(per_channel: bool, activations: bool) -> Any:
     return change
 
 
-def _uint8(model: SentenceEncoder) -> None:
-    """Round weights and activations to a scale times 0 to 255 about a zero point."""
-    for part in model.modules():
-        if isinstance(part, nn.Linear | nn.Embedding):
-            part.weight.copy_(_in_uint8(part.weight))
-        if isinstance(part, nn.Linear):
-            part.register_forward_pre_hook(lambda _, args: (_in_uint8(args[0]),))
+def _in_codes(round_: Callable[[Tensor], Tensor]) -> Callable[[SentenceEncoder], None]:
+    """Round the weights, and what enters a linear layer."""
 
+    def change(model: SentenceEncoder) -> None:
+        for part in model.modules():
+            if isinstance(part, nn.Linear | nn.Embedding):
+                part.weight.copy_(round_(part.weight))
+            if isinstance(part, nn.Linear):
+                part.register_forward_pre_hook(lambda _, args: (round_(args[0]),))
 
-def _int8_of_tokens(model: SentenceEncoder) -> None:
-    """Round weights by a scale for each output, and what enters a layer by one for each token."""
-    for part in model.modules():
-        if isinstance(part, nn.Linear | nn.Embedding):
-            part.weight.copy_(_in_int8(part.weight))
-        if isinstance(part, nn.Linear):
-            part.register_forward_pre_hook(lambda _, args: (_in_int8(args[0]),))
+    return change
 
 
 def _in_int8(tensor: Tensor) -> Tensor:
+    """Round by a scale for each output of a weight, or each token."""
     scale = (tensor.abs().amax(dim=-1, keepdim=True) / 127).clamp_min(1e-12)
     return (tensor / scale).round() * scale
 
 
 def _in_uint8(tensor: Tensor) -> Tensor:
+    """Round to a scale times 0 to 255 about a zero point."""
     low, high = tensor.min().clamp_max(0), tensor.max().clamp_min(0)
     scale = ((high - low) / 255).clamp_min(1e-12)
     zero = (-low / scale).round()
@@ -520,6 +517,6 @@ _BITS: dict[str, Callable[[SentenceEncoder], None]] = {
     "int8 channel": _int8(per_channel=True, activations=False),
     "int8 both": _int8(per_channel=False, activations=True),
     "int8 both channel": _int8(per_channel=True, activations=True),
-    "uint8 both": _uint8,
-    "int8 tokens": _int8_of_tokens,
+    "uint8 both": _in_codes(_in_uint8),
+    "int8 tokens": _in_codes(_in_int8),
 }
