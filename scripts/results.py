@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import TextIO
 
 __all__ = [
-    "add_option", "describe_machine", "instructions", "kind", "processor", "recorded", "write",
+    "LESSER", "add_option", "describe_machine", "instructions", "kind", "processor", "recorded",
+    "write",
 ]  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +32,19 @@ LEVELS = {"avx2": "avx2", "avx512": "avx512f", "amx": "amx_tile"}  # name -> the
 LIMITS = (
     "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS",
 )  # fmt: skip
+
+
+def _limits(aten: str, onednn: str, mkl: str) -> dict[str, str]:
+    names = "ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS"
+    return dict(zip(names, (aten, onednn, mkl), strict=True))
+
+
+# As on processors that have no more than these instructions.
+LESSER = {
+    "avx512": _limits("avx512", "AVX512_CORE", "AVX512"),
+    "avx2": _limits("avx2", "AVX2", "AVX2"),
+    "sse4": _limits("default", "SSE41", "SSE4_2"),
+}
 PACKAGES = (
     "torch",
     "sentence-transformers",

@@ -29,6 +29,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
+import results
 from minilm import BertConfig, BertModel, MeanPooling, Normalize, SentenceEncoder, cli
 from minilm.inference import kernels
 from minilm.pretrained import options
@@ -48,20 +49,10 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "tests" / "data"
 SHARED = ROOT.parent / "shared" / "data"
 
-# What keeps the libraries from instructions, as on lesser processors.
+# Lesser processors, with other numbers of threads.
 LESSER = {
-    "avx2": {
-        "ATEN_CPU_CAPABILITY": "avx2",
-        "ONEDNN_MAX_CPU_ISA": "AVX2",
-        "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-        "OMP_NUM_THREADS": "2",
-    },
-    "sse4": {
-        "ATEN_CPU_CAPABILITY": "default",
-        "ONEDNN_MAX_CPU_ISA": "SSE41",
-        "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
-        "OMP_NUM_THREADS": "1",
-    },
+    "avx2": results.LESSER["avx2"] | {"OMP_NUM_THREADS": "2"},
+    "sse4": results.LESSER["sse4"] | {"OMP_NUM_THREADS": "1"},
 }
 
 # A fixture, and the marks of a test that uses it, directly or through another fixture.

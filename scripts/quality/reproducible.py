@@ -33,17 +33,7 @@ from minilm.parity.foreign import read_texts  # noqa: E402
 from minilm.parity.golden import TEXTS  # noqa: E402
 from minilm.report import aligned  # noqa: E402
 
-# What keeps the three libraries from instructions, as on a processor that has no more.
-AVX2 = {
-    "ATEN_CPU_CAPABILITY": "avx2",
-    "ONEDNN_MAX_CPU_ISA": "AVX2",
-    "MKL_ENABLE_INSTRUCTIONS": "AVX2",
-}
-SSE = {
-    "ATEN_CPU_CAPABILITY": "default",
-    "ONEDNN_MAX_CPU_ISA": "SSE41",
-    "MKL_ENABLE_INSTRUCTIONS": "SSE4_2",
-}
+AVX2, SSE = (results.LESSER[name] for name in ("avx2", "sse4"))
 MOST = 1e-6  # of the numbers; expected is a tenth of that
 
 
