@@ -33,13 +33,18 @@ import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # a bare checkout is enough
+sys.path[:0] = [
+    str(ROOT),
+    str(ROOT / "scripts"),
+    str(ROOT / "scripts" / "bench"),
+]  # a bare checkout is enough
 
 import results  # noqa: E402
 from minilm import SentenceEncoder  # noqa: E402
 from minilm.errors import WorkerError  # noqa: E402
 from minilm.index import Index  # noqa: E402
 from minilm.pretrained.hub import WEIGHTS_FOLDER  # noqa: E402
+from streaming_memory import resident  # noqa: E402
 
 THREADS, SEARCHERS, WORKERS = 8, 2, 2
 FLAT = 0.03  # of the memory of the first half: what the second may need more
@@ -122,11 +127,10 @@ class Soak:
             if not is_right:
                 self.wrong.append(f"{what}: {detail}")
 
-    def _run(self, what: str, **more: Any) -> None:
+    def _run(self, what: str, calls: Sequence[Call] | None = None, **more: Any) -> None:
         """Make one of the calls, and compare."""
-        call = random.choice(self.calls)
-        encoder = self.encoders[more.pop("dtype", call.dtype)]
-        found = encoder.encode(call.texts, **call.options, **more)
+        call = random.choice(calls or self.calls)
+        found = self.encoders[call.dtype].encode(call.texts, **call.options, **more)
         self._ran(what, np.array_equal(found, call.expected), repr(call)[:300])
 
     def embed(self) -> None:
@@ -137,15 +141,11 @@ class Soak:
     def embed_in_pool(self) -> None:
         """Embed in processes; start others when one was killed."""
         calls = [call for call in self.calls if call.dtype == "float32"]
-        encoder = self.encoders["float32"]
         while not self.stop.is_set():
-            self.pool = encoder.start_multi_process_pool(["cpu"] * WORKERS)
+            self.pool = self.encoders["float32"].start_multi_process_pool(["cpu"] * WORKERS)
             try:
                 while not self.stop.is_set():
-                    call = random.choice(calls)
-                    found = encoder.encode(call.texts, pool=self.pool, **call.options)
-                    is_right = np.array_equal(found, call.expected)
-                    self._ran("calls in a pool", is_right, repr(call)[:300])
+                    self._run("calls in a pool", calls, pool=self.pool)
             except WorkerError:
                 self.counts["pools started again"] += 1
             finally:
@@ -248,12 +248,6 @@ class Soak:
             for thread in threads:
                 thread.join(180)
             shutil.rmtree(self.place, ignore_errors=True)
-
-
-def resident() -> int:
-    """Return the bytes of memory that this process has now (Linux)."""
-    pages = Path("/proc/self/statm").read_text(encoding="utf-8").split()[1]
-    return int(pages) * os.sysconf("SC_PAGE_SIZE")
 
 
 def children() -> set[str]:

@@ -1,7 +1,8 @@
 """The comparison of Parquet settings, on a few vectors."""
 
-import parquet
 import pytest
+
+import parquet
 
 
 def test_every_way_is_written_and_read(capsys: pytest.CaptureFixture[str]) -> None:
