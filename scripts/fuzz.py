@@ -218,7 +218,7 @@ class _Tries:
     def _audit(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open" or event.startswith(("os.", "shutil.")):
             for each in arguments:
-                if isinstance(each, str) and f"{OUTSIDE}" in each:
+                if isinstance(each, str) and OUTSIDE in each:
                     self.outside.append(f"{event} {each}")
 
     def damage(self, choices: Choices) -> str:

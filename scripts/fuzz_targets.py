@@ -7,20 +7,26 @@ what is ambiguous, such as a key that is there twice.
 """
 
 import ast
+import csv
+import functools
 import hashlib
+import io
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+import tempfile
+import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import safetensors.numpy  # before memory is limited
 import safetensors.torch
 import torch
-from safetensors.numpy import save
 
-from conftest import TINY, write_model_folder
+from conftest import TINY, load, write_model_folder
+from damage import OUTSIDE
 from minilm import SentenceEncoder
 from minilm.files.records import read_fingerprint
 from minilm.files.shards import ShardFolder
@@ -115,8 +121,8 @@ def plain_npy(data: bytes) -> np.ndarray[Any, Any]:
 
 def _write_model(folder: Path) -> None:
     write_model_folder(folder / "model")
-    (folder / "outside").mkdir()
-    (folder / "outside" / "model.safetensors").write_bytes(
+    (folder / OUTSIDE).mkdir()
+    (folder / OUTSIDE / "model.safetensors").write_bytes(
         (folder / "model" / "model.safetensors").read_bytes()
     )
     own = {"prompts": {"query": "the ", "document": ""}, "default_prompt_name": None,
@@ -229,40 +235,25 @@ def _of_model(name: str, *files: str, write: Callable[[Path], object] = _write_m
 # --- vectors of another program, and the record beside them
 
 
+@functools.cache
 def _encoder() -> Any:
-    import tempfile
-
+    """The tiny model."""
     with tempfile.TemporaryDirectory() as place:
-        folder = write_model_folder(Path(place) / "model")
-        return SentenceEncoder.from_pretrained(folder, device="cpu")
-
-
-class _Made:
-    """What is computed once, with the tiny model."""
-
-    encoder: Any = None
-
-    @classmethod
-    def get(cls) -> Any:
-        if cls.encoder is None:
-            cls.encoder = _encoder()
-        return cls.encoder
+        return load(write_model_folder(Path(place) / "model"))
 
 
 VECTOR_FILES = ("v.npy", "v.npz", "v.safetensors", "v.jsonl", "v.ndjson", "v.csv", "v.parquet")
 
 
 def _write_vectors(folder: Path) -> None:
-    encoder = _Made.get()
+    encoder = _encoder()
     vectors = encoder.encode(TEXTS)[:, :4].copy()
     record = encoder.fingerprint(truncate_dim=4).to_json()
     table = Table(TEXTS, ROWS)
     for name in VECTOR_FILES[:-1]:
-        written = folder / name.replace(".ndjson", ".jsonl")
-        write_table(written, table, vectors, record)
-        if written.name != name:
-            written.rename(folder / name)
-            write_table(written, table, vectors, record)
+        if not name.endswith(".ndjson"):
+            write_table(folder / name, table, vectors, record)
+    (folder / "v.ndjson").write_bytes((folder / "v.jsonl").read_bytes())
     _write_parquet(folder / "v.parquet", vectors, record)
 
 
@@ -290,7 +281,7 @@ def _read_stored(folder: Path) -> Result:
     found = {}
     for name in STORED_FILES:
         rows, vectors = read_stored(folder / name)
-        found[name] = _frozen(list(rows)), str(vectors.dtype), vectors.shape, vectors.tobytes()
+        found[name] = repr(list(rows)), str(vectors.dtype), vectors.shape, vectors.tobytes()
     return found
 
 
@@ -302,7 +293,7 @@ def _stored_say(folder: Path, result: Result) -> bool:
         said = _PLAIN_ROWS[Path(name).suffix]((folder / name).read_bytes())
         if rows == "[]" and not said[0]:  # no row, and so no vector
             continue
-        if (rows, *vectors) != (_frozen(said[0]), *_numbers(said[1], np.float32)):
+        if (rows, *vectors) != (repr(said[0]), *_numbers(said[1], np.float32)):
             return False
     return True
 
@@ -364,12 +355,12 @@ def _plain_jsonl(data: bytes) -> tuple[list[str], Any]:
 _NAMES = ("embedding", "embeddings", "vector", "vectors")
 
 
-def _plain_csv(data: bytes) -> tuple[list[str], Any]:
-    import csv
-    import io
+def _csv_lines(data: bytes) -> list[list[str]]:
+    return [row for row in csv.reader(io.StringIO(data.decode("utf-8-sig"), "")) if row]
 
-    rows = [row for row in csv.reader(io.StringIO(data.decode("utf-8-sig"), "")) if row]
-    heading, rows = rows[0], rows[1:]
+
+def _plain_csv(data: bytes) -> tuple[list[str], Any]:
+    heading, *rows = _csv_lines(data)
     places: list[int] = []
     while str(len(places)) in heading:
         places.append(heading.index(str(len(places))))
@@ -380,10 +371,7 @@ def _plain_csv(data: bytes) -> tuple[list[str], Any]:
 
 
 def _csv_rows(data: bytes) -> tuple[list[Any], Any]:
-    import csv
-    import io
-
-    lines = [row for row in csv.reader(io.StringIO(data.decode("utf-8-sig"), "")) if row]
+    lines = _csv_lines(data)
     rows = [_object(list(zip(lines[0], line, strict=True))) for line in lines[1:]]
     vectors = []
     for row in rows:
@@ -394,9 +382,6 @@ def _csv_rows(data: bytes) -> tuple[list[Any], Any]:
 
 def _archive(data: bytes) -> Any:
     """An archive, from which a reader takes what it needs: the rest may be broken."""
-    import io
-    import zipfile
-
     archive = zipfile.ZipFile(io.BytesIO(data))
     names = archive.namelist()
     if len(set(names)) < len(names):
@@ -524,14 +509,9 @@ def _records_say(folder: Path, result: Result) -> bool:
         data = (folder / name).read_bytes()
         text: bytes | None = None
         if name == "v.npz":
-            import io
-            import zipfile
-
-            with zipfile.ZipFile(io.BytesIO(data)) as archive:
-                if len(set(archive.namelist())) < len(archive.namelist()):
-                    return False
-                if "fingerprint_json.npy" in archive.namelist():
-                    text = plain_npy(archive.read("fingerprint_json.npy")).tobytes()
+            archive = _archive(data)
+            if "fingerprint_json.npy" in archive.namelist():
+                text = plain_npy(archive.read("fingerprint_json.npy")).tobytes()
         elif name == "v.safetensors":
             metadata = json.loads(plain_safetensors(data).get("__metadata__", ("{}",))[0])
             given = metadata.get("minilm.fingerprint")
@@ -573,22 +553,15 @@ def _read_texts(folder: Path) -> Result:
     for name in TEXT_FILES:
         if name != "t.parquet":
             table = read_table([str(folder / name)])
-            found[f"{name} whole"] = table.texts, _frozen(table.rows)
+            found[f"{name} whole"] = table.texts, repr(table.rows)
         layout = survey([folder / name])
         shards = list(read_shards([folder / name], layout, 4))
         rows = [row for shard in shards for row in shard.table.to_pylist()]
-        found[name] = [text for shard in shards for text in shard.texts], _frozen(rows)
+        found[name] = [text for shard in shards for text in shard.texts], repr(rows)
     return found
 
 
-def _frozen(rows: Sequence[Mapping[str, Any]]) -> str:
-    return repr(rows)
-
-
 def _texts_say(folder: Path, result: Result) -> bool:
-    import csv
-    import io
-
     import pyarrow
     import pyarrow.parquet
 
@@ -600,7 +573,7 @@ def _texts_say(folder: Path, result: Result) -> bool:
             texts = [row if isinstance(row, str) else row.get("text", next(iter(row.values())))
                      for row in rows]  # fmt: skip
         elif name == "t.csv":
-            lines = [row for row in csv.reader(io.StringIO(data.decode("utf-8-sig"), "")) if row]
+            lines = _csv_lines(data)
             place = lines[0].index("text") if len(lines[0]) > 1 else 0
             texts = [row[place] for row in lines[1:]]
         elif name == "t.txt":
@@ -619,38 +592,34 @@ def _texts_say(folder: Path, result: Result) -> bool:
 
 
 def _write_index(folder: Path) -> None:
-    encoder = _Made.get()
+    encoder = _encoder()
     record, vectors = encoder.fingerprint(), encoder.encode(TEXTS)
     index = Index.create(folder / "index", record, [(vectors[:4], ROWS[:4])], codes=["binary"])
     index.add(vectors[4:], ROWS[4:], fingerprint=record)
-    (folder / "outside").mkdir()
+    (folder / OUTSIDE).mkdir()
 
 
 def _read_index(folder: Path) -> Result:
-    record, queries = _Made.get().fingerprint(), _Made.get().encode(QUERIES)
+    record, queries = _encoder().fingerprint(), _encoder().encode(QUERIES)
     index = Index.open(folder / "index")
     result = (
-        _hits(index.search(queries, 4, fingerprint=record)),
-        _hits(index.search(queries, 2, fingerprint=record, precision="binary")),
+        repr(index.search(queries, 4, fingerprint=record)),
+        repr(index.search(queries, 2, fingerprint=record, precision="binary")),
         [each.tobytes() for each in index.vectors],
-        _frozen([index.row(i) for i in range(len(index))]),
+        repr([index.row(i) for i in range(len(index))]),
         index.column,
     )
     index.verify()
     return result
 
 
-def _hits(hits: Any) -> str:
-    return repr(hits)
-
-
 def _add_to_index(folder: Path) -> Result:
-    record, vectors = _Made.get().fingerprint(), _Made.get().encode(TEXTS)
+    record, vectors = _encoder().fingerprint(), _encoder().encode(TEXTS)
     index = Index.open(folder / "index")
     index.add(vectors, ROWS, fingerprint=record)
     index = Index.open(folder / "index")
     index.verify()
-    return [each.tobytes() for each in index.vectors], _frozen(
+    return [each.tobytes() for each in index.vectors], repr(
         [index.row(i) for i in range(len(index))]
     )
 
@@ -673,20 +642,20 @@ _SEGMENTS = tuple(
 
 def _write_parts(folder: Path) -> None:
     _write_texts(folder)
-    (folder / "outside").mkdir()
-    encode_files(_Made.get(), folder / "t.jsonl", folder / "parts", shard_rows=2)
+    (folder / OUTSIDE).mkdir()
+    encode_files(_encoder(), folder / "t.jsonl", folder / "parts", shard_rows=2)
 
 
 def _write_unfinished(folder: Path) -> None:
     _write_texts(folder)
-    (folder / "outside").mkdir()
+    (folder / OUTSIDE).mkdir()
 
     def stop(self: ShardFolder) -> None:
         raise InterruptedError
 
     finish, ShardFolder.finish = ShardFolder.finish, stop  # type: ignore[method-assign]
     try:
-        encode_files(_Made.get(), folder / "t.jsonl", folder / "parts", shard_rows=2)
+        encode_files(_encoder(), folder / "t.jsonl", folder / "parts", shard_rows=2)
     except InterruptedError:
         pass
     finally:
@@ -694,14 +663,14 @@ def _write_unfinished(folder: Path) -> None:
 
 
 def _check_parts(folder: Path) -> Result:
-    found = check_folder(_Made.get(), folder / "parts", sample=8)
+    found = check_folder(_encoder(), folder / "parts", sample=8)
     if not found.is_compatible:
         raise ReportedError(f"{found.folder}: {found.table()}")
     return found.rows, found.parts, found.has_manifest
 
 
 def _finish_parts(folder: Path) -> Result:
-    report = encode_files(_Made.get(), folder / "t.jsonl", folder / "parts", shard_rows=2)
+    report = encode_files(_encoder(), folder / "t.jsonl", folder / "parts", shard_rows=2)
     paths = sorted((folder / "parts").iterdir())
     hashes = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in paths}
     manifest = plain_json((folder / "parts.manifest.json").read_bytes())
@@ -719,7 +688,7 @@ GOLDEN = (
 
 
 def _write_golden(folder: Path) -> None:
-    write_golden(_Made.get(), folder / "golden", GOLDEN)
+    write_golden(_encoder(), folder / "golden", GOLDEN)
     data = (folder / "golden" / "golden.float32.safetensors").read_bytes()
     (folder / "stages.safetensors").write_bytes(data)
 
@@ -738,8 +707,6 @@ def _golden_says(folder: Path, result: Result) -> bool:
     stages = plain_safetensors((folder / "stages.safetensors").read_bytes())
     return bool(stages) and result[3] == tuple(text["text"] for text in index["texts"])
 
-
-_ = save  # the NumPy side of the library is loaded before memory is limited
 
 TARGETS = (
     _of_model("model.safetensors", "model.safetensors"),
