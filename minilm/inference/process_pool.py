@@ -103,6 +103,9 @@ class ProcessPool(dict[str, Any]):
                 script lacks its main guard, there is no memory.
         """
         super().__init__(input=None, output=None, processes=[])
+        # Python would say so too, but not before it made semaphores, which nobody would remove.
+        if getattr(multiprocessing.current_process(), "_inheriting", False):
+            raise WorkerError(f"no process can be started by one that is just starting; {_GUARD}")
         if isinstance(target_devices, str | torch.device):
             raise InputTypeError("target_devices is one device; pass a list", "target_devices")
         names = _default_devices() if target_devices is None else target_devices

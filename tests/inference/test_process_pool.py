@@ -581,9 +581,21 @@ def test_scripts_whose_workers_die_as_they_start(published: Path, tmp_path: Path
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )
     assert done.returncode == 1
+    assert "semaphore" not in done.stderr
     told = done.stderr.splitlines()[-1]
     assert told.startswith("minilm.errors.WorkerError: ")
     assert 'belongs under `if __name__ == "__main__":`' in told
+
+
+def test_worker_that_imports_a_script_makes_no_semaphores(
+    model: SentenceEncoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multiprocessing.current_process(), "_inheriting", True, raising=False)
+    made: list[object] = []
+    monkeypatch.setattr(process_pool, "ProcessPoolExecutor", lambda *_: made.append(0))
+    with pytest.raises(WorkerError, match="belongs under `if __name__"):
+        model.start_multi_process_pool(["cpu"])
+    assert not made
 
 
 # --- workers that are replaced: one file after the other
