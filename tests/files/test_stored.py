@@ -212,6 +212,17 @@ def test_a_damaged_page_is_noticed(tiny_folder: Path, tmp_path: Path) -> None:
         read_vectors(path)
 
 
+def test_a_column_that_is_there_twice(tiny_folder: Path, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    path = encoded("/", tmp_path, tiny_folder) / "part-00000.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.append_column("text", table.column("tags")), path)
+    with pytest.raises(InputError, match="has the column 'text' more than once") as raised:
+        read_vectors(path)
+    assert str(raised.value).startswith(f"{path}: ")
+
+
 def test_numbers_that_got_lost(tiny_folder: Path, tmp_path: Path) -> None:
     path = encoded(".csv", tmp_path, tiny_folder)
     path.write_text(path.read_text(encoding="utf-8").replace(",1,", ",one,", 1), encoding="utf-8")
