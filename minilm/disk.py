@@ -21,7 +21,9 @@ import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path, PureWindowsPath
+from types import MappingProxyType
 from typing import IO, Any
 from weakref import WeakValueDictionary
 
@@ -184,8 +186,20 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     write_together({path: write})
 
 
-def write_together(files: Mapping[Path, Callable[[IO[bytes]], object]]) -> None:
-    """Write several files as `write_atomically` does: none gets its name before all are written."""
+def write_together(
+    files: Mapping[Path, Callable[[IO[bytes]], object]],
+    records: Mapping[Path, bytes | None] = MappingProxyType({}),
+) -> None:
+    """Write several files as `write_atomically` does: none gets its name before all are written.
+
+    Args:
+        files: What writes each of them.
+        records: Files that say what those are, and their contents; None for no such file. One that
+            says something else is removed first, and the new one gets its name last: so whatever
+            ends the process, or the power, a file has its own record or none.
+    """
+    given = {path: data for path, data in records.items() if data is not None}
+    files = dict(files) | {path: partial(_put, data) for path, data in given.items()}
     temporaries: dict[Path, Path] = {}
     try:
         for path, write in files.items():
@@ -195,7 +209,10 @@ def write_together(files: Mapping[Path, Callable[[IO[bytes]], object]]) -> None:
                 _keep_attributes(path, temporary)
                 write(file)
                 sync(file)
+        remove_files(path for path, data in records.items() if _differs(path, data))
         for path, temporary in temporaries.items():
+            if path in records:
+                sync_folder(path.parent)
             with errors_about(path, temporary):
                 _take_place(temporary, path)
     except BaseException:
@@ -204,6 +221,14 @@ def write_together(files: Mapping[Path, Callable[[IO[bytes]], object]]) -> None:
         raise
     for folder in {path.parent for path in files}:
         sync_folder(folder)
+
+
+def _put(data: bytes, file: IO[bytes]) -> None:
+    file.write(data)
+
+
+def _differs(path: Path, data: bytes | None) -> bool:
+    return path.is_file() and path.read_bytes() != data
 
 
 def with_metadata(data: bytes, metadata: Mapping[str, str]) -> bytes:
