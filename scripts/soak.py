@@ -8,8 +8,8 @@ writes an index, and two that search it. Texts are of all lengths; calls differ 
 truncation, width and batch. Now and then a process of the pool is killed, and Ctrl-C comes.
 
 oneDNN keeps few of its kernels here, as in `minilm encode` and in the processes of a pool. By
-default it keeps 1,024 of them, one for each size of a matrix, of 0.6 MB each: that fills up for as
-long as new sizes come, which takes minutes or hours, and would hide what does not end.
+default it keeps 1,024 of them, one for each size of a matrix: they add up for as long as new sizes
+come, which takes minutes or hours, and would hide what does not end.
 
 Prints how often each gave what it should, the largest memory of this process in every tenth of the
 time, and what is left at the end: a thread, a process or a temporary file would be one too many.
