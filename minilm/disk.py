@@ -21,7 +21,9 @@ import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from pathlib import Path, PureWindowsPath
+from types import MappingProxyType
 from typing import IO, Any
 from weakref import WeakValueDictionary
 
@@ -48,6 +50,8 @@ __all__ = [
     "write_together",
 ]
 
+# Bytes of a name, and of a path below a folder: the least that Linux and macOS take.
+_LONGEST_NAME, _LONGEST_PATH = 255, 1024
 # The errors of a file system that has no fsync or no flock.
 _HAS_NONE = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL, errno.ENOLCK}
 
@@ -79,10 +83,12 @@ def with_home(path: str | os.PathLike[str]) -> Path:
 
 
 def inside(name: Any) -> str:
-    r"""Check that a path which stands in a file leads to a place below that file's folder.
+    r"""Check that a path which stands in a file can be that of a file below that file's folder.
 
     Files come from elsewhere, also from other systems. So this looks at names only, and is the same
-    on every system; where a link of that name on this disk leads is up to who made the link.
+    on every system; where a link of that name on this disk leads is up to who made the link. What
+    Linux has no name for (it takes 255 bytes of UTF-8) would be an error of the system's wherever
+    it is looked up, which knows nothing of the file that it stands in.
 
     Args:
         name: The path as the file has it, such as "1_Pooling" or "a\\b".
@@ -91,13 +97,20 @@ def inside(name: Any) -> str:
         The path with "/" between its parts; "" for the folder itself.
 
     Raises:
-        ValueError: It is not a string, or leads outside: it has "..", a root or a drive.
+        ValueError: It is not a string; it leads outside: it has "..", a root or a drive; or it is
+            too long for a file, or no Unicode text.
     """
     path = PureWindowsPath(name) if isinstance(name, str) else None  # knows both separators
     # Windows drops blanks and dots at the end: to it ".. " is "..".
     if path is None or path.anchor or "\0" in name or any(not p.strip(" .") for p in path.parts):
         raise ValueError(f"{name!r} leads outside the folder")
-    return "/".join(path.parts)
+    within = "/".join(path.parts)
+    sizes = [len(part.encode("utf-8", "surrogatepass")) for part in (*path.parts, within)]
+    if max(sizes) > _LONGEST_PATH or max(sizes[:-1], default=0) > _LONGEST_NAME:
+        raise ValueError(f"{name[:40]!r}... of {len(name):,} characters is too long for a file")
+    if any("\ud800" <= character <= "\udfff" for character in name):
+        raise ValueError(f"{name!r} is no Unicode text, so that no file has that name")
+    return within
 
 
 # --- JSON
@@ -173,8 +186,20 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     write_together({path: write})
 
 
-def write_together(files: Mapping[Path, Callable[[IO[bytes]], object]]) -> None:
-    """Write several files as `write_atomically` does: none gets its name before all are written."""
+def write_together(
+    files: Mapping[Path, Callable[[IO[bytes]], object]],
+    records: Mapping[Path, bytes | None] = MappingProxyType({}),
+) -> None:
+    """Write several files as `write_atomically` does: none gets its name before all are written.
+
+    Args:
+        files: What writes each of them.
+        records: Files that say what those are, and their contents; None for no such file. One that
+            says something else is removed first, and the new one gets its name last: so whatever
+            ends the process, or the power, a file has its own record or none.
+    """
+    given = {path: data for path, data in records.items() if data is not None}
+    files = dict(files) | {path: partial(_put, data) for path, data in given.items()}
     temporaries: dict[Path, Path] = {}
     try:
         for path, write in files.items():
@@ -184,7 +209,10 @@ def write_together(files: Mapping[Path, Callable[[IO[bytes]], object]]) -> None:
                 _keep_attributes(path, temporary)
                 write(file)
                 sync(file)
+        remove_files(path for path, data in records.items() if _differs(path, data))
         for path, temporary in temporaries.items():
+            if path in records:
+                sync_folder(path.parent)
             with errors_about(path, temporary):
                 _take_place(temporary, path)
     except BaseException:
@@ -193,6 +221,14 @@ def write_together(files: Mapping[Path, Callable[[IO[bytes]], object]]) -> None:
         raise
     for folder in {path.parent for path in files}:
         sync_folder(folder)
+
+
+def _put(data: bytes, file: IO[bytes]) -> None:
+    file.write(data)
+
+
+def _differs(path: Path, data: bytes | None) -> bool:
+    return path.is_file() and path.read_bytes() != data
 
 
 def with_metadata(data: bytes, metadata: Mapping[str, str]) -> bytes:

@@ -178,25 +178,23 @@ def _reason(error: Exception) -> str:
 def write_output(
     path: Path,
     write: Callable[[IO[bytes]], object],
-    beside: Mapping[Path, bytes] | None = None,
+    beside: Mapping[Path, bytes | None] | None = None,
 ) -> None:
     """Write a result to the place that the user named.
 
     Args:
         path: A file, which will be complete or as it was; or a stream, see `is_stream`.
         write: A function that is given the open file, and leaves it open.
-        beside: Other files and their contents, which appear with it; none beside a stream.
+        beside: Files that say what it is, and their contents, see `write_together`; none beside a
+            stream.
 
     Raises:
         OSError: It can't be written, or the disk is full; the error names `path`.
     """
     path = with_home(path)
     if not is_stream(path):
-        others = {
-            _target(other): (lambda file, contents=contents: file.write(contents))
-            for other, contents in (beside or {}).items()
-        }
-        write_together({_target(path): write, **others})
+        records = {_target(other): contents for other, contents in (beside or {}).items()}
+        write_together({_target(path): write}, records)
         return
     buffer = io.BytesIO()  # some forms are written by seeking, which a pipe can't do
     write(buffer)

@@ -431,7 +431,7 @@ def _safetensors_rows(data: bytes) -> tuple[list[Any], Any]:
 
 def _plain_vectors(data: bytes) -> tuple[list[str] | None, Any]:
     tensors = plain_safetensors(data)
-    metadata = json.loads(tensors.pop("__metadata__", ("{}",))[0])
+    metadata = json.loads(tensors.pop("__metadata__", ("{}",))[0]) or {}  # null is none
     name = next((each for each in _NAMES if each in tensors), next(iter(tensors)))
     texts = plain_json(metadata["texts_json"]) if "texts_json" in metadata else None
     return texts, _tensor(tensors[name])
@@ -449,7 +449,8 @@ def _parquet(data: bytes) -> tuple[Any, str, Any]:
     import pyarrow
     import pyarrow.parquet
 
-    table = pyarrow.parquet.read_table(pyarrow.BufferReader(data))
+    # `read_table` would take a dot in a name for a field within a column.
+    table = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data)).read()
     kinds = pyarrow.types
     lists = [each.name for each in table.schema if kinds.is_fixed_size_list(each.type)
              or kinds.is_list(each.type)]  # fmt: skip
@@ -458,7 +459,10 @@ def _parquet(data: bytes) -> tuple[Any, str, Any]:
     vectors = column.to_pylist()
     if None in vectors or any(None in row for row in vectors):
         raise ValueError("null")
-    return table, name, np.array(vectors, column.type.value_type.to_pandas_dtype())
+    array = np.array(vectors, column.type.value_type.to_pandas_dtype())
+    # The numbers themselves: a Python float doesn't keep every bit of a NaN.
+    flat = [chunk.flatten().to_numpy() for chunk in column.chunks] or [array]
+    return table, name, np.concatenate(flat, dtype=array.dtype).reshape(array.shape)
 
 
 def _plain_parquet(data: bytes) -> tuple[list[str], Any]:
@@ -514,7 +518,7 @@ def _records_say(folder: Path, result: Result) -> bool:
                 text = plain_npy(archive.read("fingerprint_json.npy")).tobytes()
         elif name == "v.safetensors":
             metadata = json.loads(plain_safetensors(data).get("__metadata__", ("{}",))[0])
-            given = metadata.get("minilm.fingerprint")
+            given = (metadata or {}).get("minilm.fingerprint")
             text = None if given is None else given.encode("utf-8", "surrogatepass")
         elif name == "v.parquet":
             schema = pyarrow.parquet.read_schema(pyarrow.BufferReader(data))

@@ -89,10 +89,27 @@ def test_names_that_lead_outside(name: Any) -> None:
         inside(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a/" + "x" * 256, r"'a/x{38}'\.\.\. of 258 characters is too long"),
+        ("ä" * 128, "128 characters is too long"),
+        ("a/" * 513, "1,026 characters is too long"),
+        ("a/\ud800", r"'a/\\ud800' is no Unicode text"),
+        ("\udcff", r"'\\udcff' is no Unicode text"),
+    ],
+)
+def test_names_that_no_file_has(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        inside(name)
+
+
 def test_names_that_stay_inside() -> None:
     given = ["1_Pooling", "a\\b", "a//b/", "", ".", "./a", ".hidden", "a..b", "ä/ü", "a b"]
     expected = ["1_Pooling", "a/b", "a/b", "", "", "a", ".hidden", "a..b", "ä/ü", "a b"]
     assert [inside(name) for name in given] == expected
+    for name in ("x" * 255, "/".join("x" * 511)):
+        assert inside(name) == name
 
 
 # files

@@ -25,7 +25,10 @@ from minilm.index import Index
 Event = tuple[str, ...]  # what was called, and its paths
 
 # Names that refer to other files of their folder.
-REFERRING = {"index.json", "modules.json", "_manifest.json", "parts.manifest.json"}
+REFERRING = {
+    "index.json", "modules.json", "_manifest.json", "parts.manifest.json",
+    "out.npy.fingerprint.json",
+}  # fmt: skip
 _PASSING = re.compile(r"\..*\.part|.*lock")  # what an interrupted call may leave
 
 
@@ -57,8 +60,15 @@ def file(folder: Path) -> None:
         write_table(folder / "out.npy", rows, np.eye(2, dtype=np.float32))
 
 
+def file_and_record(folder: Path) -> None:
+    for record in ('{"model": "a"}', '{"model": "b"}'):
+        rows = Table(["a", "b"], [{"text": "a"}, {"text": "b"}])
+        write_table(folder / "out.npy", rows, np.eye(2, dtype=np.float32), record)
+
+
 ACTIONS: dict[str, Callable[[Path], None]] = {
     "save": save, "index": index, "shards": shards, "file": file,
+    "file_and_record": file_and_record,
 }  # fmt: skip
 
 
@@ -192,6 +202,8 @@ def check(events: list[Event]) -> None:
             inside = {each for each in unsynced | pending if each.startswith(f"{paths[0]}/")}
             assert not inside, f"{place}, and {inside} may not be on the disk"
             assert paths[0] not in unsynced, f"{place}, and its contents may not be on the disk"
+            record = f"{path}.fingerprint.json"
+            assert record not in known | pending, f"{place}, and the record may be of the old one"
             if Path(path).name in REFERRING:
                 others = visible({p for p in pending if Path(p).parent == Path(path).parent})
                 assert not others, f"{place}, and it refers to {others}"

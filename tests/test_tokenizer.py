@@ -541,11 +541,14 @@ def test_left_side(name: str) -> None:
             "unk_token is '[PAD]' in tokenizer_config.json; supported: '[UNK]",
         ),
         ({"cls_token": "[MASK]"}, "cls_token is '[MASK]' in tokenizer_config.json; supported"),
+        *(({name: token}, f"{name} is {token!r} in tokenizer_config.json; pass a string, or an")
+          for name in ("pad_token", "unk_token", "cls_token", "bos_token")
+          for token in ({"lstrip": False}, {"content": ["[PAD]"]}, {}, 5, ["[UNK]"])),
         ({"added_tokens_decoder": {"x": {"content": "dogs"}}}, "the added or special tokens"),
         ({"extra_special_tokens": [5]}, "the added or special tokens"),
         ({"added_tokens_decoder": {"30": {"content": "dogs"}}}, "'dogs' has the id 30; the one"),
     ],
-)
+)  # fmt: skip
 def test_settings_that_are_refused(config: dict[str, Any], problem: str) -> None:
     assert problem in bad_tokenizer(config=config)
 

@@ -12,7 +12,8 @@ moved without its manifest can be verified, and the same run gives it a new one.
 Until the last part is written there is `_progress.jsonl` in the folder, in place of the manifest:
 the header, then a line for each finished part. Each part is written under a hidden name and renamed
 once it is on the disk; only then its line is added. So at any moment each part is either complete
-and listed, or will be made again.
+and listed, or will be made again. Each line has a checksum of itself: one that was damaged counts
+as not there, and without the header the run is known from its parts, as without a manifest.
 """
 
 import errno
@@ -22,6 +23,7 @@ import json
 import os
 import re
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
@@ -58,10 +60,10 @@ _INSIDE = "_manifest.json"
 # A folder that can be written to, in one that can't be, or on another disk.
 _NOT_BESIDE = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EXDEV, errno.EBUSY}
 _LOCK = ".lock"
-_PART = re.compile(r"part-\d{5,}\.parquet")
+_PART = re.compile(r"part-[0-9]{5,}\.parquet")
 # As `write_atomically` names them.
 _TEMPORARY = re.compile(
-    r"\.(part-\d{5,}\.parquet|_manifest\.json|_progress\.jsonl)\.[0-9a-f]{32}\.part"
+    r"\.(part-[0-9]{5,}\.parquet|_manifest\.json|_progress\.jsonl)\.[0-9a-f]{32}\.part"
 )
 
 
@@ -244,9 +246,9 @@ class ShardFolder:
             self._move_out()  # of a folder of 0.1.0
         else:
             lines = [header, *(asdict(self.done[number]) for number in sorted(self.done))]
-            text = "".join(json.dumps(line) + "\n" for line in lines)
+            text = b"".join(map(_line, lines))
             with self._errors_about(PROGRESS):
-                write_atomically(self.folder / PROGRESS, lambda file: file.write(text.encode()))
+                write_atomically(self.folder / PROGRESS, lambda file: file.write(text))
             # From now on it is not what the folder has.
             remove_files([self.folder / _INSIDE, self.manifest])
 
@@ -272,7 +274,9 @@ class ShardFolder:
         for part in self.done.values():
             known = {name: value for name, value in asdict(part).items() if name != "sha256"}
             told = _told(self.folder / part.name) if part.name in self._intact() else None
-            if told and (told["part"] != known or told["run"] != run_of(self.header or {})):
+            header = self.header or {}
+            of_run = {"run": run_of(header), "fingerprint": header.get("fingerprint")}
+            if told and told != {"part": known, **of_run}:
                 raise ValueError(f"{part.name} says something else")
 
     def add(self, number: int, name: str, table: Any, **more: int) -> Part:
@@ -297,7 +301,7 @@ class ShardFolder:
             write_atomically(path, lambda file: _write_parquet(file, table))
             part = Part(name, table.num_rows, file_sha256(path), **more)
         with self._errors_about(PROGRESS), (self.folder / PROGRESS).open("ab") as progress:
-            progress.write(f"{json.dumps(asdict(part))}\n".encode())
+            progress.write(_line(asdict(part)))
             sync(progress)
         self.done[number] = part
         return part
@@ -404,20 +408,39 @@ def _from_manifest(path: Path) -> _Found:
         raise ConfigError(path, [what]) from error
 
 
+def _line(values: Mapping[str, Any]) -> bytes:
+    """A line of the progress, with a checksum of what else is in it."""
+    return json.dumps({**values, "crc32": _crc(values)}).encode() + b"\n"
+
+
+def _crc(values: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(values).encode())
+
+
+def _from_line(line: bytes) -> dict[str, Any]:
+    """Read a line of the progress; those of before November 2026 have no checksum.
+
+    Raises:
+        ValueError: It is broken.
+    """
+    values = parse_json(line)
+    if not isinstance(values, dict) or values.pop("crc32", None) not in (None, _crc(values)):
+        raise ValueError("is not what was written")
+    return values
+
+
 def _from_progress(path: Path) -> _Found | None:
     if not path.exists():
         return None
     lines = path.read_bytes().split(b"\n")
     try:
-        header = parse_json(lines[0])
+        header = _from_line(lines[0])
     except ValueError:
-        return None  # killed at the very first line
-    if not isinstance(header, dict):
-        return None
+        return None  # killed at the very first line, or damaged
     parts = []
     for line in lines[1:]:
         with suppress(ValueError):  # the last line may be cut short
-            parts.append(Part.from_dict(parse_json(line)))
+            parts.append(Part.from_dict(_from_line(line)))
     return _Found(header, parts, False, path)
 
 

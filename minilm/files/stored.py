@@ -270,6 +270,10 @@ def _parquet(path: Path, column: str | None) -> tuple[_Rows | None, _Array]:
             return file.read()
 
     table = readable(path, read)
+    names = table.column_names
+    doubled = next((each for each in names if names.count(each) > 1), None)
+    if doubled is not None:  # of which a row could hold one only
+        raise ValueError(f"has the column {doubled!r} more than once")
     name = column or vector_column(table.schema, str(path))
     vectors = vectors_of(table, name, str(path))
     return table.drop_columns([name]).to_pylist(), vectors

@@ -201,8 +201,8 @@ def write_table(
             write_text = write_jsonl if suffix == ".jsonl" else _write_csv
             _write_text(file, lambda text: write_text(text, table, embeddings, column))
 
-    record = (fingerprint or "").encode() + b"\n"
-    write_output(output, write, dict.fromkeys(sidecars_of(output) if fingerprint else (), record))
+    record = None if fingerprint is None else f"{fingerprint}\n".encode()
+    write_output(output, write, dict.fromkeys(sidecars_of(output), record))
 
 
 def _write_text(file: IO[bytes], write: Callable[[IO[str]], object]) -> None:

@@ -239,8 +239,8 @@ def _read_stages(files: ModelFiles) -> _Stages:
         try:
             within = inside(folder)
             as_prefix.append(f"{within}/" if within else "")
-        except ValueError:
-            problems.append(f"path {folder!r} leads outside the model's folder")
+        except ValueError as error:
+            problems.append(f"path {error}")
     kinds = [kind for kind, _ in stages]
     if tuple(kinds[:2]) != _STAGES or not set(kinds[2:]) <= {*_LAST_STAGES}:
         problems.append(
@@ -514,10 +514,11 @@ def _read_shards(
     problems, shards = [], {}
     for file in dict.fromkeys(weight_map.values()):
         try:
-            data = files.read(folder + inside(file))
-        except ValueError:
-            problems.append(f"{file} leads outside the model's folder")
+            within = inside(file)
+        except ValueError as error:
+            problems.append(str(error))
             continue
+        data = files.read(folder + within)
         problem = _unreadable(data)
         if problem:
             problems.append(f"{file} {problem}")

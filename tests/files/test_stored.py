@@ -13,6 +13,7 @@ import safetensors.numpy
 from conftest import load, write_model_folder
 from minilm import SentenceEncoder
 from minilm.cli import main
+from minilm.disk import write_together
 from minilm.errors import ConfigError, InputError
 from minilm.files.records import read_fingerprint
 from minilm.files.rows import as_json
@@ -210,6 +211,31 @@ def test_a_damaged_page_is_noticed(tiny_folder: Path, tmp_path: Path) -> None:
     assert pq.read_table(path).num_rows == 3  # silently
     with pytest.raises(InputError, match=r"can't be read as Parquet: .*CRC"):
         read_vectors(path)
+
+
+def test_a_column_that_is_there_twice(tiny_folder: Path, tmp_path: Path) -> None:
+    import pyarrow.parquet as pq
+
+    path = encoded("/", tmp_path, tiny_folder) / "part-00000.parquet"
+    table = pq.read_table(path)
+    pq.write_table(table.append_column("text", table.column("tags")), path)
+    with pytest.raises(InputError, match="has the column 'text' more than once") as raised:
+        read_vectors(path)
+    assert str(raised.value).startswith(f"{path}: ")
+
+
+def test_a_record_is_never_that_of_an_earlier_file(tmp_path: Path) -> None:
+    path, record = tmp_path / "a.npy", tmp_path / "a.npy.fingerprint.json"
+    table, vectors = Table(["a"], [{"text": "a"}]), np.eye(1, dtype=np.float32)
+    for given in ("{}", "{}", '{"a": 1}'):
+        write_table(path, table, vectors, given)
+        assert record.read_text() == f"{given}\n"
+    # An error before the file is replaced leaves both.
+    with pytest.raises(ZeroDivisionError):
+        write_together({path: lambda file: 1 // 0}, {record: b"{}"})
+    assert record.read_text() == '{"a": 1}\n'
+    write_table(path, table, vectors)
+    assert sorted(tmp_path.iterdir()) == [path]
 
 
 def test_numbers_that_got_lost(tiny_folder: Path, tmp_path: Path) -> None:

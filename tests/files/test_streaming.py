@@ -746,6 +746,7 @@ def damaged_run(encoder: SentenceEncoder, folder: Path, change: Callable[[Any], 
         lambda lines: lines[0]["rows"].update(written=4),
         lambda lines: lines[1].update(tokens=1),
         lambda lines: lines[2].update(cut_rows=1),
+        lambda lines: lines[0]["fingerprint"].update(model="another"),
     ],
     ids=itertools.count(),
 )
@@ -761,6 +762,39 @@ def test_record_of_a_run_that_was_damaged(
     assert run(tiny_encoder, source, out, shard_rows=2, overwrite=True).computed == 3
     read = pq.read_table(out).column("id").to_pylist()
     assert read == list(range(6))
+
+
+@pytest.mark.parametrize(
+    ("line", "old", "new", "computed"),
+    [
+        (0, '"rows": {"read": 6', '"rows": {"read": 7', 1),
+        (0, '"characters": 30', '"characters": 31', 1),
+        (0, '"model": "', '"model": "x', 1),
+        (0, '"inputs": [{"name": "', '"inputs": [{"name": "x', 1),
+        (0, '"bad_rows": []', '"bad_rows": ["x"]', 1),
+        (0, '"crc32": ', '"crc32": 1', 1),
+        (1, '"tokens": 4', '"tokens": 5', 2),
+        (1, "{", "[", 2),
+        (2, '"sha256": "', '"sha256": "x', 2),
+    ],
+    ids=itertools.count(),
+)
+def test_a_damaged_line_of_a_run_counts_as_not_there(
+    tiny_encoder: SentenceEncoder, tmp_path: Path, line: int, old: str, new: str, computed: int
+) -> None:
+    source = write_jsonl(tmp_path / "a.jsonl", [{"id": i, "text": "a cat"} for i in range(6)])
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    run(tiny_encoder, source, whole, shard_rows=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ShardFolder, "finish", lambda self: None)
+        run(tiny_encoder, source, out, shard_rows=2)
+    (out / "part-00002.parquet").unlink()
+    lines = (out / PROGRESS).read_text(encoding="utf-8").splitlines(keepends=True)[:3]
+    assert lines[line].count(old) == 1
+    lines[line] = lines[line].replace(old, new)
+    (out / PROGRESS).write_text("".join(lines), encoding="utf-8")
+    assert run(tiny_encoder, source, out, shard_rows=2).computed == computed
+    assert with_manifest(out) == with_manifest(whole)
 
 
 def test_record_of_a_run_that_is_whole(tiny_encoder: SentenceEncoder, tmp_path: Path) -> None:

@@ -462,10 +462,20 @@ def without_files(folder: Path) -> None:
     (folder / "segment-00000/vectors.npy").unlink()
 
 
-@pytest.mark.parametrize("name", ["../outside", "/outside", "..\\outside", "C:outside"])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        *(
+            (name, "leads outside the folder")
+            for name in ("../outside", "/outside", "..\\outside", "C:outside")
+        ),
+        ("x" * 300, "is too long for a file"),
+        ("\ud800", "is no Unicode text"),
+    ],
+)
 @pytest.mark.parametrize("of", ["segment", "file"])
-def test_names_that_lead_outside_are_refused(
-    index: Index, tmp_path: Path, of: str, name: str
+def test_names_that_no_file_inside_has_are_refused(
+    index: Index, tmp_path: Path, of: str, name: str, message: str
 ) -> None:
     shutil.copytree(index.folder / "segment-00000", tmp_path / "outside")
     with (index.folder / "index.json").open() as file:
@@ -476,7 +486,7 @@ def test_names_that_lead_outside_are_refused(
     else:
         segment["files"][name] = segment["files"].pop("vectors.npy")
     (index.folder / "index.json").write_text(json.dumps(values))
-    with pytest.raises(ConfigError, match="leads outside the folder") as raised:
+    with pytest.raises(ConfigError, match=message) as raised:
         Index.open(index.folder)
     assert raised.value.path == index.folder / "index.json"
 

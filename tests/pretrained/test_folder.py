@@ -18,6 +18,7 @@ from conftest import TINY, edit_json, tiny_tokenizer_json, write_model_folder
 from minilm import SentenceEncoder
 from minilm.errors import (
     ConfigError,
+    HashMismatchError,
     MinilmError,
     ModelFolderError,
     ModelNotFoundError,
@@ -26,6 +27,7 @@ from minilm.errors import (
     WeightsError,
 )
 from minilm.pretrained import folder
+from minilm.source import ModelFiles
 
 REQUIRED = {
     "modules.json": ConfigError,
@@ -257,12 +259,22 @@ def test_a_path_that_leads_outside_is_refused(
     stages = list(STAGES)
     stages[stage] = (stages[stage][0], place)
     write_stages(tiny_folder, *stages)
-    refuse("modules.json", ConfigError, f"path {place!r} leads outside the model's folder")
+    refuse("modules.json", ConfigError, f"path {place!r} leads outside the folder")
 
 
-def test_a_path_too_long_for_the_disk_is_named(tiny_folder: Path, refuse: Refuse) -> None:
-    write_stages(tiny_folder, STAGES[0], (STAGES[1][0], "x" * 300))
-    refuse(f"{'x' * 300}/config.json", ConfigError, "can't be read: File name too long")
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [("x" * 300, "of 300 characters is too long for a file"), ("\ud800", "is no Unicode text")],
+    ids=["long", "surrogate"],
+)
+def test_a_path_that_no_file_has_is_named(
+    tiny_folder: Path, refuse: Refuse, place: str, message: str, stage: int
+) -> None:
+    stages = list(STAGES)
+    stages[stage] = (stages[stage][0], place)
+    write_stages(tiny_folder, *stages)
+    refuse("modules.json", ConfigError, message)
 
 
 def test_a_key_that_is_there_twice_is_refused(tiny_folder: Path, refuse: Refuse) -> None:
@@ -615,7 +627,7 @@ def test_all_that_is_wrong_with_weights_in_several_files(tiny_folder: Path, refu
     del tensors[moved], tensors[gone]
     safetensors.torch.save_file(tensors, tiny_folder / first)
     safetensors.torch.save_file(other, tiny_folder / second)
-    outside = {"elsewhere": "../other.safetensors"}
+    outside = {"elsewhere": "../other.safetensors", "nowhere": "\ud800"}
     (tiny_folder / INDEX).write_text(json.dumps({"weight_map": weight_map | outside}))
     error = refuse(INDEX, WeightsError)
     assert isinstance(error, WeightsError)
@@ -624,12 +636,25 @@ def test_all_that_is_wrong_with_weights_in_several_files(tiny_folder: Path, refu
     assert sorted(error.problems) == sorted([
         pointer,
         f"{third} is missing",
-        "../other.safetensors leads outside the model's folder",
+        "'../other.safetensors' leads outside the folder",
+        "'\\ud800' is no Unicode text, so that no file has that name",
         f"{moved} is not in {first}, where it should be",
         f"{gone} is not in {first}, where it should be",
         f"{twice} is in {second} and in another file too",
         "head.weight is unexpected",
     ])  # fmt: skip
+
+
+def test_a_damaged_one_of_several_files(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = min(split_weights(tiny_folder).values())
+
+    def verify(self: ModelFiles, name: str, data: bytes | None) -> None:
+        if name == first:
+            raise HashMismatchError(self.path(name), "0" * 64, "1" * 64)
+
+    monkeypatch.setattr(ModelFiles, "verify", verify)
+    with pytest.raises(HashMismatchError, match=first):
+        load(tiny_folder)
 
 
 def test_a_tensor_that_the_index_leaves_out(tiny_folder: Path, refuse: Refuse) -> None:

@@ -12,7 +12,7 @@ import safetensors.numpy
 
 import fuzz
 from damage import Choices, damaged
-from fuzz_targets import TARGETS, Target, plain_safetensors
+from fuzz_targets import TARGETS, TEXTS, Target, _encoder, plain_safetensors
 from minilm.errors import ConfigError
 
 
@@ -119,3 +119,33 @@ def test_a_plain_reader_refuses_what_is_ambiguous() -> None:
     header = b'{"a": {}, "a": {}}'
     with pytest.raises(ValueError, match="twice"):
         plain_safetensors(len(header).to_bytes(8, "little") + header)
+
+
+def test_what_a_plain_reader_finds_said(tmp_path: Path) -> None:
+    """Metadata that are null are none, and a NaN has bits of its own."""
+    targets = {target.name: target for target in TARGETS}
+    records, stored = targets["fingerprints"], targets["vectors of minilm encode"]
+    records.write(tmp_path)
+    path = tmp_path / "v.safetensors"
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(data[8:end]) | {"__metadata__": None}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[end:])
+    found = records.read(tmp_path)
+    assert found["v.safetensors"] is None
+    assert records.justifies is not None
+    assert records.justifies(tmp_path, found)
+    assert not records.justifies(tmp_path, found | {"v.parquet": None})
+
+    path.write_bytes(data)
+    path = tmp_path / "v.parquet"
+    path.write_bytes(
+        path.read_bytes().replace(_encoder().encode(TEXTS)[1, :1].tobytes(), b"\xff" * 4)
+    )
+    found = stored.read(tmp_path)
+    numbers = found["v.parquet"][3]
+    assert numbers[16:20] == b"\xff" * 4
+    assert stored.justifies is not None
+    assert stored.justifies(tmp_path, found)
+    changed = (*found["v.parquet"][:3], numbers[:16] + b"\xfe" + numbers[17:])
+    assert not stored.justifies(tmp_path, found | {"v.parquet": changed})
