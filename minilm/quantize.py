@@ -23,6 +23,7 @@ float32.
 
 import json
 import logging
+import re
 from functools import cache
 from importlib import resources
 from math import sqrt
@@ -44,6 +45,7 @@ __all__ = [
     "dequantize",
     "has_model_ranges",
     "model_ranges",
+    "precision_of_bits",
     "quantize_embeddings",
     "stored_bytes",
     "stored_width",
@@ -330,6 +332,27 @@ def _range_rows(ranges: Embeddings | None) -> _Array:
 def stored_width(width: int, precision: str) -> int:
     """How many numbers a vector of `width` numbers has where it is stored: eight bits make one."""
     return -(-width // 8) if precision.endswith("binary") else width
+
+
+def precision_of_bits(vectors: Any, dimension: int) -> str | None:
+    """Whether vectors are bits of so many numbers each: "binary" or "ubinary"; None if not.
+
+    Their bytes tell, since a file of decimals gives them back in another dtype: those of "binary",
+    128 less, are negative as often as not.
+
+    Args:
+        vectors: A tensor or an array.
+        dimension: How many numbers, and so bits, a vector has.
+    """
+    if vectors.ndim != 2 or vectors.shape[1] != stored_width(dimension, "ubinary"):
+        return None
+    if not len(vectors) or not re.match(r"(torch\.)?(b?float|u?int)", str(vectors.dtype)):
+        return None
+    low, high = float(vectors.min()), float(vectors.max())
+    limit = 255 if low >= 0 else 127
+    if not (-128 <= low <= high <= limit and bool((vectors % 1 == 0).all())):
+        return None
+    return "binary" if low < 0 else "ubinary"
 
 
 def stored_bytes(width: int, precision: str) -> int:

@@ -535,7 +535,9 @@ def parity(options: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 def _parity_against(options: argparse.Namespace) -> int:
     from minilm.parity.causes import diagnose
+    from minilm.parity.check import check_vectors
     from minilm.parity.golden import TEXTS
+    from minilm.quantize import precision_of_bits
 
     file: Path = options.against
     texts = None if options.texts is None else read_texts(options.texts, options.column)
@@ -547,6 +549,11 @@ def _parity_against(options: argparse.Namespace) -> int:
         # Before the model is loaded: an error of the file comes at once.
         foreign = read_vectors(file, texts, default=golden, column=options.column)
         encoder = _load(options)
+    if precision_of_bits(foreign.vectors, encoder.bert.config.hidden_size):
+        # Why they differ, bits don't tell.
+        count = len(foreign.texts)
+        result = check_vectors(encoder, foreign.texts, foreign.vectors, sample=count)
+        return _show_finding(result, result.is_compatible, options)
     diagnosis = diagnose(
         encoder, foreign.texts, foreign.vectors, show_progress_bar=is_watched(sys.stderr)
     )

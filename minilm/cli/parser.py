@@ -241,7 +241,7 @@ def _parser() -> argparse.ArgumentParser:
         parity,
         "--against",
         "FILE",
-        "vectors that another program wrote (.npy, .npz, .jsonl, .csv), or a model (.onnx)",
+        "vectors or bits that another program wrote (.npy, .npz, .jsonl, .csv), or a model (.onnx)",
     )
     _add_path(
         parity,

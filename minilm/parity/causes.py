@@ -37,6 +37,7 @@ from minilm.encoder import SentenceEncoder
 from minilm.errors import InputError
 from minilm.parity.ids import choose_readings
 from minilm.parity.mistakes import Cause, Variant, VariantRunner, causes_for
+from minilm.quantize import precision_of_bits
 from minilm.report import aligned, jsonable, shortened
 from minilm.similarity import Embeddings
 from minilm.vectors import as_matrix
@@ -293,6 +294,11 @@ def _matrix(vectors: Embeddings, rows: int, width: int) -> Tensor:
         raise InputError("texts is empty; pass at least one", "texts")
     if len(foreign) != rows:
         raise InputError(f"vectors has {len(foreign)} rows, texts {rows}; pass as many", "vectors")
+    if precision_of_bits(foreign, width):
+        raise InputError(
+            "vectors are bits, which don't tell why they differ; pass them to check_vectors",
+            "vectors",
+        )
     if foreign.shape[1] != width:
         raise InputError(
             f"vectors are {foreign.shape[1]} numbers wide, this model's {width}: another model "

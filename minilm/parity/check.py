@@ -7,7 +7,7 @@ In: an encoder, texts, their stored vectors, and their fingerprint if there is o
 import copy
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,7 +21,7 @@ from minilm.errors import InputError, InputTypeError
 from minilm.inference.encode import required_ranges
 from minilm.parity.causes import decimals, diagnose, short_form
 from minilm.pretrained.fingerprint import Comparison, Fingerprint, Verdict, compare, fingerprint
-from minilm.quantize import dequantize, quantize_embeddings, stored_width
+from minilm.quantize import dequantize, precision_of_bits, quantize_embeddings, stored_width
 from minilm.report import aligned, jsonable
 from minilm.similarity import Embeddings
 
@@ -144,8 +144,9 @@ def check_vectors(
     Args:
         encoder: The model, with its `max_seq_length` and default prompt; it is left as it is.
         texts: n texts, in the order of the vectors.
-        vectors: Floating point `[n, 384]`, or codes of the precision of `recorded`: an array (of a
-            memory-mapped one only some rows are read), a tensor, or lists.
+        vectors: Floating point `[n, 384]`; codes of the precision of `recorded`; or bits, bytes
+            `[n, 48]`, which need no record: an array (of a memory-mapped one only some rows are
+            read), a tensor, or lists.
         recorded: The fingerprint that came with them. Its dtype says how much rounding to expect,
             and its limit is tried first; the verdict is that of the numbers.
         sample: How many rows to check, evenly spread; the longest texts, which alone show another
@@ -157,18 +158,20 @@ def check_vectors(
 
     Raises:
         InputTypeError: A text or a vector is something else.
-        InputError: There are none; the numbers of texts and vectors differ; or the vectors are not
-            floating-point numbers, and no fingerprint tells their precision.
+        InputError: There are none; the numbers of texts and vectors differ; or the vectors are
+            neither floating-point numbers nor bits, and no fingerprint tells their precision.
     """
     texts, _ = inputs.as_texts(texts, "texts")
     inputs.check_positive_int(sample, "sample")
     vectors = _as_array(vectors)
-    count, width = _shape(vectors, recorded is not None and recorded.precision != "float32")
+    own = fingerprint(encoder)
+    bits = None if recorded is not None else precision_of_bits(vectors, own.dimension)
+    is_coded = bits is not None or (recorded is not None and recorded.precision != "float32")
+    count, width = _shape(vectors, is_coded)
     if not texts:
         raise InputError("texts is empty; pass at least one", "texts")
     if count != len(texts):
         raise InputError(f"vectors has {count} rows, texts {len(texts)}; pass as many", "vectors")
-    own = fingerprint(encoder)
     if recorded is not None:  # ours are made in the same way
         own = replace(
             own,
@@ -178,6 +181,8 @@ def check_vectors(
             dimension=min(recorded.dimension, encoder.bert.config.hidden_size),
             normalize=recorded.normalize,
         )
+    elif bits is not None:
+        own = own.for_call(precision=bits)
     elif own.dimension < width <= encoder.bert.config.hidden_size:
         own = own.for_call(truncate_dim=width)
     made = _Recorded(encoder, own)
@@ -212,6 +217,10 @@ def check_vectors(
     if result.max_abs <= bound:
         reason = f"within {bound:.1e}, which rounding explains"
         return replace(result, verdict="rounding", reason=reason)
+    if bits is not None:
+        for how, read in _other_readings(stored, bits):
+            if float(made.differences(ours, read).max()) <= bound:
+                return replace(result, reason=f"the bits are ours, but {how}")
     limit = _explaining_limit(encoder, made, chosen, stored, difference, bound, recorded)
     if limit is not None:
         reason = f"the texts were cut at {limit} tokens, this encoder's limit is "
@@ -232,6 +241,23 @@ def dead_numbers(encoder: SentenceEncoder) -> list[int]:
     weight, bias = norm.weight.detach().double().abs(), norm.bias.detach().double().abs()
     largest = bias + weight * math.sqrt(len(bias) - 1)
     return [place for place, most in enumerate(largest.tolist()) if most < _DEAD]
+
+
+def _other_readings(stored: Tensor, precision: str) -> Iterator[tuple[str, Tensor]]:
+    """What other programs do otherwise when they make bits, and the codes that we would make."""
+    less = 128 if precision == "binary" else 0
+    codes = (stored.to(torch.int16).numpy() + less).astype(np.uint8)
+    lowest = "the first number of each eight is in the lowest bit, not in the highest"
+    ways = {lowest: _turned(codes)}
+    if less:
+        signed = "the bytes are those of ubinary as they are, not 128 less"
+        ways |= {signed: codes ^ 128, f"{signed}, and {lowest}": _turned(codes ^ 128)}
+    for how, read in ways.items():
+        yield how, torch.from_numpy(read.astype(np.int16) - less)
+
+
+def _turned(codes: "np.ndarray[Any, Any]") -> "np.ndarray[Any, Any]":
+    return np.packbits(np.unpackbits(codes, axis=1), axis=1, bitorder="little")
 
 
 def _as_array(vectors: Any) -> Any:

@@ -12,16 +12,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from conftest import another_process
+from conftest import DATA, another_process
 from minilm.disk import file_sha256, write_atomically
 from minilm.errors import ConfigError, InputError
 from minilm.files import shards
-from minilm.files.arrow import embedding_array
+from minilm.files.arrow import embedding_array, with_vectors
 from minilm.files.shards import (
     PROGRESS,
     Part,
     ShardFolder,
     manifest_path,
+    parquet_settings,
     part_paths,
     verify_parts,
 )  # fmt: skip
@@ -75,6 +76,25 @@ def test_what_is_left_is_the_parts_and_the_manifest(tmp_path: Path) -> None:
         assert part["sha256"] == file_sha256(folder / part["name"])
     assert verify_parts(folder) == (HEADER, [], set(), manifest_path(folder))
     assert contents(written(tmp_path / "again")) == contents(folder)
+
+
+def test_sentences_take_no_more_bytes_than_with_snappy(tmp_path: Path) -> None:
+    """As 0.1.0 wrote them: all in snappy, one group."""
+    lines = (DATA / "parity_texts.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [
+        row["text"]
+        for row in map(json.loads, lines)
+        if row["kind"].startswith(("everyday", "decl"))
+    ]
+    vectors = np.random.default_rng(0).standard_normal((len(texts), 384), dtype=np.float32)
+    table = with_vectors(pa.table({"text": texts}), "embedding", vectors, None)
+    now = parquet_settings(table)
+    for name, settings in (
+        ("now", now),
+        ("before", now | {"compression": "snappy", "row_group_size": 4096}),
+    ):
+        pq.write_table(table, tmp_path / name, **settings)
+    assert (tmp_path / "now").stat().st_size < (tmp_path / "before").stat().st_size
 
 
 def test_parts_in_any_order_give_the_same_manifest(tmp_path: Path) -> None:

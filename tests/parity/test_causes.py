@@ -819,6 +819,29 @@ def test_command_reads_what_encode_writes(
     assert "equal to rounding" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("suffix", [".npy", ".jsonl"])
+@pytest.mark.parametrize("precision", ["binary", "ubinary"])
+def test_command_compares_bits(
+    model: list[str], tmp_path: Path, suffix: str, precision: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    source = tmp_path / "texts.txt"
+    source.write_text("\n".join(TINY) + "\n", encoding="utf-8")
+    output = tmp_path / f"out{suffix}"
+    written = ["encode", str(source), "-o", str(output), "--precision", precision]
+    assert cli.main([*written, *model]) == 0
+    texts = ["--texts", str(source)] if suffix == ".npy" else []
+    command = ["parity", "--against", str(output), *texts, *model]
+    assert cli.main(command) == 0
+    said = f"same: equal, bit by bit after rounding to {precision} ("
+    assert said in capsys.readouterr().out
+    encoder = SentenceEncoder.from_pretrained(model[1], device="cpu")
+    with pytest.raises(InputError, match="vectors are bits"):
+        diagnose(encoder, ["a"], encoder.encode(["a"], precision=precision))
+    assert cli.main([*command, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["verdict"] == "same"
+
+
 def test_command_names_the_cause(
     model: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from minilm import SentenceEncoder
 from minilm.errors import InputError
@@ -99,6 +100,58 @@ def test_bits_of_dead_numbers_do_not_count(encoder: SentenceEncoder, precision: 
     )
     halves[0, 0] ^= 1  # of number 7
     assert check_vectors(encoder, TEXTS, halves, record).verdict != "same"
+
+
+def test_bits_without_a_record(encoder: SentenceEncoder) -> None:
+    vectors = encode(encoder)
+    halves = quantize_embeddings(vectors.astype(np.float16), "ubinary")
+    signed = quantize_embeddings(vectors, "binary")
+    for codes, precision in ((halves, "ubinary"), (signed, "binary"), (halves / 1.0, "ubinary")):
+        result = check_vectors(encoder, TEXTS, codes)
+        assert result.verdict == "same"
+        assert result.own.precision == precision
+        assert result.recorded is None
+    halves[1, 5] ^= 64
+    result = check_vectors(encoder, TEXTS, halves)
+    assert result.verdict == "model"
+    assert result.reason.endswith("check plain float32 vectors to learn why")
+    assert result.worst[0][0] == 1
+
+
+def test_bits_in_another_order(encoder: SentenceEncoder) -> None:
+    is_positive = encode(encoder) > 0
+    lowest = np.packbits(is_positive, axis=1, bitorder="little")
+    signed = np.packbits(is_positive, axis=1).view(np.int8)
+    said = {}
+    for name, codes in {"lowest": lowest, "signed": signed, "both": lowest.view(np.int8)}.items():
+        result = check_vectors(encoder, TEXTS, codes)
+        assert result.verdict == "model"
+        said[name] = result.reason
+    order = "the first number of each eight is in the lowest bit, not in the highest"
+    plain = "the bytes are those of ubinary as they are, not 128 less"
+    assert said["lowest"] == f"the bits are ours, but {order}"
+    assert said["signed"] == f"the bits are ours, but {plain}"
+    assert said["both"] == f"the bits are ours, but {plain}, and {order}"
+    # Less 128, and from the lowest bit.
+    result = check_vectors(encoder, TEXTS, (lowest.astype(np.int16) - 128).astype(np.int8))
+    assert result.reason == f"the bits are ours, but {order}"
+
+
+def test_what_is_not_bits(encoder: SentenceEncoder) -> None:
+    count = len(TEXTS)
+    for codes in (
+        np.full((count, 48), 0.5, np.float32),
+        np.full((count, 48), np.nan, np.float32),
+        np.full((count, 48), 256.0),
+        np.array([[-1, 200] * 24] * count, np.float64),
+        np.zeros((count, 47), np.float32),
+    ):
+        result = check_vectors(encoder, TEXTS, codes)
+        assert (result.verdict, result.checked) == ("model", 0)
+        assert result.own.precision == "float32"
+    for kind in (torch.zeros(count, 48, dtype=torch.bool), np.zeros((count, 384), np.int8)):
+        with pytest.raises(InputError, match="pass floating-point vectors"):
+            check_vectors(encoder, TEXTS, kind)
 
 
 def test_a_model_without_dead_numbers(tiny_encoder: SentenceEncoder) -> None:
