@@ -1110,18 +1110,25 @@ def test_every_place_is_listed(pinned: dict[str, str], model_files: Files, cache
     assert f"{folder.absolute()}: no such folder" in not_found(hub.DEFAULT_MODEL)
 
 
-def test_a_cache_that_another_program_filled_works_offline(
-    pinned_hub: FakeHub, pinned: dict[str, str], monkeypatch: pytest.MonkeyPatch
+def test_a_cache_that_another_program_filled_works_without_asking(
+    pinned_hub: FakeHub,
+    pinned: dict[str, str],
+    model_files: Files,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """`hf download` notes no absent files: that the model has no `2_Normalize/config.json`."""
     for name in pinned:
         huggingface_hub.hf_hub_download(hub.DEFAULT_MODEL, name, revision="d" * 40)
     pinned_hub.requests.clear()
+    expected = load(str(write_files(tmp_path / "copy", model_files))).encode("the dog")
+    assert np.array_equal(load(hub.DEFAULT_MODEL).encode("the dog"), expected)
+    assert pinned_hub.requests == []  # though the Hub can be asked
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    expected = load(hub.DEFAULT_MODEL).encode("the dog")
-    assert np.array_equal(
-        load(hub.DEFAULT_MODEL, local_files_only=True).encode("the dog"), expected
-    )
+    assert np.array_equal(load(hub.DEFAULT_MODEL).encode("the dog"), expected)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    found = load(hub.DEFAULT_MODEL, local_files_only=True)
+    assert np.array_equal(found.encode("the dog"), expected)
     assert pinned_hub.requests == []
 
 
