@@ -346,8 +346,9 @@ def test_interrupt_is_heard_soon_and_leaves_no_trace(published: Path, after: flo
     )
     waited, rest = out.split("\n")[:2]
     assert rest == "True False"
-    # A tenth of a second on a quiet machine; no timing is asserted, but that it is not the end.
-    assert float(waited) < 5
+    # A tenth of a second on a quiet machine; no timing is asserted, but that it is not the end,
+    # which is minutes away.
+    assert float(waited) < 30
 
 
 @pytest.mark.process
@@ -362,8 +363,8 @@ if __name__ == "__main__":
     texts = ["the dog", "a cat", ""] * 5000
     with encoder.start_multi_process_pool(["cpu"] * 2) as pool:
         encoder.encode(texts[:6], pool=pool)
-        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
         try:
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
             encoder.encode(texts, pool=pool, chunk_size=3)
             print("was not interrupted")
         except KeyboardInterrupt:

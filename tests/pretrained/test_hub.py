@@ -526,7 +526,7 @@ def test_a_quick_no(
         took = how_long(lambda: messages.append(not_found(name, cache_dir="cache")))
     finally:
         ended.set()
-    assert took < 3
+    assert took < 9  # 2.5 s and what a busy machine adds; other libraries wait 10 s and more
     assert caplog.records == []  # none of the attempts that another library makes
     reason = {
         "refuses": "127.0.0.1 port 9: [Errno",
@@ -571,8 +571,9 @@ def test_a_quick_no_of_a_proxy_and_of_what_is_no_server(
 
 @pytest.mark.parametrize("name", [NAME, hub.DEFAULT_MODEL], ids=["by branch", "by commit"])
 def test_a_slow_hub_is_waited_for(pinned_hub: FakeHub, name: str) -> None:
-    pinned_hub.delay = 5
-    assert how_long(lambda: load(name)) > 5
+    pinned_hub.delay = 3
+    assert hub._PATIENCE < 3
+    assert how_long(lambda: load(name)) > 3
 
 
 def test_a_client_of_the_users_own_is_asked_without_knocking(
