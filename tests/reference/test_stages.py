@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from conftest import DATA, ROOT
 from minilm import SentenceEncoder, bert
@@ -79,8 +80,10 @@ def test_full_report_passes(
     file = tmp_path / "chosen.jsonl"
     if not is_full:
         monkeypatch.setattr(parity, "MAX_INVARIANCE_TEXTS", 20)
+        # The gradients are of the first texts: from the end these are of 6 to 256 tokens.
         monkeypatch.setattr(parity, "MAX_GRADIENT_TEXTS", 8)
-        file.write_text("".join(json.dumps(row) + "\n" for row in chosen()), encoding="utf-8")
+        rows = "".join(json.dumps(row) + "\n" for row in reversed(chosen()))
+        file.write_text(rows, encoding="utf-8")
     report, about = parity.run(str(published), None if is_full else file, None)
     print(report.to_text())
     assert report.passed, report.to_text()
@@ -147,9 +150,9 @@ sys.exit(parity.main())
     )
 
 
-def run_here(monkeypatch: pytest.MonkeyPatch, *arguments: str | Path) -> int:
+def run_here(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     """Run scripts/parity.py in this process, in which the reference is imported already."""
-    monkeypatch.setattr(sys, "argv", ["parity.py", *map(str, arguments)])
+    monkeypatch.setattr(sys, "argv", ["parity.py", *arguments])
     code: int = parity.main()
     return code
 
@@ -162,7 +165,7 @@ def test_script_on_own_texts_as_json(
 ) -> None:
     texts = tmp_path / "texts with blanks.txt"
     texts.write_text("One text a line.\n\nZwölf Boxkämpfer\n", encoding="utf-8")
-    arguments = ["--model", published, "--texts", texts, "--dtype", "float64", "--json"]
+    arguments = ["--model", str(published), "--texts", str(texts), "--dtype", "float64", "--json"]
     assert run_here(monkeypatch, *arguments) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["passed"] is True
@@ -177,10 +180,10 @@ def test_script_fails_and_names_the_stage_and_the_text(
 ) -> None:
     texts = tmp_path / "texts.txt"
     texts.write_text("a text\n", encoding="utf-8")
-    tanh = functools.partial(bert.F.gelu, approximate="tanh")
-    # Of our module alone, so that the reference keeps its own.
-    monkeypatch.setattr(bert, "F", SimpleNamespace(**vars(bert.F) | {"gelu": tanh}))
-    arguments = ["--model", published, "--texts", texts, "--dtype", "float64"]
+    tanh = functools.partial(F.gelu, approximate="tanh")
+    # In our module alone, so that the reference keeps its own.
+    monkeypatch.setattr(bert, "F", SimpleNamespace(**vars(F) | {"gelu": tanh}))
+    arguments = ["--model", str(published), "--texts", str(texts), "--dtype", "float64"]
     assert run_here(monkeypatch, *arguments) == 1
     out = capsys.readouterr().out
     assert "first stage that diverges: layers.0.feed_forward_layer_norm.output" in out
