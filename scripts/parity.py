@@ -46,6 +46,7 @@ from minilm.pretrained.checkpoint import published_name  # noqa: E402
 
 DATA = ROOT / "tests" / "data"
 MAX_INVARIANCE_TEXTS = 50  # alone, beside a long neighbour, ...: costly, and says the same
+MAX_GRADIENT_TEXTS = 32
 
 
 def main() -> int:
@@ -148,7 +149,7 @@ def compare(
         if dtype == torch.float64:
             rows = compare_stages(encoder, truth, texts)
             report.add("float64: ours - reference", rows)
-            chosen = list(dict.fromkeys(texts))[:32]
+            chosen = list(dict.fromkeys(texts))[:MAX_GRADIENT_TEXTS]
             if len(chosen) > 1:  # the cosine of one text with itself is 1, and its gradient 0
                 size = f"{len(chosen)} x {len(chosen)}"
                 rows = compare_gradients(*gradients(encoder, truth.model, chosen))

@@ -886,13 +886,16 @@ def test_same_bits_alone_in_any_batch_and_order(
         texts = [text for text in texts if len(text.split()) < 30][:60]
     expected = None
     before = torch.get_num_threads()
-    try:
-        for threads in (1, 2):
+
+    def check(different: int, where: str) -> None:
+        """Vectors may differ where `deterministic` says so; to try that takes seconds."""
+        for threads in (1, 2) if different else ():
             torch.set_num_threads(threads)
             if not encoder.deterministic:
                 pytest.skip(f"deterministic is False in {dtype} with {threads} threads here")
-            if BFLOAT16_IS_SLOW and dtype == "bfloat16":
-                break
+        assert different == 0, f"{different} {where}"
+
+    try:
         for threads, limits in PASSES:
             torch.set_num_threads(threads)
             order = random.permutation(len(texts))
@@ -901,7 +904,7 @@ def test_same_bits_alone_in_any_batch_and_order(
             if expected is None:
                 expected = vectors
             different = int((vectors != expected).any(axis=1).sum())
-            assert different == 0, f"{different} of {len(texts)} with {threads} threads, {limits}"
+            check(different, f"of {len(texts)} with {threads} threads, {limits}")
         assert expected is not None
         for threads, rows in (
             (1, range(0, len(texts), 13)),
@@ -909,8 +912,8 @@ def test_same_bits_alone_in_any_batch_and_order(
         ):
             torch.set_num_threads(threads)
             for row in rows:
-                alone = encoder.encode(texts[row])
-                assert (alone == expected[row]).all(), f"text {row} alone with {threads} threads"
+                different = int((encoder.encode(texts[row]) != expected[row]).any())
+                check(different, f"text, {row}, alone with {threads} threads")
     finally:
         torch.set_num_threads(before)
     assert np.unique(expected, axis=0).shape[0] > 0.97 * len(texts)  # some words come alone twice
@@ -919,7 +922,7 @@ def test_same_bits_alone_in_any_batch_and_order(
 def test_deterministic_leaves_no_trace(tiny_encoder: SentenceEncoder) -> None:
     tiny_encoder.train()
     tiny_encoder.bert.layers[0].eval()
-    before, state = torch.get_rng_state(), tiny_encoder.bert.state_dict()
+    before, state = torch.get_rng_state(), copy.deepcopy(tiny_encoder.bert.state_dict())
     assert isinstance(tiny_encoder.deterministic, bool)
     assert torch.equal(torch.get_rng_state(), before)
     assert tiny_encoder.training

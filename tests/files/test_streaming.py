@@ -698,7 +698,7 @@ def test_interrupted_command_leaves_a_clean_state(tmp_path: Path) -> None:
     _, error = process.communicate(timeout=600)
     assert (process.returncode, error) == (130, b"minilm: interrupted\n")
     assert len(children) >= 2
-    for _ in range(2000):  # they end with it, but not at the same instant
+    for _ in range(30_000):  # they end with it, but not at the same instant
         if not any(map(is_running, children)):
             break
         time.sleep(0.01)

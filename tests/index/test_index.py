@@ -26,7 +26,7 @@ from minilm.index import texts as index_texts
 from minilm.pretrained.fingerprint import Fingerprint
 from minilm.pretrained.hub import SHA256
 from minilm.tasks import quantized_search, semantic_search
-from minilm.tasks.search import LONGEST
+from minilm.tasks.search import LONGEST, Best
 
 Array = np.ndarray[Any, Any]
 
@@ -945,7 +945,7 @@ def test_a_folder_that_another_model_took(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_search_while_another_thread_adds(index: Index) -> None:
-    stop, errors = threading.Event(), []
+    begun, stop, errors = threading.Event(), threading.Event(), []
 
     def search() -> None:
         while not stop.is_set():
@@ -953,15 +953,33 @@ def test_a_search_while_another_thread_adds(index: Index) -> None:
                 index.search(np.ones((1, 16)), 3, fingerprint=MODEL)
             except Exception as error:
                 errors.append(error)
-                return
+                stop.set()
+            begun.set()
 
     thread = threading.Thread(target=search)
     thread.start()
+    assert begun.wait(300)
     for _ in range(60):
         index.add(np.ones((1, 16)), ["a"], fingerprint=MODEL)
     stop.set()
     thread.join()
     assert not errors
+
+
+def test_a_row_that_comes_amid_a_search_is_not_in_it(
+    index: Index, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def best_after_adding(*arguments: Any) -> Best:
+        monkeypatch.setattr(index_module, "Best", Best)
+        index.add(np.ones((1, 16)), ["a"], fingerprint=MODEL)
+        return Best(*arguments)
+
+    query, rows = np.ones((1, 16)), len(index)
+    before = index.search(query, 300, fingerprint=MODEL)
+    monkeypatch.setattr(index_module, "Best", best_after_adding)
+    assert index.search(query, 300, fingerprint=MODEL) == before
+    assert len(index) == rows + 1
+    assert len(index.search(query, 300, fingerprint=MODEL)[0]) == len(before[0]) + 1
 
 
 def test_segments_that_go_while_they_are_opened(

@@ -1,6 +1,7 @@
 """Evaluation mode for a while, whatever the model is made of and whoever else is using it."""
 
 import threading
+import time
 
 import pytest
 from torch import nn
@@ -113,8 +114,21 @@ def test_a_mode_that_was_set_meanwhile_comes_at_the_end(
     assert {module.training for module in tiny_encoder.modules()} == {training}
 
 
+class Yielding(nn.Module):
+    """Lets other threads go on whenever its mode is asked for: amid a switch."""
+
+    @property
+    def training(self) -> bool:
+        time.sleep(0)
+        return bool(self.__dict__["mode"])
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        self.__dict__["mode"] = mode
+
+
 def test_many_threads() -> None:
-    model = nested()
+    model = nn.Sequential(nested(), Yielding())
     wrong = []
 
     def use() -> None:

@@ -302,7 +302,7 @@ def died(model: SentenceEncoder, pool: ProcessPool, texts: list[str], chunk_size
     begin = time.monotonic()
     with pytest.raises(WorkerError, match=r"process 0 of the pool, \d+, died unexpectedly"):
         model.encode(texts, pool=pool, chunk_size=chunk_size)
-    assert time.monotonic() - begin < 20  # no endless wait
+    assert time.monotonic() - begin < 300  # no endless wait
 
 
 def test_worker_killed_while_idle(tiny_encoder: SentenceEncoder) -> None:
@@ -410,7 +410,7 @@ if __name__ == "__main__":
     pool = encoder.start_multi_process_pool(["cpu", "cpu"])
     encoder.encode(["the dog"], pool=pool)
     print(*[process.pid for process in pool["processes"]], flush=True)
-    time.sleep(60)
+    time.sleep(3000)
 """
 
 
@@ -476,7 +476,7 @@ def test_answers_that_nobody_takes(model: SentenceEncoder, pool: ProcessPool) ->
 
 def test_stopped_while_threads_wait_for_it(tiny_encoder: SentenceEncoder) -> None:
     pool = tiny_encoder.start_multi_process_pool(["cpu"])
-    jobs = [Job(0, (60.0,), "")]
+    jobs = [Job(0, (3000.0,), "")]
     with ThreadPoolExecutor(3) as threads:
         waiting = [threads.submit(list, pool.answers(_sleep, jobs)) for _ in range(3)]
         time.sleep(0.5)
@@ -484,8 +484,8 @@ def test_stopped_while_threads_wait_for_it(tiny_encoder: SentenceEncoder) -> Non
         pool.stop()
         for call in waiting:
             with pytest.raises(WorkerError, match="the pool was stopped"):
-                call.result(20)
-    assert time.monotonic() - begin < 20
+                call.result(300)
+    assert time.monotonic() - begin < 300
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
@@ -582,8 +582,9 @@ def test_scripts_whose_workers_die_as_they_start(published: Path, tmp_path: Path
     )
     assert done.returncode == 1
     assert "semaphore" not in done.stderr
-    told = done.stderr.splitlines()[-1]
-    assert told.startswith("minilm.errors.WorkerError: ")
+    # The processes write there too, so that it need not be the last line.
+    name = "minilm.errors.WorkerError: "
+    (told,) = (line for line in done.stderr.splitlines() if line.startswith(name))
     assert 'belongs under `if __name__ == "__main__":`' in told
 
 

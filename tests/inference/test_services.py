@@ -50,7 +50,7 @@ from minilm import SentenceEncoder
 warnings.simplefilter("ignore")
 torch.set_num_threads(2)
 encoder = SentenceEncoder.from_pretrained(sys.argv[1], device="cpu")
-texts = ["the dog bites the man", "", "a cat"] * 200  # enough for all threads
+texts = ["the dog bites the man", "", "a cat"] * int(sys.argv[2])  # enough for all threads
 before = encoder.encode(texts)
 children = []
 for _ in range(3):
@@ -68,13 +68,13 @@ print(torch.get_num_threads(), np.array_equal(encoder.encode(texts), before))
 @pytest.mark.process
 @needs_fork
 def test_fork_after_use_works_in_the_child(tiny_folder: Path) -> None:
-    assert run_python(FORKED, str(tiny_folder)).split("\n")[:2] == ["[0, 0, 0]", "2 True"]
+    assert run_python(FORKED, str(tiny_folder), "200").split("\n")[:2] == ["[0, 0, 0]", "2 True"]
 
 
 @pytest.mark.process
 @needs_fork
 def test_fork_after_use_of_the_published_model(published: Path) -> None:
-    assert run_python(FORKED, str(published)).split("\n")[:2] == ["[0, 0, 0]", "2 True"]
+    assert run_python(FORKED, str(published), "20").split("\n")[:2] == ["[0, 0, 0]", "2 True"]
 
 
 @pytest.mark.process
@@ -319,7 +319,7 @@ encoder = SentenceEncoder.from_pretrained(sys.argv[1], device="cpu")
 texts = [sys.argv[3]] * int(sys.argv[2])
 few = ["the dog bites the man", "", "a cat"]
 expected = encoder.encode(few)
-encoder.encode(texts[:200])
+encoder.encode(texts[:20])
 sent = []
 
 def interrupt():
@@ -346,8 +346,9 @@ def test_interrupt_is_heard_soon_and_leaves_no_trace(published: Path, after: flo
     )
     waited, rest = out.split("\n")[:2]
     assert rest == "True False"
-    # A tenth of a second on a quiet machine; no timing is asserted, but that it is not the end.
-    assert float(waited) < 5
+    # A tenth of a second on a quiet machine; no timing is asserted, but that it is not the end,
+    # which is minutes away.
+    assert float(waited) < 30
 
 
 @pytest.mark.process
@@ -362,8 +363,8 @@ if __name__ == "__main__":
     texts = ["the dog", "a cat", ""] * 5000
     with encoder.start_multi_process_pool(["cpu"] * 2) as pool:
         encoder.encode(texts[:6], pool=pool)
-        threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
         try:
+            threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
             encoder.encode(texts, pool=pool, chunk_size=3)
             print("was not interrupted")
         except KeyboardInterrupt:

@@ -340,15 +340,24 @@ def test_fewer_bits_of_the_weights_are_named(small: SentenceEncoder, bits: str) 
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("whole", [False, True], ids=["encode", "everything"])
+@pytest.mark.parametrize(
+    "whole",
+    [
+        pytest.param(False, id="encode", marks=pytest.mark.published),
+        pytest.param(True, id="everything", marks=pytest.mark.slow),
+    ],
+)
 def test_fewer_bits_of_the_arithmetic_are_named(
-    published: Path, encoder: SentenceEncoder, dtype: str, whole: bool
+    request: pytest.FixtureRequest, dtype: str, whole: bool
 ) -> None:
+    """Of all that is computed, on the small model; of what `encode` does so, on the published."""
     kind = getattr(torch, dtype)
+    encoder: SentenceEncoder = request.getfixturevalue("small" if whole else "encoder")
     if whole:
         low = copy.deepcopy(encoder).to(kind)
     else:
-        low = SentenceEncoder.from_pretrained(published, device="cpu", dtype=kind)
+        folder = request.getfixturevalue("published")
+        low = SentenceEncoder.from_pretrained(folder, device="cpu", dtype=kind)
     vectors = low.encode(SHORT, convert_to_tensor=True).float()
     diagnosis = diagnose(encoder, SHORT, vectors)
     (name,) = names(diagnosis)
@@ -464,9 +473,9 @@ def test_another_model(small: SentenceEncoder) -> None:
     assert abs(diagnosis.median_cosine) < 0.1
 
 
-def test_rows_in_another_order(encoder: SentenceEncoder) -> None:
+def test_rows_in_another_order(small: SentenceEncoder) -> None:
     order = np.random.default_rng(0).permutation(len(SHORT))
-    diagnosis = diagnose(encoder, SHORT, encoder.encode(SHORT)[order])
+    diagnosis = diagnose(small, SHORT, small.encode(SHORT)[order])
     assert names(diagnosis) == ["rows in another order"]
 
 

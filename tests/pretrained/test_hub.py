@@ -526,7 +526,7 @@ def test_a_quick_no(
         took = how_long(lambda: messages.append(not_found(name, cache_dir="cache")))
     finally:
         ended.set()
-    assert took < 3
+    assert took < 9  # 2.5 s and what a busy machine adds; other libraries wait 10 s and more
     assert caplog.records == []  # none of the attempts that another library makes
     reason = {
         "refuses": "127.0.0.1 port 9: [Errno",
@@ -571,8 +571,9 @@ def test_a_quick_no_of_a_proxy_and_of_what_is_no_server(
 
 @pytest.mark.parametrize("name", [NAME, hub.DEFAULT_MODEL], ids=["by branch", "by commit"])
 def test_a_slow_hub_is_waited_for(pinned_hub: FakeHub, name: str) -> None:
-    pinned_hub.delay = 5
-    assert how_long(lambda: load(name)) > 5
+    pinned_hub.delay = 3
+    assert hub._PATIENCE < 3
+    assert how_long(lambda: load(name)) > 3
 
 
 def test_a_client_of_the_users_own_is_asked_without_knocking(
@@ -1110,18 +1111,25 @@ def test_every_place_is_listed(pinned: dict[str, str], model_files: Files, cache
     assert f"{folder.absolute()}: no such folder" in not_found(hub.DEFAULT_MODEL)
 
 
-def test_a_cache_that_another_program_filled_works_offline(
-    pinned_hub: FakeHub, pinned: dict[str, str], monkeypatch: pytest.MonkeyPatch
+def test_a_cache_that_another_program_filled_works_without_asking(
+    pinned_hub: FakeHub,
+    pinned: dict[str, str],
+    model_files: Files,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """`hf download` notes no absent files: that the model has no `2_Normalize/config.json`."""
     for name in pinned:
         huggingface_hub.hf_hub_download(hub.DEFAULT_MODEL, name, revision="d" * 40)
     pinned_hub.requests.clear()
+    expected = load(str(write_files(tmp_path / "copy", model_files))).encode("the dog")
+    assert np.array_equal(load(hub.DEFAULT_MODEL).encode("the dog"), expected)
+    assert pinned_hub.requests == []  # though the Hub can be asked
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    expected = load(hub.DEFAULT_MODEL).encode("the dog")
-    assert np.array_equal(
-        load(hub.DEFAULT_MODEL, local_files_only=True).encode("the dog"), expected
-    )
+    assert np.array_equal(load(hub.DEFAULT_MODEL).encode("the dog"), expected)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    found = load(hub.DEFAULT_MODEL, local_files_only=True)
+    assert np.array_equal(found.encode("the dog"), expected)
     assert pinned_hub.requests == []
 
 
