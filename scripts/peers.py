@@ -45,11 +45,14 @@ OWN_TOKENIZER = "give it ids of the published `tokenizer.json`, cut at 256"
 FLOAT32 = "use the float32 model"
 # What to set to get this model's vectors; nothing for those that give them.
 REMEDIES = {
+    "blingfire": OWN_TOKENIZER,
+    "budtiktok": OWN_TOKENIZER,
     "embed-anything": "cut texts at 256 tokens before",
     "fastembed": "`model.model.tokenizer.enable_truncation(256)`",
     "fastretrieval": "cut texts at 256 tokens before",
     "flash-tokenizer": OWN_TOKENIZER,
     "flash-tokenizer-bidirectional": OWN_TOKENIZER,
+    "iree-tokenizer": OWN_TOKENIZER,
     "keras-hub": OWN_TOKENIZER,
     "keras-hub-strip-accents": OWN_TOKENIZER,
     "kitoken": OWN_TOKENIZER,
@@ -60,11 +63,13 @@ REMEDIES = {
     "onnxruntime-int8-per-channel-alone": FLOAT32,
     "onnxruntime-int8-per-tensor": FLOAT32,
     "onnxruntime-uint8-per-tensor": FLOAT32,
+    "openvino-tokenizers": OWN_TOKENIZER,
     "tf-text-bert-tokenizer": OWN_TOKENIZER,
     "transformers-js": OWN_TOKENIZER,
     "txtai": "cut texts at 256 tokens before; divide vectors by their length",
 }
 ROUNDING = 2e-6  # as in minilm.parity.causes
+SHOWN = 10  # texts of a new program, besides three short ones
 
 
 def main() -> int:
@@ -160,9 +165,9 @@ def run_again(name: str, *, write: bool) -> bool:
     encoder = SentenceEncoder.from_pretrained(MODEL, device="cpu", dtype="float32")
     version, found = ask(name)
     file = PEERS / f"{name}.json"
-    before = json.loads(file.read_text(encoding="utf-8"))
-    now = made(before, version, found, encoder)
-    same, lines = compared(before, now, encoder)
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    now = made(before, name, version, found, encoder)
+    same, lines = compared(before, now, encoder) if before else (False, [f"{name} is a new one"])
     print("\n".join(lines))
     if write:
         file.write_text(_written(now), encoding="utf-8")
@@ -238,31 +243,38 @@ def _model_folder(scratch: Path) -> Path:
 
 
 def made(
-    before: dict[str, Any], version: str, found: dict[str, Any], encoder: Any
+    before: dict[str, Any], name: str, version: str, found: dict[str, Any], encoder: Any
 ) -> dict[str, Any]:
-    """What a program gave for all texts, as the file of a program has it, of the same texts."""
+    """What a program gave for all texts, as its file has it: of the texts that the file had before,
+    or of those that show most.
+    """
     import numpy as np
 
     from minilm.encoder import SentenceEncoder
 
-    texts = _texts()
-    ids = found.get("ids")
-    limit = encoder.max_seq_length
-    if "vectors" in found:
-        vectors = np.asarray(found["vectors"])
-    else:  # a tokenizer
-        ids = [row[:limit] for row in found["ids"]]
-        vectors = np.asarray(_vectors(ids, encoder))
+    texts, limit = _texts(), encoder.max_seq_length
+    ids, vectors, how = found.get("ids"), found.get("vectors"), "vectors by the program"
+    if ids is not None and vectors is not None:
+        how = "ids and vectors by the program"
+    if vectors is None:
+        how = "ids of this tokenizer, cut at 256, and this model's float32 vectors for them"
+        ids = [row if len(row) <= limit else row[: limit - 1] + row[-1:] for row in found["ids"]]
+        vectors = _vectors(ids, encoder)
     exact = SentenceEncoder.from_pretrained(MODEL, device="cpu", dtype="float64").encode(texts)
+    vectors = np.asarray(vectors)
     lengths = np.linalg.norm(vectors, axis=1) * np.linalg.norm(exact, axis=1)
     cosines = (vectors * exact).sum(axis=1) / lengths
     tokenizer = encoder.get_tokenizer()
     is_short = np.array(tokenizer(texts).token_counts) <= 128
     own = tokenizer(texts, limit).input_ids
-    rows = [row["text"] for row in before["rows"]]
-    return before | {
+    rows = [row["text"] for row in before.get("rows", [])] or sorted(
+        {0, 1, 5, *np.argsort(cosines)[:SHOWN].tolist()}
+    )
+    return {
+        "program": name,
         "version": version,
         "seen": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "how": before.get("how", how),
         "min_cosine": float(cosines.min()),
         "min_cosine_under_128_tokens": float(cosines[is_short].min()),
         "rows": [

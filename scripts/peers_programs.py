@@ -99,6 +99,23 @@ class Program:
 
 
 PROGRAMS = {
+    "blingfire": Program(
+        "blingfire",
+        """
+import blingfire
+model = blingfire.load_model(str(Path(blingfire.__file__).parent / "bert_base_tok.bin"))
+read = [blingfire.text_to_ids(model, text, 1024, 100).tolist() for text in texts]
+ids = [[101, *(each for each in row if each), 102] for row in read]
+""",
+    ),
+    "budtiktok": Program(
+        "budtiktok",
+        """
+import budtiktok
+tokenizer = budtiktok.Tokenizer.from_file(str(folder / "tokenizer.json"))
+ids = [tokenizer.encode(text).ids for text in texts]
+""",
+    ),
     "candding": Program(
         "candding",
         """
@@ -192,6 +209,14 @@ embedder.warm_up()
 vectors = [embedder.run(text)["embedding"] for text in texts]
 """,
     ),
+    "iree-tokenizer": Program(
+        "iree-tokenizer",
+        """
+import iree.tokenizer
+tokenizer = iree.tokenizer.Tokenizer.from_file(str(folder / "tokenizer.json"))
+ids = [tokenizer.encode(text, add_special_tokens=True) for text in texts]
+""",
+    ),
     "keras-hub": Program(
         "keras-hub tensorflow tensorflow-text",
         _KERAS
@@ -272,6 +297,17 @@ ids = [np.asarray(operator([text])[0]).ravel() for text in texts]
     ),
     "onnxruntime-uint8-per-tensor": Program(
         "onnxruntime", _INT8 + "vectors = embed(int8(weight_type=QuantType.QUInt8))\n", True
+    ),
+    "openvino-tokenizers": Program(
+        "openvino-tokenizers openvino transformers",
+        """
+import openvino
+from openvino_tokenizers import convert_tokenizer
+from transformers import AutoTokenizer
+made = convert_tokenizer(AutoTokenizer.from_pretrained(str(folder)))
+read = openvino.compile_model(made, "CPU")
+ids = [read([text])["input_ids"][0] for text in texts]
+""",
     ),
     "tf-text-bert-tokenizer": Program(
         "tensorflow-text tensorflow",
