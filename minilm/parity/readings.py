@@ -32,11 +32,10 @@ class Reading:
         form: "NFKC" or "casefold" (with NFKC, and without what is ignorable) before all else.
         controls: Control characters are "blank" (all of them), "some blank" (vertical tab, form
             feed and next line), "two blank" (vertical tab and form feed), "blank, format too"
-            (soft hyphens as well), or "kept".
+            (soft hyphens as well), "kept", or "some blank, others kept".
         formats: Characters of format, as soft hyphens and joiners, are "kept".
         blanks: What else is a blank: "ASCII" ones only, "U+0020" only, all but the "line"
             separators, which are kept, or "line dropped".
-        cleaning: "none": nothing is dropped, and every blank of Unicode splits.
         unassigned: Characters that no table has are "dropped".
         private: Characters of private use are "kept".
         replacement: U+FFFD, which stands for bytes that were no text, is "kept".
@@ -63,7 +62,6 @@ class Reading:
     controls: str = ""
     formats: str = ""
     blanks: str = ""
-    cleaning: str = ""
     unassigned: str = ""
     private: str = ""
     replacement: str = ""
@@ -78,6 +76,12 @@ class Reading:
     pieces: str = ""
 
 
+# Control characters that some take for blanks.
+_BLANK_CONTROLS = {
+    "two blank": "\v\f",
+    "some blank": "\v\f\x85",
+    "some blank, others kept": "\v\f\x85",
+}
 # Of a code point the library would strip marks, and composes Hangul, by these tables.
 _JAMO = range(0x1100, 0x1200)
 _FIRST = range(0x1100, 0x1160)
@@ -147,7 +151,7 @@ class Reader:
         elif reading.form:
             text = "".join(c for c in text if not _is_ignorable(c))
             text = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
-        if self._own.clean_text and not reading.cleaning:
+        if self._own.clean_text:
             text = _mapped(text, lambda character: _cleaned(character, reading))
         if self._own.handle_chinese_chars and reading.chinese != "whole":
             text = _mapped(text, lambda c: f" {c} " if _is_chinese(c) else c)
@@ -277,11 +281,6 @@ def _is_blank(character: str) -> bool:
     return len(_SPLIT.pre_tokenize_str(f"a{character}b")) == 2
 
 
-def _is_any_blank(character: str) -> bool:
-    """Whether Unicode takes a character for a blank, the control characters among them, too."""
-    return character in "\t\n\v\f\r\x85" or unicodedata.category(character)[0] == "Z"
-
-
 def _case_folded(character: str) -> str:
     """One character for one: what would be several is in small letters."""
     folded = character.casefold()
@@ -307,10 +306,10 @@ def _cleaned(character: str, reading: Reading) -> str:
             return character
         return " "
     if category == "Cc":
-        some = {"two blank": "\v\f", "some blank": "\v\f\x85"}.get(reading.controls, "")
+        some = _BLANK_CONTROLS.get(reading.controls, "")
         if character in some or reading.controls in ("blank", "blank, format too"):
             return "" if character == "\0" and some else " "
-        return character if reading.controls == "kept" else ""
+        return character if reading.controls.endswith("kept") else ""
     if category == "Cf":
         if reading.controls == "blank, format too":
             return " "
@@ -334,11 +333,9 @@ def _own_cleaned(character: str) -> str:
 
 def _at_blanks(text: str, reading: Reading) -> list[str]:
     """Split at blanks; those that a reading keeps are letters."""
-    if reading.cleaning:
-        words = _mapped(text, lambda c: " " if _is_any_blank(c) else c).split(" ")
-    elif reading.blanks == "U+0020":
+    if reading.blanks == "U+0020":
         words = text.split(" ")
-    elif reading.blanks in ("ASCII", "line") or reading.controls == "kept":
+    elif reading.blanks in ("ASCII", "line") or reading.controls.endswith("kept"):
         kept = "".join(" " if c in " \t\n\r" else c for c in text)
         words = kept.split(" ")
     else:
