@@ -7,8 +7,9 @@ ids alone.
 
 import itertools
 import json
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,7 @@ def compare_ids(encoder: SentenceEncoder, texts: Sequence[str], ids: Ids) -> Ids
     counts = tokenizer(texts).token_counts
     runner = VariantRunner(encoder, list(texts), counts, list(range(len(texts))))
     first = tokenizer([""]).input_ids[0][0]
-    known = causes_for(encoder)
+    known = _with_no_cut(causes_for(encoder), encoder.max_seq_length, max(counts, default=0))
     start: list[Cause] = []
     if sum(row[:1] == [first] for row in theirs) < len(theirs) / 2:
         start = [cause for cause in known if "specials" in cause.changes]
@@ -204,6 +205,27 @@ def compare_ids(encoder: SentenceEncoder, texts: Sequence[str], ids: Ids) -> Ids
         tuple(row for row in rows if not right[row]),
         tuple(lines),
     )
+
+
+def _with_no_cut(causes: list[Cause], own: int, longest: int) -> list[Cause]:
+    """The mistakes, and that of a tokenizer which doesn't cut: a model can't take its ids.
+
+    Args:
+        causes: The mistakes.
+        own: The limit of the model.
+        longest: How many tokens the longest text has. Unless that is beyond every limit, the
+            largest limit and none are the same.
+    """
+    cuts = [cause for cause in causes if cause.changes.keys() == {"limit"}]
+    last = max(cuts, key=lambda cause: int(cause.changes["limit"]), default=None)
+    if last is None:
+        return causes
+    most = last.changes["limit"]
+    if own < most and longest <= most:
+        name = f"{last.name}, or not cut"
+        return [replace(cause, name=name) if cause is last else cause for cause in causes]
+    needs = f"texts longer than {most} tokens"
+    return [*causes, Cause("not cut", last.remedy, needs, {"limit": sys.maxsize})]
 
 
 def _without_padding(row: list[int], pad: int) -> list[int]:

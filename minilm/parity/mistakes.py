@@ -153,7 +153,7 @@ def causes_for(encoder: SentenceEncoder) -> list[Cause]:
         needs = f"texts shorter than {limit} tokens"
         causes += _padding_causes(f"padded to {limit} tokens", needs, width=limit, limit=limit)
     lowers = getattr(encoder.get_tokenizer().backend.normalizer, "lowercase", True)
-    unfit = {"lower"} if lowers else {"kept", "sigma"}
+    unfit = {"lower"} if lowers else {"kept", "sigma", "folded"}
     is_able = Reader(encoder.get_tokenizer()).is_able
     own_pooling = "cls" if isinstance(encoder.pooling, ClsPooling) else "mean"
     return [

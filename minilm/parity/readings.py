@@ -32,19 +32,23 @@ class Reading:
         form: "NFKC" or "casefold" (with NFKC, and without what is ignorable) before all else.
         controls: Control characters are "blank" (all of them), "some blank" (vertical tab, form
             feed and next line), "two blank" (vertical tab and form feed), "blank, format too"
-            (soft hyphens as well), or "kept".
+            (soft hyphens as well), "kept", or "some blank, others kept".
         formats: Characters of format, as soft hyphens and joiners, are "kept".
         blanks: What else is a blank: "ASCII" ones only, "U+0020" only, all but the "line"
             separators, which are kept, or "line dropped".
         unassigned: Characters that no table has are "dropped".
+        private: Characters of private use are "kept".
+        replacement: U+FFFD, which stands for bytes that were no text, is "kept".
         chinese: "whole": CJK characters are not words of their own.
-        case: "kept", "sigma" (a sigma at the end of a word is a final one), or "lower".
+        case: "kept", "sigma" (a sigma at the end of a word is a final one), "folded" (each letter,
+            so that a final sigma that was written is a plain one), or "lower".
         marks: "kept", "composed" (only those of letters that are one character with their accent
             go), or "all" (spacing ones go, too).
         hangul: "composed": syllables are not taken apart; "first": only first consonants stay.
         punctuation: "ASCII" alone splits words; "not Latin-1": as ours, but « and » and the like
             are letters.
-        tables: "newer": marks and punctuation that the library doesn't know are known.
+        tables: "newer": marks and punctuation that the library doesn't know are known; or only its
+            "marks", or its "punctuation".
         limit: Letters in a word: "none" is too many, "bytes" are counted, or letters "before" the
             accents go.
         unknown: "half": of a word with an unknown sign the pieces before it stay; "pieces": those
@@ -59,6 +63,8 @@ class Reading:
     formats: str = ""
     blanks: str = ""
     unassigned: str = ""
+    private: str = ""
+    replacement: str = ""
     chinese: str = ""
     case: str = ""
     marks: str = ""
@@ -70,6 +76,12 @@ class Reading:
     pieces: str = ""
 
 
+# Control characters that some take for blanks.
+_BLANK_CONTROLS = {
+    "two blank": "\v\f",
+    "some blank": "\v\f\x85",
+    "some blank, others kept": "\v\f\x85",
+}
 # Of a code point the library would strip marks, and composes Hangul, by these tables.
 _JAMO = range(0x1100, 0x1200)
 _FIRST = range(0x1100, 0x1160)
@@ -173,7 +185,9 @@ class Reader:
                 folded = _with_syllables(folded)
             elif reading.hangul == "first":
                 folded = "".join(c for c in folded if ord(c) not in _JAMO or ord(c) in _FIRST)
-            if self._own.lowercase and reading.case != "kept":
+            if self._own.lowercase and reading.case == "folded":
+                folded = "".join(map(_case_folded, folded))
+            elif self._own.lowercase and reading.case != "kept":
                 is_plain = folded.isascii() or reading.case == "sigma"
                 folded = folded.lower() if is_plain else "".join(map(_lower, folded))
             elif reading.case == "lower":
@@ -267,6 +281,12 @@ def _is_blank(character: str) -> bool:
     return len(_SPLIT.pre_tokenize_str(f"a{character}b")) == 2
 
 
+def _case_folded(character: str) -> str:
+    """One character for one: what would be several is in small letters."""
+    folded = character.casefold()
+    return folded if len(folded) == 1 else _lower(character)
+
+
 def _is_ignorable(character: str) -> bool:
     """Characters without a sign of their own, which folding drops."""
     code = ord(character)
@@ -286,10 +306,10 @@ def _cleaned(character: str, reading: Reading) -> str:
             return character
         return " "
     if category == "Cc":
-        some = {"two blank": "\v\f", "some blank": "\v\f\x85"}.get(reading.controls, "")
+        some = _BLANK_CONTROLS.get(reading.controls, "")
         if character in some or reading.controls in ("blank", "blank, format too"):
             return "" if character == "\0" and some else " "
-        return character if reading.controls == "kept" else ""
+        return character if reading.controls.endswith("kept") else ""
     if category == "Cf":
         if reading.controls == "blank, format too":
             return " "
@@ -297,6 +317,8 @@ def _cleaned(character: str, reading: Reading) -> str:
             return character
     if category == "Cn" and reading.unassigned == "dropped":
         return ""
+    if (category == "Co" and reading.private) or (character == "\ufffd" and reading.replacement):
+        return character
     if reading.blanks and unicodedata.category(character)[0] == "Z":
         if reading.blanks == "line dropped":
             return "" if category in ("Zl", "Zp") else " "
@@ -313,7 +335,7 @@ def _at_blanks(text: str, reading: Reading) -> list[str]:
     """Split at blanks; those that a reading keeps are letters."""
     if reading.blanks == "U+0020":
         words = text.split(" ")
-    elif reading.blanks in ("ASCII", "line") or reading.controls == "kept":
+    elif reading.blanks in ("ASCII", "line") or reading.controls.endswith("kept"):
         kept = "".join(" " if c in " \t\n\r" else c for c in text)
         words = kept.split(" ")
     else:
@@ -333,7 +355,7 @@ def _stripped(word: str, reading: Reading) -> str:
     taken = str(_NFD.normalize_str(word))
     if reading.marks == "all":
         return "".join(c for c in taken if unicodedata.category(c)[0] != "M")
-    if reading.tables:
+    if reading.tables in ("newer", "marks"):
         return "".join(c for c in taken if not _is_mark(c) and unicodedata.category(c) != "Mn")
     return "".join(c for c in taken if not _is_mark(c))
 
@@ -352,7 +374,7 @@ def _with_syllables(word: str) -> str:
 
 def _is_punctuation(character: str, reading: Reading) -> bool:
     splits = _splits(character)
-    if reading.tables:
+    if reading.tables in ("newer", "punctuation"):
         splits = splits or unicodedata.category(character)[0] == "P"
     if reading.punctuation == "ASCII":
         return splits and character.isascii()

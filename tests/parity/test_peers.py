@@ -10,6 +10,8 @@ from typing import Any, ClassVar
 import numpy as np
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.normalizers import BertNormalizer
 from torch import Tensor
 
 from conftest import ROOT
@@ -32,6 +34,25 @@ NEWER = "Unicode tables newer than the tokenizer's"
 NO_LIMIT = "no limit of 100 letters for a word"
 # What is wrong with each: names that must be among the causes or, after |, alternatives.
 CAUSES: dict[str, tuple[str, list[str]]] = {
+    "blingfire": (
+        "ids",
+        ["accents of composed letters alone stripped", NO_LIMIT, PLAIN,
+         "all characters of control and format as blanks"],
+    ),
+    "budtiktok": (
+        "ids",
+        ["final sigma", PLAIN, "marks newer than the tokenizer's tables stripped"],
+    ),
+    "iree-tokenizer": (
+        "ids",
+        ["punctuation newer than the tokenizer's tables split off", "unassigned characters dropped",
+         "vertical tab, form feed and next line as blanks"],
+    ),
+    "openvino-tokenizers": (
+        "ids",
+        ["case folded, a written ς too", "limit of a word counted in bytes", NEWER,
+         "characters of private use kept", "U+FFFD kept"],
+    ),
     "candding": ("equal", []),
     "chromadb": ("equal", []),
     "ctranslate2-float32": ("equal", []),
@@ -215,13 +236,46 @@ def test_golden_texts_show_every_reading(encoder: SentenceEncoder) -> None:
             reading = Reading(**cause.changes["reading"])
             if [reader.ids(text, reading) for text in ALL] == own:
                 unseen.append(cause.name)
-    # They have neither a special token in small letters, nor U+2028, nor an unassigned character.
+    # They have no special token in small letters, no U+2028, and none of the rarest characters.
     assert unseen == [
         "special tokens in small letters",
         "unassigned characters dropped",
+        "characters of private use kept",
+        "U+FFFD kept",
         "line and paragraph separators no blanks",
         "line and paragraph separators dropped",
     ]
+
+
+def test_text_that_is_not_cleaned_is_told_in_parts(encoder: SentenceEncoder) -> None:
+    """What a `BertWordPieceTokenizer` without clean_text and without a limit makes of texts."""
+    assert encoder.tokenizer is not None
+    texts = json.loads((PEERS / "texts.json").read_text(encoding="utf-8"))
+    other = Tokenizer.from_str(encoder.tokenizer.backend.to_str())
+    other.no_truncation()
+    other.no_padding()
+    other.normalizer = BertNormalizer(clean_text=False)
+    report = compare_ids(encoder, texts, [each.ids for each in other.encode_batch(texts)])
+    assert {cause.name for cause in report.causes} == {
+        "not cut",
+        "control characters kept, but for those that are blanks",
+        "soft hyphens and other characters of format kept",
+        "characters of private use kept",
+        "U+FFFD kept",
+    }
+    assert not report.unexplained
+
+
+def test_a_limit_that_no_text_shows_is_not_claimed(encoder: SentenceEncoder) -> None:
+    assert encoder.tokenizer is not None
+    texts = ["a word " * 150, "a word " * 300]
+    ids = encoder.tokenizer(texts).input_ids
+    report = compare_ids(encoder, texts[:1], ids[:1])
+    assert "cut at 512 tokens, or not cut" in report.summary
+    assert "read otherwise: not cut" in compare_ids(encoder, texts, ids).summary
+    cut = [row[:511] + row[-1:] if len(row) > 512 else row for row in ids]
+    assert "read otherwise: cut at 512 tokens" in compare_ids(encoder, texts, cut).summary
+    assert "not cut" not in compare_ids(encoder, texts, cut).summary
 
 
 def test_what_texts_have_in_common_is_said() -> None:
