@@ -8,6 +8,9 @@ child inherits three kinds of threads and locks for which it would wait without 
 - The threads of `tokenizers`. The library looks after them, but not where TOKENIZERS_PARALLELISM
   asks for them expressly; so it is set to "false" in the child.
 - Locks of this package that another thread of the parent held.
+
+Out of reach is the lock of oneDNN's cache of kernels, which another thread has while it makes or
+drops one (torch 2.13.0, November 2026): a child forked just then waits at its first product.
 """
 
 import ctypes
