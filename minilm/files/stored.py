@@ -297,9 +297,8 @@ def _parquet(path: Path, column: str | None) -> tuple[_Rows | None, _Array]:
     if doubled is not None:  # of which a row could hold one only
         raise ValueError(f"has the column {doubled!r} more than once")
     name = column or vector_column(table.schema, str(path))
-    if table.column_names.count(name) != 1:
-        how = "no column" if name not in table.column_names else "more than one column"
-        raise InputError(f"{path}: has {how} {name!r}", "embedding_column")
+    if name not in table.column_names:
+        raise InputError(f"{path}: has no column {name!r}", "embedding_column")
     vectors = vectors_of(table, name, str(path))
     return table.drop_columns([name]).to_pylist(), vectors
 
