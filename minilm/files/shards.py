@@ -49,8 +49,8 @@ from minilm.inference.truncation import caller_level
 from minilm.outputs import check_folder
 
 __all__ = [
-    "PROGRESS", "Part", "ShardFolder", "Verified", "manifest_path", "part_paths", "run_of",
-    "verify_parts",
+    "PROGRESS", "Part", "ShardFolder", "Verified", "lacking", "manifest_path", "part_paths",
+    "run_of", "verify_parts",
 ]  # fmt: skip
 
 PROGRESS = "_progress.jsonl"
@@ -353,6 +353,29 @@ class ShardFolder:
                 "that is mended, the same command goes on",
                 str(self.folder / name),
             ) from error
+
+
+def lacking(folder: Path) -> str | None:
+    """What a folder of parts lacks of its run, or has beside it, by the names alone.
+
+    Returns:
+        Words on it; None if it is whole, or of no run that is known.
+
+    Raises:
+        ConfigError: Its manifest is broken.
+    """
+    found = _read(folder)
+    if found.header is None:
+        return None
+    if found.source is not None and not found.is_complete:
+        return "is not complete; run the command that writes it again"
+    there, known = ({path.name for path in part_paths(folder)}, {part.name for part in found.parts})
+    wanted = known if found.source else known | _expected(found.header, known)
+    for names, what in ((wanted - there, "has lost"), (there - known, "has more than its run:")):
+        if names:
+            more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
+            return f"{what} {min(names)}{more}"
+    return None
 
 
 def _number(name: str) -> int:

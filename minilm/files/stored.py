@@ -5,7 +5,9 @@ for that form. `tables.py` and `streaming.py` write them; `parity/foreign.py` re
 programs wrote.
 """
 
+import errno
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -21,9 +23,10 @@ from minilm.files.arrays import map_npy, open_npz
 from minilm.files.arrow import import_pyarrow, vector_column, vectors_of
 from minilm.files.records import read_fingerprint
 from minilm.files.rows import DEFAULT_COLUMN, Reader, as_floats, as_json, check_numbers
-from minilm.files.shards import part_paths
+from minilm.files.shards import lacking, part_paths
 from minilm.files.sources import readable
 from minilm.files.tables import SUFFIXES, VECTOR_FIELDS
+from minilm.inference.truncation import caller_level
 from minilm.pretrained.fingerprint import Fingerprint, compare
 from minilm.quantize import dequantize, has_model_ranges, model_ranges, stored_width
 
@@ -53,12 +56,13 @@ def read_vectors(
         n rows, a dict of all columns but the vectors each; for `.npy`, which has none, the numbers
         0 to n - 1. And the vectors, float32 `[n, 384]`: those of `.npy` and `.safetensors` are
         read from the disk when they are used, and read-only. Codes are decoded, see
-        `minilm.dequantize`; of bits, the vectors have length 1.
+        `minilm.dequantize`; of bits, the vectors have length 1. A folder that lacks a part of its
+        run, or has more, is read with a warning.
 
     Raises:
         InputError: It is of another form, or broken; it was made by another model than
-            `fingerprint`, or there is no record to tell; or it holds codes, and no record tells of
-            which precision.
+            `fingerprint`, or there is no record to tell; it holds codes, and no record tells of
+            which precision; or NaN or infinity, where it is not mapped.
         MissingPackageError: For Parquet pyarrow is needed.
         OSError: It can't be read.
 
@@ -83,6 +87,12 @@ def read_blocks(
     record = record_of(path)
     if fingerprint is not None:
         _check_same(path, record, fingerprint)
+    lacks = lacking(path) if path.is_dir() else None
+    if lacks:
+        warnings.warn(
+            f"{path}: {lacks}; what is there is read, see `minilm check`",
+            stacklevel=caller_level(),
+        )
     for part in part_paths(path) if path.is_dir() else [path]:
         read = _READERS[part.suffix.lower()]
         with errors_of_libraries(partial(_refusal, part)):
@@ -110,6 +120,8 @@ def record_of(path: Path) -> Fingerprint | None:
     """
     if not path.is_dir():
         if path.suffix.lower() not in _READERS:
+            if not path.exists():
+                raise FileNotFoundError(errno.ENOENT, "no such file or folder", str(path))
             forms = ", ".join((*SUFFIXES, ".parquet"))
             raise InputError(f"{path}: has no suffix of {forms}; name it after its form", "path")
         return read_fingerprint(path)
@@ -145,7 +157,14 @@ def _decoded(vectors: _Array, record: Fingerprint | None, path: Path) -> _Array:
     """Vectors or codes as float32, in the memory that was given if it is that already."""
     is_code = record is not None and record.precision != "float32"
     if vectors.dtype.kind == "f" and not is_code:
-        return vectors.astype(np.float32, copy=False)
+        with np.errstate(over="ignore"):  # to infinity
+            floats = vectors.astype(np.float32, copy=False)
+        if not (floats is vectors and isinstance(vectors, np.memmap)):
+            bad = ~np.isfinite(floats).all(axis=1)
+            if bad.any():
+                what = f"NaN or infinity in the vector of row {int(bad.argmax())}"
+                raise InputError(f"{path}: has {what}; embed its text again", "path")
+        return floats
     if not is_code:
         raise InputError(
             f"{path}: holds {vectors.dtype}, and no fingerprint tells of which precision these "
@@ -235,6 +254,9 @@ def _jsonl(path: Path, column: str | None) -> tuple[_Rows | None, _Array]:
             raise ValueError(f"line {line} has no list of numbers {names[0]!r}")
         vectors.append(row.pop(name))
         check_numbers(vectors[-1], line)
+        counts = len(vectors[-1]), len(vectors[0])
+        if counts[0] != counts[1]:
+            raise ValueError(f"line {line} has {counts[0]} numbers, the first {counts[1]}")
         rows.append(row)
     return rows, np.array(vectors or np.zeros((0, 0)))
 
@@ -275,6 +297,8 @@ def _parquet(path: Path, column: str | None) -> tuple[_Rows | None, _Array]:
     if doubled is not None:  # of which a row could hold one only
         raise ValueError(f"has the column {doubled!r} more than once")
     name = column or vector_column(table.schema, str(path))
+    if name not in table.column_names:
+        raise InputError(f"{path}: has no column {name!r}", "embedding_column")
     vectors = vectors_of(table, name, str(path))
     return table.drop_columns([name]).to_pylist(), vectors
 

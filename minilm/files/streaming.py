@@ -427,9 +427,9 @@ def _check_names(layout: Layout, embedding_column: str, row_number: str | None) 
 
 def _warn_of_tools(folder: Path, columns: Iterable[str | None], precision: str) -> None:
     """Warn of what tools, in November 2026, read otherwise than it is written."""
-    keys = [name.partition("=")[0] for name in folder.absolute().parts if "=" in name]
+    keys = [each.partition("=")[0].lower() for each in folder.absolute().parts if "=" in each]
     for name in columns:
-        if name in keys:
+        if name is not None and name.lower() in keys:  # case doesn't count in DuckDB and Spark
             warnings.warn(
                 f"{folder}: has {name!r} in its path, and the rows have a column {name!r}: DuckDB, "
                 "ClickHouse and Spark put the value of the path in place of the column without a "

@@ -1,6 +1,7 @@
 """What encode wrote, in every form and precision, read back as float32."""
 
 import json
+import shutil
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from minilm.disk import write_together
 from minilm.errors import ConfigError, InputError
 from minilm.files.records import read_fingerprint
 from minilm.files.rows import as_json
+from minilm.files.shards import PROGRESS
 from minilm.files.stored import read_vectors
 from minilm.files.tables import SUFFIXES, Table, write_table
 from minilm.quantize import dequantize, model_ranges
@@ -248,3 +250,56 @@ def test_numbers_that_got_lost(tiny_folder: Path, tmp_path: Path) -> None:
     path.write_text(lines, encoding="utf-8")
     with pytest.raises(InputError, match=r"out\.jsonl: .*line 1 has true among its numbers"):
         read_vectors(path)
+
+
+@pytest.mark.parametrize("manifest", [True, False])
+def test_a_folder_that_is_not_whole_is_read_with_a_warning(
+    tiny_folder: Path, tmp_path: Path, manifest: bool
+) -> None:
+    whole = encoded("/", tmp_path, tiny_folder, "--shard-rows", "1")
+    read_vectors(whole)
+    if not manifest:
+        (tmp_path / "out.manifest.json").unlink()
+        read_vectors(whole)
+    first, *_, last = sorted(whole.iterdir())
+    again = whole / "part-00007.parquet"
+    shutil.copy(last, again)
+    with pytest.warns(UserWarning, match="out: has more than its run: part-00007.parquet; what is"):
+        assert len(read_vectors(whole)[0]) == 4
+    again.unlink()
+    first.unlink()
+    with pytest.warns(UserWarning, match="out: has lost part-00000.parquet; what is there is read"):
+        rows, vectors = read_vectors(whole)
+    assert [row["id"] for row in rows] == [2, 3]
+    assert len(vectors) == 2
+    if manifest:
+        (tmp_path / "out.manifest.json").unlink()
+    (whole / PROGRESS).write_text(json.dumps({"settings": {}}) + "\n")
+    with pytest.warns(UserWarning, match="out: is not complete; run the command that writes it"):
+        read_vectors(whole)
+
+
+@pytest.mark.parametrize(
+    ("name", "contents"),
+    [
+        ("a.jsonl", '{"text": "a", "embedding": [1, 2]}\n{"text": "b", "embedding": [1e39, 2]}\n'),
+        ("a.csv", "text,0,1\na,1,2\nb,inf,2\n"),
+    ],
+)
+def test_numbers_that_are_not_finite(tmp_path: Path, name: str, contents: str) -> None:
+    path = tmp_path / name
+    path.write_text(contents)
+    with pytest.raises(InputError, match=f"{name}: has NaN or infinity in the vector of row 1"):
+        read_vectors(path)
+
+
+def test_what_is_not_there_is_named(tiny_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no such file or folder.*nothing"):
+        read_vectors(tmp_path / "nothing")
+    path = encoded("/", tmp_path, tiny_folder)
+    with pytest.raises(InputError, match=r"part-00000.parquet: has no column 'vector'"):
+        read_vectors(path, embedding_column="vector")
+    ragged = tmp_path / "a.jsonl"
+    ragged.write_text('{"text": "", "embedding": [1, 2]}\n{"text": "", "embedding": [1]}\n')
+    with pytest.raises(InputError, match="line 2 has 1 numbers, the first 2"):
+        read_vectors(ragged)

@@ -208,6 +208,8 @@ def test_a_column_that_the_path_overwrites_is_told(
     with pytest.warns(UserWarning, match="the rows have a column 'id': DuckDB") as caught:
         run(tiny_encoder, source, tmp_path / "id=5" / "b=1")
     assert caught[0].filename == __file__
+    with pytest.warns(UserWarning, match="the rows have a column 'text': DuckDB"):
+        run(tiny_encoder, source, tmp_path / "Text=5")  # case doesn't count for them
 
 
 def test_int8_of_the_published_model(encoder: SentenceEncoder, tmp_path: Path) -> None:

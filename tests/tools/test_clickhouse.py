@@ -1,5 +1,7 @@
 """ClickHouse, as the library chdb: distances, and sums that wrap around."""
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -34,6 +36,12 @@ def search(written: Written, precision: str, distance: str, order: str = "") -> 
 def test_cosine(written: Written, precision: str) -> None:
     nearest = search(written, precision, "cosineDistance(x, y)")
     check_search(nearest, written.distances("cosine", precision))
+
+
+def test_path_takes_the_place_of_a_column(written: Written, tmp_path: Path) -> None:
+    shutil.copytree(written.file("vectors"), tmp_path / "kind=x")
+    found = chdb.query(f"SELECT DISTINCT kind FROM file('{tmp_path}/*/*.parquet')", "ArrowTable")
+    assert found["kind"].to_pylist() == ["x"]  # "sentence" is in the files
 
 
 def test_bits(written: Written) -> None:

@@ -1,6 +1,8 @@
 """DuckDB: its distances, on what it reads from files and on what it is handed in memory."""
 
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -54,6 +56,13 @@ def test_bits(written: Written) -> None:
 def test_functions_of_arrays_need_a_cast(written: Written) -> None:
     with pytest.raises(duckdb.BinderException, match="explicit type casts"):
         search(written, "float32", "array_cosine_distance(a, b)")(0)
+
+
+@pytest.mark.parametrize("name", ["kind", "KIND"])
+def test_path_takes_the_place_of_a_column(written: Written, tmp_path: Path, name: str) -> None:
+    shutil.copytree(written.file("vectors"), tmp_path / f"{name}=x")
+    found = duckdb.sql(f"SELECT DISTINCT kind FROM '{tmp_path}/*/*.parquet'").fetchall()
+    assert found == [("x",)]  # "sentence" is in the files
 
 
 def types(source: Any, column: str = "embedding") -> str:

@@ -112,6 +112,14 @@ def test_whole_folder(read: Callable[[Path], int], written: Written, tmp_path: P
         read(folder)
 
 
+def test_pyarrow_refuses_a_column_that_the_path_has_too(written: Written, tmp_path: Path) -> None:
+    """What DuckDB, ClickHouse and Spark do: in their files."""
+    read = tool("pyarrow.parquet").read_table
+    shutil.copytree(written.file("vectors"), tmp_path / "kind=x")
+    with pytest.raises(tool("pyarrow").ArrowTypeError, match="Field kind has incompatible types"):
+        read(tmp_path)
+
+
 def test_daft_gives_rows_in_any_order(written: Written) -> None:
     daft = tool("daft")
     read = daft.read_parquet(str(written.file("vectors") / "*.parquet")).to_pydict()
@@ -121,7 +129,8 @@ def test_daft_gives_rows_in_any_order(written: Written) -> None:
 def test_ray_reads_and_sorts(written: Written, tmp_path: Path) -> None:
     ray = tool("ray")
     with chdir(tmp_path):  # to what its paths are relative
-        ray.init(num_cpus=1, include_dashboard=False, logging_level="ERROR")
+        # "local": it would join another cluster of this machine.
+        ray.init("local", num_cpus=1, include_dashboard=False, logging_level="ERROR")
     try:
         ray.data.DataContext.get_current().enable_progress_bars = False
         x = run_line("Ray Data", written, tmp_path)["x"]

@@ -35,6 +35,15 @@ def session(folder: Path) -> Iterator[Any]:
     started.stop()
 
 
+@pytest.mark.parametrize("name", ["kind", "KIND"])
+def test_path_takes_the_place_of_a_column(
+    session: Any, written: Written, tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(written.file("vectors"), tmp_path / f"{name}=x")
+    found = session.read.parquet(str(tmp_path)).select("kind").distinct().collect()
+    assert [row[0] for row in found] == ["x"]  # "sentence" is in the files
+
+
 def test_line_reads_what_was_written(session: Any, written: Written, folder: Path) -> None:
     x = run_line("Spark", written, folder)["x"]
     assert x.dtype == np.float32
