@@ -187,7 +187,7 @@ def ask(name: str) -> tuple[str, dict[str, Any]]:
         venv.create(folder, with_pip=True)
         # What is installed here, torch above all, isn't installed again.
         here = sysconfig.get_path("purelib")
-        (inside,) = folder.glob("lib*/python*/site-packages")
+        (inside,) = folder.glob("lib/python*/site-packages")
         (inside / "here.pth").write_text(here, encoding="utf-8")
     packages = [*program.packages.split(), *(["onnx"] if program.wants_onnx else [])]
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
