@@ -80,6 +80,7 @@ import torch.nn.modules.module as _any_module
 from torch import Tensor, nn
 
 from minilm.bert import Attend, BertFeedForward, BertLayer, BertSelfAttention, attention
+from minilm.forks import unforked
 from minilm.inference.int8 import Int8Layer, calibration_of
 
 __all__ = [
@@ -445,7 +446,7 @@ def fast_products(modules: Sequence[nn.Module], tokens: int = 0) -> Iterator[int
         The multiple that the number of rows has to be, for a row to get the same bits in any
         company.
     """
-    flat = _Flat.of(modules, tokens)
+    flat = unforked(_Flat.of, modules, tokens)
     before = _thread.layers
     _thread.layers = {modules[place]: layer for place, layer in flat.layers}
     try:
@@ -705,7 +706,7 @@ class FastLayer(_Forward):
         if flat is None:
             output: Tensor = type(layer).forward(layer, hidden_states, attend)
             return output
-        return flat(hidden_states, attend)
+        return unforked(flat, hidden_states, attend)
 
 
 class MixedLinear(_Forward):

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ import torch.multiprocessing
 
 from conftest import ROOT
 from minilm import SentenceEncoder
-from minilm.forks import Lock
+from minilm.forks import Lock, unforked
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 
@@ -182,6 +183,79 @@ def test_locks_are_free_in_a_forked_child() -> None:
         if not child:
             os._exit(0 if lock.acquire(timeout=60) else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.process
+@needs_fork
+def test_fork_waits_for_a_layer_of_another_thread_and_holds_up_the_next() -> None:
+    happened = []
+    inside, ends, forked = threading.Event(), threading.Event(), threading.Event()
+
+    def compute() -> None:
+        inside.set()
+        ends.wait(60)
+        time.sleep(0.3)
+        happened.append("layer")
+
+    def then() -> None:
+        unforked(compute)
+        unforked(lambda: happened.append("after the fork" if forked.is_set() else "too early"))
+
+    thread = threading.Thread(target=then)
+    thread.start()
+    assert inside.wait(60)
+    ends.set()
+    child = unforked(os.fork)  # its own layer is no reason to wait
+    if not child:
+        os._exit(0 if unforked(lambda: True) else 1)
+    forked.set()
+    happened.append("fork")
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    thread.join(60)
+    assert happened[:2] == ["layer", "fork"]
+    assert len(happened) == 3
+
+
+# With few kernels they are made and dropped all the time, under a lock of oneDNN's.
+FORKED_AMONG_THREADS = """
+import os, random, signal, sys, threading, time
+os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = os.environ["LRU_CACHE_CAPACITY"] = "16"
+from minilm import SentenceEncoder
+encoder = SentenceEncoder.from_pretrained(sys.argv[1], device="cpu")
+
+def embed():
+    while not stop.is_set():
+        encoder.encode(["the dog " * random.randint(1, 100)] * random.randint(1, 3))
+
+stop = threading.Event()
+threads = [threading.Thread(target=embed) for _ in range(6)]
+for thread in threads:
+    thread.start()
+try:
+    for _ in range(25):
+        child = os.fork()
+        if not child:
+            os._exit(int(encoder.encode("the cat").shape != (384,)))
+        for _ in range(6000):
+            if (ended := os.waitpid(child, os.WNOHANG))[0]:
+                break
+            time.sleep(0.01)
+        else:
+            os.kill(child, signal.SIGKILL)
+            sys.exit("waits for ever")
+        assert ended[1] == 0
+finally:
+    stop.set()
+    for thread in threads:
+        thread.join()
+print("all ended")
+"""
+
+
+@pytest.mark.process
+@needs_fork
+def test_children_forked_while_threads_embed(published: Path) -> None:
+    assert run_python(FORKED_AMONG_THREADS, str(published)) == "all ended\n"
 
 
 # spawn, DataLoader workers
