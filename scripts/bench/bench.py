@@ -759,8 +759,9 @@ def make_encode(job: Result) -> Encode:
     if job["system"].startswith("minilm") and job["system"] != "minilm plain":
         from minilm import SentenceEncoder
 
-        where = {"device": job["device"], "dtype": job["dtype"]}
-        where["reproducible"] = job["system"] == REPRODUCIBLE
+        where: dict[str, Any] = {"device": job["device"], "dtype": job["dtype"]}
+        if job["system"] == REPRODUCIBLE:  # of which an earlier commit may not know
+            where["reproducible"] = True
         encoder = SentenceEncoder.from_pretrained(job["model"], **where)
         if job["dtype"] == "bfloat16":  # or float32 in its place
             job["dtype"] = str(encoder.dtype).removeprefix("torch.")

@@ -177,3 +177,25 @@ def test_a_processor_without_bfloat16_is_told_by_trying(
     monkeypatch.setattr("timeit.timeit", timed)
     said = bench.slow_bfloat16()
     assert said.endswith(", in float32 at 151") if is_slow else said == ""
+
+
+def test_an_earlier_commit_is_asked_for_what_it_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[dict[str, Any]] = []
+
+    class Loaded:
+        encode: Any = "encode"
+        dtype = "torch.float32"
+
+        @classmethod
+        def from_pretrained(cls, _: str, **options: Any) -> type["Loaded"]:
+            given.append(options)
+            return cls
+
+    monkeypatch.setattr("minilm.SentenceEncoder", Loaded)
+    for system in ("minilm float32", "minilm reproducible"):
+        job = {"system": system, "dtype": bench.SYSTEMS[system][1], "device": "cpu", "model": "m"}
+        assert bench.make_encode(job) == Loaded.encode
+    assert [sorted(options) for options in given] == [
+        ["device", "dtype"],
+        ["device", "dtype", "reproducible"],
+    ]
