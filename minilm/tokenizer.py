@@ -491,7 +491,7 @@ def _is_token(value: Any) -> bool:
 
 
 def _is_special(value: Any) -> bool:
-    content = value["content"] if _is_token(value) and isinstance(value, Mapping) else value
+    content = value.get("content") if isinstance(value, Mapping) else value
     return value is None or isinstance(content, str)
 
 
