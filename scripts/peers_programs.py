@@ -76,8 +76,24 @@ def int8(**settings):
     return folder / "int8.onnx"
 """
 )
-_KERAS = """
+_TENSORFLOW = """
 os.environ.update(KERAS_BACKEND="tensorflow", TF_CPP_MIN_LOG_LEVEL="3")
+"""
+_KERAS = (
+    _TENSORFLOW
+    + """
+import keras_hub
+words = (folder / "vocab.txt").read_text(encoding="utf-8").split("\\n")
+tokenizer = keras_hub.tokenizers.BertTokenizer(vocabulary=words, lowercase=True%s)
+pack = keras_hub.layers.StartEndPacker(256, start_value=101, end_value=102, pad_value=0)
+ids = [[each for each in pack(tokenizer(text)).numpy() if each] for text in texts]
+"""
+)
+_FLASH = """
+from flash_tokenizer import BertTokenizerFlash
+words = str(folder / "vocab.txt")
+tokenizer = BertTokenizerFlash(words, do_lower_case=True, model_max_length=256%s)
+ids = [tokenizer.tokenizer.encode(text, "longest", 256) for text in texts]
 """
 
 
@@ -180,24 +196,8 @@ vectors = [vector for text in texts for vector in model.embed([text])]
 """,
         wants_onnx=True,
     ),
-    "flash-tokenizer": Program(
-        "flash-tokenizer",
-        """
-from flash_tokenizer import BertTokenizerFlash
-tokenizer = BertTokenizerFlash(str(folder / "vocab.txt"), do_lower_case=True, model_max_length=256)
-ids = [tokenizer.tokenizer.encode(text, "longest", 256) for text in texts]
-""",
-    ),
-    "flash-tokenizer-bidirectional": Program(
-        "flash-tokenizer",
-        """
-from flash_tokenizer import BertTokenizerFlash
-tokenizer = BertTokenizerFlash(
-    str(folder / "vocab.txt"), do_lower_case=True, model_max_length=256, bidirectional=True
-)
-ids = [tokenizer.tokenizer.encode(text, "longest", 256) for text in texts]
-""",
-    ),
+    "flash-tokenizer": Program("flash-tokenizer", _FLASH % ""),
+    "flash-tokenizer-bidirectional": Program("flash-tokenizer", _FLASH % ", bidirectional=True"),
     "haystack": Program(
         "sentence-transformers-haystack",
         """
@@ -217,29 +217,9 @@ tokenizer = iree.tokenizer.Tokenizer.from_file(str(folder / "tokenizer.json"))
 ids = [tokenizer.encode(text, add_special_tokens=True) for text in texts]
 """,
     ),
-    "keras-hub": Program(
-        "keras-hub tensorflow tensorflow-text",
-        _KERAS
-        + """
-import keras_hub
-words = (folder / "vocab.txt").read_text(encoding="utf-8").split("\\n")
-tokenizer = keras_hub.tokenizers.BertTokenizer(vocabulary=words, lowercase=True)
-pack = keras_hub.layers.StartEndPacker(256, start_value=101, end_value=102, pad_value=0)
-ids = [[each for each in pack(tokenizer(text)).numpy() if each] for text in texts]
-""",
-    ),
+    "keras-hub": Program("keras-hub tensorflow tensorflow-text", _KERAS % ""),
     "keras-hub-strip-accents": Program(
-        "keras-hub tensorflow tensorflow-text",
-        _KERAS
-        + """
-import keras_hub
-words = (folder / "vocab.txt").read_text(encoding="utf-8").split("\\n")
-tokenizer = keras_hub.tokenizers.BertTokenizer(
-    vocabulary=words, lowercase=True, strip_accents=True
-)
-pack = keras_hub.layers.StartEndPacker(256, start_value=101, end_value=102, pad_value=0)
-ids = [[each for each in pack(tokenizer(text)).numpy() if each] for text in texts]
-""",
+        "keras-hub tensorflow tensorflow-text", _KERAS % ", strip_accents=True"
     ),
     "kitoken": Program(
         "kitoken",
@@ -311,7 +291,7 @@ ids = [read([text])["input_ids"][0] for text in texts]
     ),
     "tf-text-bert-tokenizer": Program(
         "tensorflow-text tensorflow",
-        _KERAS
+        _TENSORFLOW
         + """
 import tensorflow_text
 tokenizer = tensorflow_text.BertTokenizer(str(folder / "vocab.txt"), lower_case=True)
