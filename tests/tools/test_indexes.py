@@ -1,5 +1,6 @@
 """Indexes of vectors: FAISS, USearch, hnswlib, Voyager, NGT, ScaNN."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,9 @@ def test_faiss(written: Written, tmp_path: Path) -> None:
         bits.add(written.codes["binary"])
 
 
-def usearch_of(rows: Array, **options: Any) -> Any:
+def usearch_of(rows: Array, threads: int = 1, **options: Any) -> Any:
     index = tool("usearch.index").Index(ndim=384, **options)
-    index.add(np.arange(len(rows)), rows)
+    index.add(np.arange(len(rows)), rows, threads=threads)
     return index
 
 
@@ -54,7 +55,7 @@ def test_usearch(written: Written, tmp_path: Path) -> None:
 def test_usearch_takes_binary_for_numbers(written: Written) -> None:
     exact = written.distances("hamming", "ubinary")
     bits, signed = written.codes["ubinary"], written.codes["binary"]
-    options = {"metric": "hamming", "dtype": "b1"}
+    options: dict[str, Any] = {"metric": "hamming", "dtype": "b1"}
     right = usearch_of(bits, **options)
     check_search(lambda row: matches(right, bits[row]), exact)
     viewed = usearch_of(signed.view(np.uint8), **options)  # all 128 less are one bit less
@@ -63,6 +64,18 @@ def test_usearch_takes_binary_for_numbers(written: Written) -> None:
     wrong = usearch_of(signed, **options)
     said = [matches(wrong, signed[row])[1][1] for row in range(0, len(bits), 25)]
     assert not np.array_equal(said, np.sort(exact[::25], axis=1)[:, 1])
+
+
+@pytest.mark.skipif(os.cpu_count() == 1, reason="threads don't run at once")
+def test_usearch_loses_rows_that_several_threads_add(written: Written) -> None:
+    bits = written.codes["ubinary"]
+
+    def lost(threads: int) -> int:
+        index = usearch_of(bits, threads, metric="hamming", dtype="b1")
+        return sum(matches(index, bits[row])[0][0] != row for row in range(len(bits)))
+
+    assert lost(1) == 0
+    assert any(lost(4) for _ in range(200))
 
 
 def test_hnswlib(written: Written, tmp_path: Path) -> None:
