@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minilm import onednn
 from minilm.errors import InputError
 from minilm.pooling import Normalize
 from minilm.vectors import as_matrix, as_numbers
@@ -56,12 +57,12 @@ def cos_sim(a: Embeddings, b: Embeddings) -> Tensor:
         InputTypeError: One is not a tensor, an array or a list of numbers.
     """
     a, b = as_matrices(a, b)
-    return unit_vectors(a) @ unit_vectors(b).T
+    return onednn.scores(unit_vectors(a), unit_vectors(b))
 
 
 def dot_score(a: Embeddings, b: Embeddings) -> Tensor:
     """a_i·b_j, `[n, d] x [m, d] -> [n, m]`. Arguments and errors as in `cos_sim`."""
-    return _in_range(lambda a, b: a @ b.T, *as_matrices(a, b))
+    return _in_range(onednn.scores, *as_matrices(a, b))
 
 
 def euclidean_sim(a: Embeddings, b: Embeddings) -> Tensor:

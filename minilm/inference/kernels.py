@@ -23,9 +23,8 @@ memory as its transpose does; so a copy of each is kept, those of query, key and
 they are one product. Before each use a sample is compared that crosses every row and every column,
 and in a call of 4,096 tokens or more all numbers. (Parameters that are views of transposed memory
 would need no copies. But `weight.view(-1)` is an error then, and with it torch's pruning,
-`parameters_to_vector`, and safetensors' `save_file`.) The operators are those that `torch.compile`
-emits when it freezes a model. They are no public API, so that they are looked up, tried and
-compared with `F.linear` first.
+`parameters_to_vector`, and safetensors' `save_file`.) The operator (`minilm/onednn.py`) is no
+public API, so that it is looked up, tried and compared with `F.linear` first.
 
 Few roundings. A linear layer computes x Wᵀ, each output a dot product of two rows. A chain of
 multiply-adds rounds at each step, in proportion to what it has so far: two chains of half the
@@ -61,7 +60,6 @@ nothing that one machine's figures decided but the order of `_candidates`.
 import ctypes
 import functools
 import os
-import platform
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -82,6 +80,7 @@ from torch import Tensor, nn
 from minilm.bert import Attend, BertFeedForward, BertLayer, BertSelfAttention, attention
 from minilm.forks import unforked
 from minilm.inference.int8 import Int8Layer, calibration_of
+from minilm.onednn import has_onednn, is_dense, linear
 
 __all__ = [
     "Chains",
@@ -169,23 +168,20 @@ class Chains(Product):
         self.row_blocks = row_blocks
 
     def of(self, weight: Tensor, bias: Tensor | None) -> Multiply:
-        multiply = torch.ops.mkldnn._linear_pointwise.default
         size = self.columns or weight.shape[1]
         parts = -(-weight.shape[1] // size)
         first, *others = weight.chunk(parts, 1)
-        if not all(_is_dense(part) for part in (first, *others)):
-            # oneDNN has a reference implementation only for matrices with gaps between the rows.
+        if not all(is_dense(part) for part in (first, *others)):
             return lambda rows: self.of(_transpose(weight), bias)(rows)
 
         def whole(rows: Tensor) -> Tensor:
-            output: Tensor = multiply(rows, weight, bias, "none", [], "")
-            return output
+            return linear(rows, weight, bias)
 
         def in_chains(rows: Tensor) -> Tensor:
             columns = rows.chunk(parts, 1)
-            output: Tensor = multiply(columns[0], first, bias, "none", [], "")
+            output = linear(columns[0], first, bias)
             for part, matrix in zip(columns[1:], others, strict=True):
-                output.add_(multiply(part, matrix, None, "none", [], ""))
+                output.add_(linear(part, matrix))
             return output
 
         def in_blocks(rows: Tensor) -> Tensor:
@@ -194,11 +190,6 @@ class Chains(Product):
             return whole(rows)
 
         return in_chains if others else in_blocks if self.row_blocks else whole
-
-
-def _is_dense(matrix: Tensor) -> bool:
-    """Whether the numbers lie side by side in memory, by rows or by columns."""
-    return matrix.is_contiguous() or matrix.t().is_contiguous()
 
 
 def _transpose(weight: Tensor) -> Tensor:
@@ -273,24 +264,10 @@ def product_for(
 def _candidates(dtype: torch.dtype) -> list[Product]:
     """List candidates, the fastest first: by a rule, since a race has other winners at times."""
     if dtype == torch.bfloat16:
-        return [_chain, _row_blocks, _plain] if _has_onednn(dtype) else [_plain]
+        return [_chain, _row_blocks, _plain] if has_onednn(dtype) else [_plain]
     if dtype != torch.float32:
         return []
-    return [*_chains, _slices, _plain] if _has_onednn(dtype) else [_plain, _slices]
-
-
-def _has_onednn(dtype: torch.dtype) -> bool:
-    """Whether oneDNN's operator is in this build, and takes this dtype on this processor.
-
-    On others than x86 it has no fast kernel, as far as we know, for a weight that is not packed.
-    """
-    operators = torch.ops.mkldnn
-    return (
-        platform.machine() in ("x86_64", "AMD64")
-        and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        and hasattr(operators, "_linear_pointwise")
-        and (dtype != torch.bfloat16 or operators._is_mkldnn_bf16_supported())
-    )
+    return [*_chains, _slices, _plain] if has_onednn(dtype) else [_plain, _slices]
 
 
 @contextmanager

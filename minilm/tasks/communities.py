@@ -128,7 +128,6 @@ class Neighbours:
             then by the second.
         """
         ids = torch.as_tensor(rows, device=self.scores.queries.device)
-        self.scores.reserve(len(ids) * (stop - start))
         block = self.scores.block(ids, start, stop)
         # Where rounding could decide, the exact score does, in float32 like the threshold.
         error = self.scores.error(ids, block[:, 0]) + torch.finfo(torch.float32).eps

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minilm import onednn
 from minilm.errors import InputError, InputTypeError
 from minilm.inputs import check_choice, check_positive_int
 from minilm.quantize import dequantize, model_ranges, quantize_embeddings
@@ -217,7 +218,8 @@ class _Bits(Scores):
             # Equal bits: 1 in both, less 1 in the code alone, plus 0 in the query.
             zeros = (self.width - self.ones[rows]).to(torch.float32)
             with full_precision(self.signs.device):
-                return (self.signs[rows] @ torch.from_numpy(unpacked).T).add_(zeros.unsqueeze(1))
+                same = onednn.scores(self.signs[rows], torch.from_numpy(unpacked))
+            return same.add_(zeros.unsqueeze(1))
         return torch.from_numpy(_matches(bits, codes, self.width))
 
 

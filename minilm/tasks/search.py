@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from minilm import onednn
 from minilm.errors import InputError, InputTypeError
 from minilm.inputs import check_positive_int
 from minilm.similarity import (
@@ -181,7 +182,6 @@ class Scores:
         self._query_lengths = self._lengths(self.queries)
         self._check_lengths(self._query_lengths, names[0])
         self._query_scale = self._on_device(1 / self._query_lengths)
-        self._room = self.queries.new_empty(0)  # for the scores of one block after the other
         self._longest = 0.0  # of the vectors of the corpus that were used so far
         self._lengths_are_known = corpus is queries or corpus_lengths is not None
         # 1 / length of each, NaN before it is first used.
@@ -248,11 +248,6 @@ class Scores:
         self._longest = max(self._longest, float(lengths.max()))
         return part
 
-    def reserve(self, size: int) -> None:
-        """Reserve memory for so many scores, for one block after the other."""
-        if len(self._room) < size:
-            self._room = self.queries.new_empty(size)
-
     def block(self, rows: Tensor | slice, start: int, stop: int) -> Tensor:
         """Queries against corpus[start:stop], `[rows, stop - start]`, with a rounding error of up
         to `error`.
@@ -269,17 +264,14 @@ class Scores:
     ) -> Tensor:
         if self.score_function is cos_sim:
             unit = queries * self._query_scale[rows].unsqueeze(1)
-            size = len(unit) * len(corpus)
-            room = self._room[:size] if len(self._room) >= size else self._room.new_empty(size)
-            scores = torch.mm(unit, corpus.T, out=room.view(len(unit), len(corpus)))
+            scores = onednn.scores(unit, corpus)
             scale = self._corpus_scale[start:stop]
             return scores if ((scale - 1).abs() < _UNIT).all() else scores.mul_(scale)
         if not self.exact_is_known:
             # A user's function might write to them, and the memory may be read-only.
             queries, corpus = queries.clone(), corpus.clone()
-        scores = torch.as_tensor(
-            self.score_function(queries, corpus), device=queries.device
-        ).detach()
+        function = onednn.scores if self.score_function is dot_score else self.score_function
+        scores = torch.as_tensor(function(queries, corpus), device=queries.device).detach()
         if scores.shape != (len(queries), len(corpus)):
             raise InputError(
                 f"score_function gave shape {list(scores.shape)} for {len(queries)} queries and "
@@ -399,9 +391,6 @@ class Scores:
             step = min(step, max(1, _TILE // count))
             if self.corpus.dtype != self.queries.dtype or not self._lengths_are_known:
                 step = min(step, _ROWS)  # more than the product is done with each
-        if self.score_function is cos_sim:
-            # The same memory for all blocks: new memory takes a third of the product's time.
-            self.reserve(count * min(step, len(self.corpus)))
         for start in range(0, len(self.corpus), step):
             scores = self.block(rows, start, min(start + step, len(self.corpus)))
             if others_only:
@@ -411,7 +400,6 @@ class Scores:
             for tile in tiles:
                 self._merge(best, tile, start, rows, first_id)
                 start += tile.shape[1]
-        self._room = self._room[:0].clone()
 
     def _merge(self, best: "Best", tile: Tensor, start: int, rows: slice, first_id: int) -> None:
         """Add to the best those of corpus[start : start + width] that are better."""

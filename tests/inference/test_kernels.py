@@ -171,7 +171,7 @@ def test_candidates_end_with_linear_or_have_it(monkeypatch: pytest.MonkeyPatch) 
         (torch.float16, True): [],
     }
     for (dtype, has), expected in kinds.items():
-        monkeypatch.setattr(kernels, "_has_onednn", lambda _, has=has: has)
+        monkeypatch.setattr(kernels, "has_onednn", lambda _, has=has: has)
         assert [type(product) for product in kernels._candidates(dtype)] == expected
 
 
