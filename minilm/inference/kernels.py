@@ -453,16 +453,16 @@ class _Flat:
     layers: tuple[tuple[int, _FlatLayer | Int8Layer], ...]
     multiple: int
     made_of: tuple[Any, ...] = ()
-    places: tuple[Tensor, ...] = ()
-    sample: Tensor | None = None
+    places: tuple["np.ndarray[Any, Any]", ...] = ()
+    sample: bytes = b""
     checksums: tuple[bytes, ...] = ()
 
     def is_of_now(self, made_of: tuple[Any, ...], every_number: bool) -> bool:
         """Whether these are the layers as they are now."""
         return made_of == self.made_of and (
-            self.sample is None
+            not self.places
             or (
-                torch.equal(torch.cat(self.places), self.sample)
+                _joined(self.places) == self.sample
                 and (not every_number or self.checksums == self.checksums_now())
             )
         )
@@ -517,21 +517,26 @@ class _Flat:
             copied = [part for _, layer in layers for part in layer.copied]
             places = tuple(chain.from_iterable(map(_crossing, copied)))
             if places:
-                sample = torch.cat(places)
+                sample = _joined(places)
                 made = replace(made, places=places, sample=sample, checksums=made.checksums_now())
             _known[modules[0]] = made
         return made
 
 
-def _crossing(tensor: Tensor) -> list[Tensor]:
+def _crossing(tensor: Tensor) -> "list[np.ndarray[Any, Any]]":
     """Numbers of every row and every column of a matrix, or all of a vector, as whole numbers."""
-    whole = tensor.detach().view(torch.int32 if tensor.element_size() == 4 else torch.int16)
-    if whole.dim() == 1:
+    # As arrays: NumPy joins a hundred of them in half the time that torch takes.
+    whole = tensor.detach().view(torch.int32 if tensor.element_size() == 4 else torch.int16).numpy()
+    if whole.ndim == 1:
         return [whole]
     rows, columns = whole.shape
     if columns > rows:
         return [whole[0], whole[:, :: columns // rows].diagonal()]
-    return [block.diagonal() for block in torch.split(whole, columns)]
+    return [whole[start : start + columns].diagonal() for start in range(0, rows, columns)]
+
+
+def _joined(places: "Sequence[np.ndarray[Any, Any]]") -> bytes:
+    return np.concatenate(places).tobytes()
 
 
 def _checksum(tensor: Tensor) -> bytes:

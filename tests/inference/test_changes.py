@@ -216,7 +216,7 @@ def test_sample_crosses_every_row_and_column(shape: tuple[int, int]) -> None:
     places = kernels._crossing(weight)
 
     def is_seen() -> bool:
-        seen = bool(torch.cat(places).any())
+        seen = any(map(np.any, places))
         weight.zero_()
         return seen
 
