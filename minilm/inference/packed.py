@@ -159,7 +159,9 @@ class PackedBatch(Batch):
             attend = _attend_by_products if has_products and run.length <= _SHORT else _attend
             contexts.append(attend(run, query, key, value, size**-0.5))
         if len(contexts) == 1:
-            context = F.pad(contexts[0].flatten(0, 1), (0, 0, 0, 0, 0, self._filler))
+            context = contexts[0].flatten(0, 1)
+            if self._filler:
+                context = F.pad(context, (0, 0, 0, 0, 0, self._filler))
         else:
             context = torch.empty_like(query, memory_format=torch.contiguous_format)
             for run, part in zip(self._runs, contexts, strict=True):
@@ -241,12 +243,19 @@ def _attend_by_products(
 
     The fused kernel takes a head of a sentence at a time, which pays if there are many scores.
     """
-    query, key, value = (  # [total_tokens, heads, head_size] -> [count x heads, length, head_size]
-        run.block(tensor).transpose(1, 2).flatten(0, 1) for tensor in (query, key, value)
-    )
+    query, key, value = (_by_head(run, tensor) for tensor in (query, key, value))
     scores = torch.baddbmm(query.new_empty(1, 1, 1), query, key.mT, beta=0, alpha=scale)
     context = torch.bmm(scores.softmax(-1), value)  # [count x heads, length, head_size]
+    if run.count == 1:
+        return context.transpose(0, 1).unsqueeze(0)
     return context.view(run.count, -1, *context.shape[1:]).transpose(1, 2)
+
+
+def _by_head(run: _Run, tensor: Tensor) -> Tensor:
+    """`[total_tokens, heads, head_size]` -> `[count x heads, length, head_size]`."""
+    if run.count == 1:  # the same view in fewer steps, which a query is made of
+        return tensor[run.start : run.stop].transpose(0, 1)
+    return run.block(tensor).transpose(1, 2).flatten(0, 1)
 
 
 def _attend(run: _Run, query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
