@@ -59,6 +59,7 @@ _SMOOTHING = 0.7
 _BEYOND = 0.001
 _LEAST = 1e-6  # of a range or a scale, for what is 0 throughout
 _MIDDLE = 128  # the code of a column's middle
+_FEW = 16  # rows
 _Then = tuple[str, list[Any], str]  # what follows in the product: name, arguments, algorithm
 _NOTHING: _Then = ("none", [], "")
 _GELU: _Then = ("gelu", [], "none")
@@ -182,20 +183,26 @@ class _Product:
     def __call__(self, rows: Tensor, then: _Then = _NOTHING, add: Tensor | None = None) -> Tensor:
         """float32 `[n, inputs]` -> `[n, outputs]`."""
         codes = torch.addcmul(self._start, rows, self._slope)
-        outside: Tensor | None = None
-        if codes.amin() < 0 or codes.amax() >= 256:
-            outside = ((codes.amin(1) < 0) | (codes.amax(1) >= 256)).nonzero()[:, 0]
+        low, high = torch.aminmax(codes)
+        if not (float(low) < 0 or float(high) >= 256):
+            return self._multiply(codes, self._bias, then, add)
+        low, high = torch.aminmax(codes, dim=1)
+        is_outside = (low < 0) | (high >= 256)
+        outside: Tensor | slice = slice(None)  # of a few rows all, which takes fewer steps
+        if len(codes) > _FEW:
+            found = is_outside.nonzero()[:, 0]
             # Filled up, since each new number of rows takes time to prepare, and memory.
-            outside = torch.cat([outside, outside[:1].expand(-len(outside) % 16)])
-            differences = codes[outside].sub_(_MIDDLE + 0.5)
-            codes.clamp_(0, 255)
-        output = self._multiply(codes, self._bias, then, add)
-        if outside is not None and len(outside):
-            factors = differences.abs().amax(1, keepdim=True).div_(127)
-            codes = differences.div_(factors).add_(_MIDDLE + 0.5)
-            own = torch.addcmul(self._bias, self._multiply(codes, None), factors)
-            own = F.gelu(own) if then == _GELU else own
-            output[outside] = own if add is None else own.add_(add[outside])
+            outside = torch.cat([found, found[:1].expand(-len(found) % _FEW)])
+        differences = codes[outside] - (_MIDDLE + 0.5)
+        output = self._multiply(codes.clamp_(0, 255), self._bias, then, add)
+        factors = differences.abs().amax(1, keepdim=True).div_(127)
+        codes = differences.div_(factors).add_(_MIDDLE + 0.5)
+        own = torch.addcmul(self._bias, self._multiply(codes, None), factors)
+        own = F.gelu(own) if then == _GELU else own
+        own = own if add is None else own.add_(add[outside])
+        if len(output) <= _FEW:
+            return torch.where(is_outside[:, None], own, output)
+        output[outside] = own
         return output
 
     def _multiply(
