@@ -186,8 +186,7 @@ class _Product:
         low, high = torch.aminmax(codes)
         if not (float(low) < 0 or float(high) >= 256):
             return self._multiply(codes, self._bias, then, add)
-        low, high = torch.aminmax(codes, dim=1)
-        is_outside = (low < 0) | (high >= 256)
+        is_outside = (codes.amin(1) < 0) | (codes.amax(1) >= 256)
         outside: Tensor | slice = slice(None)  # of a few rows all, which takes fewer steps
         if len(codes) > _FEW:
             found = is_outside.nonzero()[:, 0]
