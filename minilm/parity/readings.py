@@ -241,17 +241,9 @@ class Reader:
         return ids[::-1]
 
 
-_CLEAN = BertNormalizer(
-    clean_text=True, handle_chinese_chars=False, strip_accents=False, lowercase=False
-)
-_STRIP = BertNormalizer(
-    clean_text=False, handle_chinese_chars=False, strip_accents=True, lowercase=False
-)
-_CHINESE = BertNormalizer(
-    clean_text=False, handle_chinese_chars=True, strip_accents=False, lowercase=False
-)
-_LOWER = BertNormalizer(
-    clean_text=False, handle_chinese_chars=False, strip_accents=False, lowercase=True
+_STEPS = ("clean_text", "handle_chinese_chars", "strip_accents", "lowercase")
+_CLEAN, _CHINESE, _STRIP, _LOWER = (  # each does one step alone
+    BertNormalizer(**{each: each == step for each in _STEPS}) for step in _STEPS
 )
 _NFD, _SPLIT = normalizers.NFD(), BertPreTokenizer()
 
@@ -272,13 +264,9 @@ def _lower(character: str) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def _splits(character: str) -> bool:
-    return len(_SPLIT.pre_tokenize_str(f"a{character}b")) == 3
-
-
-@functools.lru_cache(maxsize=4096)
-def _is_blank(character: str) -> bool:
-    return len(_SPLIT.pre_tokenize_str(f"a{character}b")) == 2
+def _parts(character: str) -> int:
+    """Of a word with the character in it: 1 for a letter, 2 for a blank, 3 for punctuation."""
+    return len(_SPLIT.pre_tokenize_str(f"a{character}b"))
 
 
 def _case_folded(character: str) -> str:
@@ -302,24 +290,21 @@ def _cleaned(character: str, reading: Reading) -> str:
     """What cleaning makes of one character: nothing, a blank, or itself."""
     category = unicodedata.category(character)
     if character in " \t\n\r":
-        if reading.blanks == "U+0020" and character != " ":
-            return character
-        return " "
+        return character if reading.blanks == "U+0020" else " "
     if category == "Cc":
         some = _BLANK_CONTROLS.get(reading.controls, "")
         if character in some or reading.controls in ("blank", "blank, format too"):
             return "" if character == "\0" and some else " "
         return character if reading.controls.endswith("kept") else ""
-    if category == "Cf":
-        if reading.controls == "blank, format too":
-            return " "
-        if reading.formats == "kept":
-            return character
+    if category == "Cf" and reading.controls == "blank, format too":
+        return " "
+    if category == "Cf" and reading.formats == "kept":
+        return character
     if category == "Cn" and reading.unassigned == "dropped":
         return ""
     if (category == "Co" and reading.private) or (character == "\ufffd" and reading.replacement):
         return character
-    if reading.blanks and unicodedata.category(character)[0] == "Z":
+    if reading.blanks and category[0] == "Z":
         if reading.blanks == "line dropped":
             return "" if category in ("Zl", "Zp") else " "
         return character if reading.blanks != "line" or category in ("Zl", "Zp") else " "
@@ -339,7 +324,7 @@ def _at_blanks(text: str, reading: Reading) -> list[str]:
         kept = "".join(" " if c in " \t\n\r" else c for c in text)
         words = kept.split(" ")
     else:
-        words = _mapped(text, lambda c: " " if _is_blank(c) else c).split(" ")
+        words = _mapped(text, lambda c: " " if _parts(c) == 2 else c).split(" ")
     return [word for word in words if word]
 
 
@@ -373,7 +358,7 @@ def _with_syllables(word: str) -> str:
 
 
 def _is_punctuation(character: str, reading: Reading) -> bool:
-    splits = _splits(character)
+    splits = _parts(character) == 3
     if reading.tables in ("newer", "punctuation"):
         splits = splits or unicodedata.category(character)[0] == "P"
     if reading.punctuation == "ASCII":
