@@ -36,7 +36,7 @@ from minilm import inputs
 from minilm.encoder import SentenceEncoder
 from minilm.errors import InputError
 from minilm.parity.ids import choose_readings
-from minilm.parity.mistakes import Cause, Variant, VariantRunner, causes_for
+from minilm.parity.mistakes import Cause, Variant, VariantRunner, causes_for, settings_of
 from minilm.quantize import precision_of_bits
 from minilm.report import aligned, jsonable, shortened
 from minilm.similarity import Embeddings
@@ -477,26 +477,17 @@ class _Case:
         right = state.of_text <= slack
         taken, rivals = choose_readings(
             [cause for cause in self.causes if cause.is_of_reading],
-            lambda causes: self.runner.ids(self._variant(state, causes)),
+            lambda causes: self.runner.ids(state.variant.with_(*causes)),
             lambda causes: self._read_right(state, causes, slack).tolist(),
         )
         if not taken:
             return [state] if float(right.double().mean()) > _MOST else None
-        found = []
-        for last in [taken[-1], *rivals]:
-            causes = (*state.causes, *taken[:-1], last)
-            found.append(self._try(causes, self._variant(state, [*taken[:-1], last])))
-        return found
-
-    def _variant(self, state: "_Trial", causes: Sequence[Cause]) -> Variant:
-        variant = state.variant
-        for cause in causes:
-            variant = variant.with_(cause)
-        return variant
+        several = [(*taken[:-1], last) for last in (taken[-1], *rivals)]
+        return [self._try((*state.causes, *c), state.variant.with_(*c)) for c in several]
 
     def _read_right(self, state: "_Trial", causes: Sequence[Cause], slack: float) -> Tensor:
         """Which texts are right with these readings. Only what has other ids is computed."""
-        variant = self._variant(state, causes)
+        variant = state.variant.with_(*causes)
         own = self.runner.ids(state.variant)
         changed = [place for place, row in enumerate(self.runner.ids(variant)) if row != own[place]]
         now = state.of_text <= slack
@@ -566,21 +557,18 @@ class _Case:
 
     def _nearly(self, trials: "list[_Trial]", base: "_Trial") -> "list[_Trial]":
         """The trials that explain nearly all of the difference, or most of it, or of the texts."""
-        least = min((trial.rms for trial in trials), default=math.inf)
+        ranked = sorted(trials, key=lambda trial: trial.rms)
+        least, rival = [*(trial.rms for trial in ranked), math.inf, math.inf][:2]
         if least <= _CLEAR * base.rms:
-            near = [trial for trial in trials if trial.rms <= _TIE * least]
-            near.sort(key=lambda trial: trial.rms)
-            self.notes.append(f"what remains, {near[0].max_abs:.1e}, is more than rounding")
-            return near
+            self.notes.append(f"what remains, {ranked[0].max_abs:.1e}, is more than rounding")
+            return [trial for trial in ranked if trial.rms <= _TIE * least]
         wrong = base.of_text > self.tolerance
         right = {trial: int((trial.of_text[wrong] <= self.tolerance).sum()) for trial in trials}
         most = max(right.values(), default=0)
         if most > _MOST * int(wrong.sum()):
             self.notes.append(f"it explains {most} of the {int(wrong.sum())} texts that differ")
             return [trial for trial in trials if right[trial] == most]
-        ranked = sorted(trials, key=lambda trial: trial.rms)
-        rival = ranked[1].rms if len(ranked) > 1 else math.inf
-        if ranked and least < _MOSTLY * base.rms and rival > _TIE * least:
+        if least < _MOSTLY * base.rms and rival > _TIE * least:
             self.is_most = True
             self.notes.append(f"it leaves {least / base.rms:.0%} of the difference (rms)")
             return ranked[:1]
@@ -593,7 +581,7 @@ class _Case:
         if self._has_right_arithmetic(base):  # then only padding is left, which some texts hide
             kinds = ("simple", "width")
         tiers: dict[str, list[tuple[Cause, Variant]]] = {kind: [] for kind in kinds}
-        changed = frozenset[str]().union(*(cause.settings for cause in base.causes))
+        changed = settings_of(base.causes)
         for cause in self.causes:
             if changed & cause.settings:
                 continue
@@ -601,13 +589,11 @@ class _Case:
             kind = _kind(cause, variant)
             if kind in kinds and self.runner.differs(base.variant, variant):
                 tiers[kind].append((cause, variant))
-        for cause, variant in tiers["simple"]:
-            trials.append(self._try((*base.causes, cause), variant))
-        for tier in kinds[1:]:
+        for tier, tried in tiers.items():
             if self._explaining(trials):
-                return trials
-            for cause, variant in self._screened(base, tier, tiers[tier]):
-                trials.append(self._try((*base.causes, cause), variant))
+                break
+            chosen = tried if tier == "simple" else self._screened(base, tier, tried)
+            trials += [self._try((*base.causes, cause), variant) for cause, variant in chosen]
         return trials
 
     def _screened(
@@ -719,7 +705,7 @@ class _Case:
             if not self.runner.differs(self.right, self.right.with_(cause))
         )
         unread = [cause.needs for cause in untried if "limit" in cause.settings]
-        if verdict in ("equal", "cause") and unread and "limit" not in self.shown(causes):
+        if verdict in ("equal", "cause") and unread and "limit" not in settings_of(causes):
             self.notes.append(f"where it cuts shows only on other texts: add {min(unread)}")
         finite = [row for row in self.rows if math.isfinite(row.max_abs)]
         difference = (self.foreign - self.ours)[self.finite]
@@ -763,10 +749,6 @@ class _Case:
             own_lengths=_extremes(self.ours),
             unexplained=tuple(unexplained),
         )
-
-    def shown(self, causes: Sequence[Cause]) -> frozenset[str]:
-        """The settings that causes are about."""
-        return frozenset[str]().union(*(cause.settings for cause in causes))
 
 
 class _Trial:
