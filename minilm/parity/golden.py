@@ -66,10 +66,6 @@ _COARSER = {
 }
 
 
-def _package_data(name: str) -> str:
-    return resources.files("minilm.parity").joinpath(name).read_text(encoding="utf-8")
-
-
 _OF_ALL = ("input_ids", "pooled", "embedding")  # kept for every text
 
 
@@ -193,7 +189,8 @@ def _readme(index: Mapping[str, Any]) -> str:
     files.append(
         f"  {INDEX:<28} the texts, each with its ids, tokens, offsets, and why it is there"
     )
-    return _package_data("golden_readme.txt").format(
+    template = resources.files("minilm.parity").joinpath("golden_readme.txt")
+    return template.read_text(encoding="utf-8").format(
         model=index["model"] or "a model",
         weights=index["weights_sha256"] or "unknown",
         made_by=index["made_by"],
