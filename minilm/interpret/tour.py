@@ -17,14 +17,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 import numpy as np
 from torch import nn
 
 from minilm import inputs, tokenizer
 from minilm.bert import BertLayer, BertModel
 from minilm.errors import InputError
-from minilm.interpret import explain, figures
+from minilm.interpret import explain, figures, notebook
 from minilm.interpret.trace import Source, Trace, in_dtype, place, state, traces
 from minilm.pipeline import Pipeline
 from minilm.pooling import MeanPooling
@@ -232,14 +231,7 @@ def _weights(encoder: Pipeline) -> str:
 
 def _page(scene: _Scene) -> str:
     """Fill the templates."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("minilm.interpret"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-    )
+    environment = notebook.environment(keep_trailing_newline=True)
     environment.filters |= figures.FILTERS
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
     return environment.get_template("page.html").render(_context(scene))

@@ -190,7 +190,7 @@ class Trace(Mapping[str, Any]):
         """Return what a notebook shows: the names, with the shape and the making of each."""
         return notebook.fragment(
             "trace.html",
-            text=notebook.clipped(self.text, "text"),
+            text=self.text,
             entries=list(self.entries.values()),
             difference=self.difference,
         )
