@@ -69,7 +69,10 @@ def tour(encoder: Pipeline, a: str, b: str) -> str:
         InputError: A text is longer than 128 tokens or has a lone surrogate, or the model is of
             another kind.
     """
-    return _page(_measure(encoder, a, b))
+    environment = notebook.environment(keep_trailing_newline=True)
+    environment.filters |= figures.FILTERS
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
+    return environment.get_template("page.html").render(_context(_measure(encoder, a, b)))
 
 
 # --- The numbers ----------------------------------------------------------------------------------
@@ -227,14 +230,6 @@ def _weights(encoder: Pipeline) -> str:
 
 
 # --- The page -------------------------------------------------------------------------------------
-
-
-def _page(scene: _Scene) -> str:
-    """Fill the templates."""
-    environment = notebook.environment(keep_trailing_newline=True)
-    environment.filters |= figures.FILTERS
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
-    return environment.get_template("page.html").render(_context(scene))
 
 
 def _context(scene: _Scene) -> dict[str, Any]:
