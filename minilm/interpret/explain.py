@@ -370,11 +370,6 @@ def token_components(
 
     What may not be claimed: the σ are those of the whole sum, so that without one part all others
     would be scaled differently; and a part of a late layer was computed from all parts before it.
-
-    Args:
-        encoder: Left as it is.
-        text: The text.
-        dtype: What to run the model in.
     """
     names = _components(encoder)
     (found,) = traces(encoder, [text], names=names, dtype=dtype, arguments=["text"])
@@ -394,11 +389,9 @@ def explain_components(
     See `token_components` for the parts and for what may not be claimed.
 
     Args:
-        encoder: Left as it is.
-        a, b: The texts.
+        encoder, a, b, dtype: As in `explain`.
         by: "layer": the embeddings and each layer; "head": the embeddings, and of each layer its
             heads and the rest; "all": every part.
-        dtype: What to run the model in.
     """
     inputs.check_choice(by, ("layer", "head", "all"), "by")
     names = [*_components(encoder), *_POOLING]
@@ -526,10 +519,8 @@ def explain_deletions(
     sentence without a word is another sentence, often one that nobody would write.
 
     Args:
-        encoder: Left as it is.
+        encoder, b, dtype: As in `explain`.
         a: The text whose words are deleted, with the characters that they are written in.
-        b: The text to compare with.
-        dtype: What to run the model in.
     """
     whole, other = _sides(encoder, (a, b), ("a", "b"), dtype)
     words = [block for block in whole.blocks("word") if not block.special]
@@ -589,12 +580,6 @@ def contrast(
 
     What may not be claimed: as in `explain`. The difference says more than either similarity, as
     what both texts have in common, [CLS] and [SEP] among it, is taken away.
-
-    Args:
-        encoder: Left as it is.
-        query, a, b: The texts.
-        by: As in `explain`.
-        dtype: What to run the model in.
     """
     inputs.check_choice(by, _BY, "by")
     side, *others = _sides(encoder, (query, a, b), ("query", "a", "b"), dtype)
