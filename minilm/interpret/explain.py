@@ -51,7 +51,6 @@ _Array = np.ndarray[Any, Any]
 _Span = tuple[int, int]
 
 _BY = ("word", "token", "group")
-_GROUPS = ("words", "punctuation", "special")
 _MOST_CELLS = 1600  # that are shown as numbers: more can't be read
 
 
@@ -658,17 +657,11 @@ class _Side:
 def _grouped(blocks: list[_Block]) -> list[_Block]:
     """Group blocks into words, punctuation and special tokens: always three, some maybe empty."""
     groups = []
-    for group in _GROUPS:
+    for group in ("words", "punctuation", "special"):
         members = [block for block in blocks if _kind(block) == group]
-        spans = [block.span for block in members] or [(0, 0)]
-        groups.append(
-            _Block(
-                group,
-                (min(start for start, _ in spans), max(end for _, end in spans)),
-                tuple(token for block in members for token in block.tokens),
-                group == "special",
-            )
-        )
+        starts, ends = zip(*([block.span for block in members] or [(0, 0)]), strict=True)
+        tokens = tuple(token for block in members for token in block.tokens)
+        groups.append(_Block(group, (min(starts), max(ends)), tokens, group == "special"))
     return groups
 
 

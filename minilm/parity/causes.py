@@ -198,13 +198,8 @@ class Diagnosis:
         heading = "mostly" if self.verdict == "mostly" else "probable cause"
         return f"{heading}: {'; and '.join(names)}"
 
-    def table(self, worst: int = 5, nearest: int = 5) -> str:
-        """The finding as text.
-
-        Args:
-            worst: How many texts to show.
-            nearest: How many of the mistakes that were tried to show.
-        """
+    def table(self, worst: int = 5) -> str:
+        """The finding as text, with so many of the texts, and five of the mistakes tried."""
         rows = [("row", "scaled to 1", "cosine", "tokens", "text, the worst first")]
         rows += [
             (f"{row.row}", f"{row.unit_max_abs:.1e}", f"{row.cosine:.6f}", f"{row.tokens}",
@@ -219,10 +214,8 @@ class Diagnosis:
             f"lengths: {_range(self.lengths)}; of this model's: {_range(self.own_lengths)}",
             self.summary,
         ]
-        if (
-            self.verdict in ("cause", "tie", "mostly", "ids")
-            and self.remaining < self.unit_max_abs / 2
-        ):
+        explains = self.verdict in ("cause", "tie", "mostly", "ids")
+        if explains and self.remaining < self.unit_max_abs / 2:
             lines.append(
                 f"  with it a difference of {self.remaining:.1e} remains, "
                 f"of {self.unit_max_abs:.1e} (scaled to length 1)"
@@ -231,21 +224,20 @@ class Diagnosis:
             shown = [*self.alternatives, *self.causes]
             remedies = dict.fromkeys(cause.remedy for cause in shown)
             lines += [f"  what to do: {remedy}" for remedy in remedies]
-        if self.unexplained and self.verdict in ("cause", "tie", "mostly", "ids"):
+        if self.unexplained and explains:
             shown_rows = ", ".join(map(str, self.unexplained[:20]))
             more = f" and {len(self.unexplained) - 20} more" if len(self.unexplained) > 20 else ""
             lines.append(f"rows that this doesn't explain: {shown_rows}{more}")
         lines += [f"note: {note}" for note in self.notes]
         if self.candidates and not self.is_equal:
             tried = [("max abs", "rms", f"tried on {self.compared} texts")]
-            for each in self.candidates[:nearest]:
-                pattern = ""
+            for each in self.candidates[:5]:
+                name = " + ".join(each.names)
                 if each.correlation is not None:
-                    pattern = f" (errors correlate by {each.correlation:.2f})"
-                name = " + ".join(each.names) + pattern
+                    name += f" (errors correlate by {each.correlation:.2f})"
                 tried.append((f"{each.max_abs:.1e}", f"{each.rms:.1e}", name))
-            if len(self.candidates) > nearest:
-                tried.append(("", "", f"and {len(self.candidates) - nearest} more"))
+            if len(self.candidates) > 5:
+                tried.append(("", "", f"and {len(self.candidates) - 5} more"))
             lines += ["", *aligned(tried, right=(0, 1))]
         return "\n".join(lines)
 
@@ -506,10 +498,8 @@ class _Case:
             rest = [self.texts[row] for row in self.chosen[~left].tolist()]
             common = in_common(texts, rest)
             if common:
-                self.notes.append(
-                    "what is not explained has in common, and nothing else has: "
-                    + ", ".join(common)
-                )
+                said = "what is not explained has in common, and nothing else has: "
+                self.notes.append(said + ", ".join(common))
         return read
 
     # --- vectors that depend on more than the text
@@ -717,16 +707,10 @@ class _Case:
         if found and found[0].causes:
             left = found[0].of_text > self._slack(found[0])
             unexplained = self.chosen[left].tolist()
-        ranked = sorted(self.tried, key=lambda trial: trial.score)
-        candidates = [
-            Candidate(
-                tuple(cause.name for cause in trial.causes) or ("as we do it",),
-                trial.max_abs,
-                trial.rms,
-                trial.correlation,
-            )
-            for trial in ranked
-        ]
+        candidates = []
+        for trial in sorted(self.tried, key=lambda trial: trial.score):
+            names = tuple(cause.name for cause in trial.causes) or ("as we do it",)
+            candidates.append(Candidate(names, trial.max_abs, trial.rms, trial.correlation))
         if remaining is None:
             remaining = found[0].max_abs if found else base
         return Diagnosis(

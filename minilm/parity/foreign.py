@@ -43,13 +43,12 @@ class ForeignVectors:
     vectors: "np.ndarray[Any, Any]"
 
 
-def read_texts(path: Path, column: str | None = None, argument: str = "--texts") -> list[str]:
+def read_texts(path: Path, column: str | None = None) -> list[str]:
     """Read the texts of a file, at least one, as `files.tables.read_table` does.
 
     Args:
         path: The file.
         column: The name of the text in it.
-        argument: What to call it in an error.
 
     Raises:
         InputError: It is empty, or as in `read_table`.
@@ -57,7 +56,7 @@ def read_texts(path: Path, column: str | None = None, argument: str = "--texts")
     """
     texts = read_table([str(path)], column).texts
     if not texts:
-        raise InputError(f"{path}: is empty; give one text a line", argument)
+        raise InputError(f"{path}: is empty; give one text a line", "--texts")
     return texts
 
 

@@ -8,6 +8,7 @@ character is asked of the library: which ones it drops, takes for a blank, a mar
 """
 
 import functools
+import re
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -82,9 +83,6 @@ _BLANK_CONTROLS = {
     "some blank": "\v\f\x85",
     "some blank, others kept": "\v\f\x85",
 }
-# Of a code point the library would strip marks, and composes Hangul, by these tables.
-_JAMO = range(0x1100, 0x1200)
-_FIRST = range(0x1100, 0x1160)
 
 
 class Reader:
@@ -184,7 +182,7 @@ class Reader:
             elif reading.hangul == "composed":
                 folded = _with_syllables(folded)
             elif reading.hangul == "first":
-                folded = "".join(c for c in folded if ord(c) not in _JAMO or ord(c) in _FIRST)
+                folded = re.sub("[\u1160-\u11ff]", "", folded)
             if self._own.lowercase and reading.case == "folded":
                 folded = "".join(map(_case_folded, folded))
             elif self._own.lowercase and reading.case != "kept":
@@ -321,8 +319,7 @@ def _at_blanks(text: str, reading: Reading) -> list[str]:
     if reading.blanks == "U+0020":
         words = text.split(" ")
     elif reading.blanks in ("ASCII", "line") or reading.controls.endswith("kept"):
-        kept = "".join(" " if c in " \t\n\r" else c for c in text)
-        words = kept.split(" ")
+        words = re.split("[ \t\n\r]", text)
     else:
         words = _mapped(text, lambda c: " " if _parts(c) == 2 else c).split(" ")
     return [word for word in words if word]
@@ -347,14 +344,7 @@ def _stripped(word: str, reading: Reading) -> str:
 
 def _with_syllables(word: str) -> str:
     """The syllables of Hangul put together again, and nothing else."""
-    found, run = "", ""
-    for character in word:
-        if ord(character) in _JAMO:
-            run += character
-        else:
-            found += unicodedata.normalize("NFC", run) + character
-            run = ""
-    return found + unicodedata.normalize("NFC", run)
+    return re.sub("[\u1100-\u11ff]+", lambda jamo: unicodedata.normalize("NFC", jamo[0]), word)
 
 
 def _is_punctuation(character: str, reading: Reading) -> bool:
