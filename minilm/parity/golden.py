@@ -186,9 +186,7 @@ def _readme(index: Mapping[str, Any]) -> str:
         f"  {name:<28} {each['bytes'] / 1e6:5.1f} MB, {each['tensors']} tensors in {each['dtype']}"
         for name, each in index["files"].items()
     ]
-    files.append(
-        f"  {INDEX:<28} the texts, each with its ids, tokens, offsets, and why it is there"
-    )
+    files += [f"  {INDEX:<28} the texts, each with its ids, tokens, offsets, and why it is there"]
     template = resources.files("minilm.parity").joinpath("golden_readme.txt")
     return template.read_text(encoding="utf-8").format(
         model=index["model"] or "a model",

@@ -152,7 +152,7 @@ class Reader:
         if self._own.clean_text:
             text = _mapped(text, lambda character: _cleaned(character, reading))
         if self._own.handle_chinese_chars and reading.chinese != "whole":
-            text = _mapped(text, lambda c: f" {c} " if _is_chinese(c) else c)
+            text = _mapped(text, lambda c: _done("handle_chinese_chars", c))
         long: set[str] = set()
         if reading.limit == "before":
             long = {word for word in text.split() if len(word) > self._longest}
@@ -240,25 +240,23 @@ class Reader:
 
 
 _STEPS = ("clean_text", "handle_chinese_chars", "strip_accents", "lowercase")
-_CLEAN, _CHINESE, _STRIP, _LOWER = (  # each does one step alone
-    BertNormalizer(**{each: each == step for each in _STEPS}) for step in _STEPS
-)
+# Each does one step alone.
+_DOING = {step: BertNormalizer(**{each: each == step for each in _STEPS}) for step in _STEPS}
 _NFD, _SPLIT = normalizers.NFD(), BertPreTokenizer()
 
 
-@functools.lru_cache(maxsize=4096)
-def _is_chinese(character: str) -> bool:
-    return bool(_CHINESE.normalize_str(character) != character)
+@functools.lru_cache(maxsize=16384)
+def _done(step: str, text: str) -> str:
+    """What one step makes of a character or two."""
+    return str(_DOING[step].normalize_str(text))
 
 
-@functools.lru_cache(maxsize=4096)
 def _is_mark(character: str) -> bool:
-    return bool(_STRIP.normalize_str("a" + character) == "a")
+    return _done("strip_accents", "a" + character) == "a"
 
 
-@functools.lru_cache(maxsize=4096)
 def _lower(character: str) -> str:
-    return str(_LOWER.normalize_str(character))
+    return _done("lowercase", character)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -306,12 +304,7 @@ def _cleaned(character: str, reading: Reading) -> str:
         if reading.blanks == "line dropped":
             return "" if category in ("Zl", "Zp") else " "
         return character if reading.blanks != "line" or category in ("Zl", "Zp") else " "
-    return _own_cleaned(character)
-
-
-@functools.lru_cache(maxsize=4096)
-def _own_cleaned(character: str) -> str:
-    return str(_CLEAN.normalize_str(character))
+    return _done("clean_text", character)
 
 
 def _at_blanks(text: str, reading: Reading) -> list[str]:
