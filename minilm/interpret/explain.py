@@ -158,7 +158,6 @@ class Explanation(_Finding):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it."""
         flat = super().to_dict()
         found: dict[str, Any] = {"similarity": self.similarity}
         for side, letter in enumerate("ab"):

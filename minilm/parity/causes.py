@@ -115,7 +115,7 @@ class TextDifference:
     tokens: int
     max_abs: float
     cosine: float
-    unit_max_abs: float = math.nan
+    unit_max_abs: float
 
 
 @dataclass(frozen=True)
@@ -358,12 +358,8 @@ class _Case:
         scaled = (_unit(self.foreign) - _unit(self.ours)).abs().amax(dim=1)
         scaled[~self.finite] = torch.inf
         columns = difference.tolist(), cosines.tolist(), scaled.tolist()
-        rows = [
-            TextDifference(row, text, tokens, max_abs, cosine, unit_max_abs)
-            for row, (text, tokens, max_abs, cosine, unit_max_abs) in enumerate(
-                zip(self.texts, self.counts, *columns, strict=True)
-            )
-        ]
+        every = zip(range(len(self.texts)), self.texts, self.counts, *columns, strict=True)
+        rows = [TextDifference(*each) for each in every]
         broken = int((~self.finite).sum())
         if broken:
             first = int((~self.finite).nonzero()[0])

@@ -175,14 +175,13 @@ class Reader:
                 found.append("\ufffd" * (self._longest + 1))  # too long, whatever is in it
                 continue
             folded = word
-            if self._strips and reading.marks != "kept" and not word.isascii():
-                folded = _stripped(word, reading)
-            if word.isascii():
-                pass
-            elif reading.hangul == "composed":
-                folded = _with_syllables(folded)
-            elif reading.hangul == "first":
-                folded = re.sub("[\u1160-\u11ff]", "", folded)
+            if not word.isascii():
+                if self._strips and reading.marks != "kept":
+                    folded = _stripped(word, reading)
+                if reading.hangul == "composed":
+                    folded = _with_syllables(folded)
+                elif reading.hangul == "first":
+                    folded = re.sub("[\u1160-\u11ff]", "", folded)
             if self._own.lowercase and reading.case == "folded":
                 folded = "".join(map(_case_folded, folded))
             elif self._own.lowercase and reading.case != "kept":
