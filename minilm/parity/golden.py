@@ -269,9 +269,7 @@ class StageReport:
              "PASS" if row.passed else "FAIL")
             for row in self.rows
         ]  # fmt: skip
-        lines = aligned(rows, right=(1, 2, 3))
-        lines.append("")
-        first = self.first
+        lines, first = [*aligned(rows, right=(1, 2, 3)), ""], self.first
         if first is None:
             lines.append("equal to rounding, in every stage given")
         else:
@@ -293,13 +291,8 @@ class StageReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as an object for JSON."""
-        return {
-            "passed": self.passed,
-            "first": jsonable(self.first),
-            "rows": jsonable(self.rows),
-            "ignored": list(self.ignored),
-            "missing": list(self.missing),
-        }
+        names = ("passed", "first", "rows", "ignored", "missing")
+        return {name: jsonable(getattr(self, name)) for name in names}
 
 
 def compare_stages_file(folder: Path, file: Path) -> StageReport:
