@@ -220,16 +220,9 @@ class Explanation(_Finding):
         axes.set_yticks(range(rows), self.labels[0], **literal)
         for i in range(rows) if self.matrix.size <= _MOST_CELLS else ():
             for j in range(columns):
-                dark = self.matrix[i, j] > 0.6 * largest
-                axes.text(
-                    j,
-                    i,
-                    f"{self.matrix[i, j]:.3f}",
-                    ha="center",
-                    va="center",
-                    fontsize=7,
-                    color="white" if dark else "black",
-                )
+                cell = self.matrix[i, j]
+                colour = "white" if cell > 0.6 * largest else "black"
+                axes.text(j, i, f"{cell:.3f}", ha="center", va="center", fontsize=7, color=colour)
         axes.set_xlabel(f"cosine similarity {self.similarity:.4f}: the sum of all cells")
         figure.colorbar(image, ax=axes)
         dpi = min(150, 6000 / max(size))

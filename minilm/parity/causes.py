@@ -672,10 +672,8 @@ class _Case:
     def _say_what_would_tell(self, found: "list[_Trial]") -> None:
         needs = dict.fromkeys(each.causes[-1].needs for each in found)
         wanted = " and ".join(need for need in needs if need != "any texts")
-        self.notes.append(
-            "these cannot be told apart on these texts"
-            + (f": add {wanted}" if wanted else ": add more texts, of all lengths")
-        )
+        wanted = wanted or "more texts, of all lengths"
+        self.notes.append(f"these cannot be told apart on these texts: add {wanted}")
 
     def _result(
         self,
