@@ -249,7 +249,8 @@ def _check_column(sentences: Any, argument: str) -> None:
 def check_text(text: Any, argument: str) -> str:
     """Return `text` if it is a str; anything else is an `InputTypeError`."""
     if not isinstance(text, str):
-        seen = "None" if text is None else f"{_short(text)}, of type {type(text).__name__}"
+        short, kind = shortened(repr(text), 40), type(text).__name__
+        seen = "None" if text is None else f"{short}, of type {kind}"
         raise InputTypeError(f"{argument} is {seen}; pass a string", argument)
     return text
 
@@ -270,10 +271,6 @@ def check_unicode(texts: Sequence[Row], argument: str = "sentences", start: int 
                 "Unicode text; decode its source with errors='replace'",
                 place,
             ) from error
-
-
-def _short(value: Any) -> str:
-    return shortened(repr(value), 40)
 
 
 def check_choice(value: str, choices: Collection[str], argument: str) -> str:
@@ -305,7 +302,7 @@ def as_device(
         device = f"cuda:{device}"  # as torch reads it
     if not isinstance(device, str | torch.device):
         raise InputTypeError(
-            f"device is {_short(device)}, of type {type(device).__name__}; "
+            f"device is {shortened(repr(device), 40)}, of type {type(device).__name__}; "
             "pass a name such as 'cpu' or 'cuda:0'",
             "device",
         )
@@ -328,11 +325,8 @@ def as_device(
     return found
 
 
-_DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "float16": torch.float16,
-    "bfloat16": torch.bfloat16,
+_DTYPES: dict[str, torch.dtype] = {
+    name: getattr(torch, name) for name in ("float64", "float32", "float16", "bfloat16")
 }
 
 

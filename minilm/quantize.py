@@ -256,14 +256,12 @@ def _codes(
     if np.isnan(array).any():
         row = int(np.isnan(np.atleast_2d(array)).any(axis=1).argmax())
         raise InputError(f"embeddings[{row}] has a NaN, which has no code", "embeddings")
+    if not array.size:
+        shape = (*array.shape[:-1], stored_width(array.shape[-1], precision))
+        return np.zeros(shape, _DTYPES[precision])
     if precision.endswith("binary"):
-        if not array.size:
-            shape = (*array.shape[:-1], stored_width(array.shape[-1], precision))
-            return np.zeros(shape, _DTYPES[precision])
         bits = np.packbits(array > 0, axis=-1)
         return bits if precision == "ubinary" else (bits.astype(np.int16) - 128).astype(np.int8)
-    if not array.size:
-        return np.zeros(array.shape, _DTYPES[precision])
     if ranges is None:
         ranges = _ranges_of(array, precision, calibration_embeddings)
     starts, steps = _starts_and_steps(ranges, array.shape[-1])

@@ -38,11 +38,13 @@ def shortened(text: str, width: int) -> str:
 def jsonable(value: Any) -> Any:
     """A finding as `json.dumps` takes it.
 
-    Dataclasses become objects, by their own `to_dict` if they have one. A number that is not finite
-    becomes None, which JSON can say.
+    Dataclasses become objects, by their own `to_dict` if they have one, and arrays lists. A number
+    that is not finite becomes None, which JSON can say.
     """
     if hasattr(value, "to_dict"):
         return value.to_dict()
+    if hasattr(value, "tolist"):
+        value = value.tolist()
     if is_dataclass(value):
         value = vars(value)
     if isinstance(value, Mapping):

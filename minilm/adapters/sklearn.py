@@ -33,6 +33,9 @@ except ModuleNotFoundError as error:
 
 __all__ = ["MiniLMVectorizer"]
 
+# The parameters that are arguments of `encode`.
+_OF_ENCODE = ("prompt", "truncation", "truncate_dim", "normalize_embeddings", "batch_size")
+
 
 class MiniLMVectorizer(
     ClassNamePrefixFeaturesOutMixin,  # type: ignore[misc]
@@ -116,14 +119,7 @@ class MiniLMVectorizer(
         return self._encode(_texts(X))
 
     def _encode(self, texts: list[str]) -> np.ndarray[Any, Any]:
-        return self._lazy().encode(
-            texts,
-            prompt=self.prompt,
-            truncation=self.truncation,
-            truncate_dim=self.truncate_dim,
-            normalize_embeddings=self.normalize_embeddings,
-            batch_size=self.batch_size,
-        )
+        return self._lazy().encode(texts, **{name: getattr(self, name) for name in _OF_ENCODE})
 
     # The model: neither a parameter nor learned.
     _shared: LazyEncoder | None = None

@@ -66,11 +66,7 @@ def encode(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None
     if options.precision == "float16":
         parser.error("argument --precision: float16 goes with -o FOLDER")
     if output is not None:
-        if form_of(output) not in SUFFIXES:
-            parser.error(
-                f"argument -o: {output} has no suffix of {', '.join(SUFFIXES)}; put / at the end "
-                "of a folder"
-            )
+        _check_suffix(output, form_of(output), parser)
         if output.is_dir():
             parser.error(f"argument -o: {output} is a folder; put / at its end for Parquet files")
         check_output(output, "-o", sidecars_of(output))
@@ -148,6 +144,14 @@ def _means_folder(name: str, path: Path) -> bool:
     return name.endswith(_ENDS_OF_FOLDERS) or not is_file
 
 
+def _check_suffix(output: Path, suffix: str, parser: argparse.ArgumentParser) -> None:
+    if suffix not in SUFFIXES:
+        known = ", ".join(SUFFIXES)
+        parser.error(
+            f"argument -o: {output} has no suffix of {known}; put / at the end of a folder"
+        )
+
+
 def _encode_files(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     from minilm.files.streaming import encode_files
     from minilm.inference.kernels import keep_few_kernels
@@ -212,9 +216,8 @@ def mine(options: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     )
     found = [(score, int(i), int(j)) for score, i, j in pairs]
     if options.json:
-        _print_json(
-            [{"score": s, "rows": [i, j], "texts": [texts[i], texts[j]]} for s, i, j in found]
-        )
+        rows = [{"score": s, "rows": [i, j], "texts": [texts[i], texts[j]]} for s, i, j in found]
+        _print_json(rows)
     else:
         _print_pairs((score, texts[i], texts[j]) for score, i, j in found)
 
@@ -299,17 +302,16 @@ def index_build(options: argparse.Namespace, parser: argparse.ArgumentParser) ->
             column=options.column,
             codes=options.codes,
         )
-        tell(f"{output}: {len(index):,} rows")
-        return
-    table = _table(options)
-    index = build_index(
-        _load(options),
-        output,
-        table,
-        column=options.column,
-        codes=options.codes,
-        **_for_index(options),
-    )
+    else:
+        table, encoder = _table(options), _load(options)
+        index = build_index(
+            encoder,
+            output,
+            table,
+            column=options.column,
+            codes=options.codes,
+            **_for_index(options),
+        )
     tell(f"{output}: {len(index):,} rows")
 
 
@@ -330,11 +332,8 @@ def index_export(options: argparse.Namespace, parser: argparse.ArgumentParser) -
     output = with_home(options.output)
     if is_stream(output) or options.output in ("", "-"):
         parser.error(f"argument -o: {options.output!r} is not the name of a file or folder")
-    if not _means_folder(options.output, output) and output.suffix not in SUFFIXES:
-        parser.error(
-            f"argument -o: {output} has no suffix of {', '.join(SUFFIXES)}; put / at the end of a "
-            "folder"
-        )
+    if not _means_folder(options.output, output):
+        _check_suffix(output, output.suffix, parser)
     export_index(Index.open(options.index), output, embedding_column=options.embedding_column)
     tell(f"read it by {reading_line(output)}")
 

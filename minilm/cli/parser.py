@@ -106,12 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         f"its suffix chooses the form: {', '.join(SUFFIXES)} (default, and -: jsonl on standard "
         "output); without a suffix, or with / at its end, it is a folder of Parquet files",
     )
-    encode.add_argument(
-        "--embedding-column",
-        metavar="NAME",
-        default="embedding",
-        help="the name of the vector in .jsonl (default: %(default)s)",
-    )
+    _add_embedding_column(encode, ".jsonl")
     _add_truncation(
         encode,
         "text beyond the limit: cut it and say so (default), stop, cut it, or read it in windows",
@@ -327,12 +322,7 @@ def _add_actions(index: Any) -> None:
         required=True,
         help=f"{', '.join(SUFFIXES)}, or a folder of Parquet files",
     )
-    export.add_argument(
-        "--embedding-column",
-        metavar="NAME",
-        default="embedding",
-        help="the name of the vector in .jsonl and Parquet (default: %(default)s)",
-    )
+    _add_embedding_column(export, ".jsonl and Parquet")
     build.add_argument(
         "--codes",
         action="append",
@@ -389,6 +379,11 @@ def _add_files(one: Any) -> None:
 
 def _add_column(one: Any, text: str = "as for encode") -> None:
     one.add_argument("--column", metavar="NAME", help=text)
+
+
+def _add_embedding_column(one: Any, forms: str) -> None:
+    text = f"the name of the vector in {forms} (default: %(default)s)"
+    one.add_argument("--embedding-column", metavar="NAME", default="embedding", help=text)
 
 
 def _add_list(one: Any, short: str, name: str, kind: str, text: str) -> None:

@@ -32,7 +32,7 @@ from minilm.interpret import notebook
 from minilm.interpret.trace import Trace, state, traces
 from minilm.outputs import write_output
 from minilm.pipeline import Pipeline
-from minilm.report import aligned
+from minilm.report import aligned, jsonable
 
 __all__ = [
     "ComponentExplanation",
@@ -51,7 +51,6 @@ _Array = np.ndarray[Any, Any]
 _Span = tuple[int, int]
 
 _BY = ("word", "token", "group")
-_GROUPS = ("words", "punctuation", "special")
 _MOST_CELLS = 1600  # that are shown as numbers: more can't be read
 
 
@@ -66,13 +65,7 @@ class _Finding:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything, as JSON can hold it."""
-        return {name: _for_json(value) for name, value in vars(self).items()}
-
-
-def _for_json(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return [_for_json(each) for each in value]
-    return value.tolist() if isinstance(value, np.ndarray) else value
+        return {name: jsonable(value) for name, value in vars(self).items()}
 
 
 # --- Token pairs ----------------------------------------------------------------------------------
@@ -129,34 +122,22 @@ class Explanation(_Finding):
             if self.is_special[0][i] or not ordinary:
                 continue
             best = max(ordinary, key=lambda j: self.matrix[i, j])
+            value = f"{self.matrix[i, best]:+.4f}"
             inner = self.matrix[i, ordinary].sum()
-            rows.append(
-                (
-                    label,
-                    self.labels[1][best],
-                    f"{self.matrix[i, best]:+.4f}",
-                    f"{inner:+.4f}",
-                    _percent(inner, self.similarity),
-                )
-            )
-        rows.append(
-            (
-                "[CLS], [SEP]",
-                "of either text",
-                "",
-                f"{self.special:+.4f}",
-                _percent(self.special, self.similarity),
-            )
-        )
+            rows.append((label, self.labels[1][best], value, *self._shown(inner)))
+        rows.append(("[CLS], [SEP]", "of either text", "", *self._shown(self.special)))
         return [*rows, ("similarity", "", "", f"{self.similarity:+.4f}", "100%")]
+
+    def _shown(self, part: float) -> tuple[str, str]:
+        """A share of the similarity, as a number and in per cent."""
+        return f"{part:+.4f}", f"{part / self.similarity:.0%}" if self.similarity else ""
 
     def _notes(self) -> list[str]:
         notes = [f"residual {self.residual:.1e}"]
         for which, count in zip(("first", "second"), self.unread, strict=True):
             if count:
-                notes.append(
-                    f"{count:,} tokens of the {which} text were not read, and have no share"
-                )
+                tokens = f"{count:,} tokens of the {which} text"
+                notes.append(f"{tokens} were not read, and have no share")
         return notes
 
     def _repr_html_(self) -> str:
@@ -167,17 +148,16 @@ class Explanation(_Finding):
         cells = [[(float(x), _shade(x, largest)) for x in row] for row in self.matrix]
         return notebook.fragment(
             "explanation.html",
-            texts=[notebook.clipped(text, "text") for text in self.texts],
-            labels=[[notebook.clipped(x, "label") for x in labels] for labels in self.labels],
+            texts=self.texts,
+            labels=self.labels,
             cells=cells if self.matrix.size <= _MOST_CELLS else [],
-            matches=[[notebook.clipped(x, "label") for x in row] for row in self._matches()],
+            matches=self._matches(),
             sums=[self.share_a, self.share_b],
             similarity=self.similarity,
             notes=self._notes(),
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it."""
         flat = super().to_dict()
         found: dict[str, Any] = {"similarity": self.similarity}
         for side, letter in enumerate("ab"):
@@ -240,16 +220,9 @@ class Explanation(_Finding):
         axes.set_yticks(range(rows), self.labels[0], **literal)
         for i in range(rows) if self.matrix.size <= _MOST_CELLS else ():
             for j in range(columns):
-                dark = self.matrix[i, j] > 0.6 * largest
-                axes.text(
-                    j,
-                    i,
-                    f"{self.matrix[i, j]:.3f}",
-                    ha="center",
-                    va="center",
-                    fontsize=7,
-                    color="white" if dark else "black",
-                )
+                cell = self.matrix[i, j]
+                colour = "white" if cell > 0.6 * largest else "black"
+                axes.text(j, i, f"{cell:.3f}", ha="center", va="center", fontsize=7, color=colour)
         axes.set_xlabel(f"cosine similarity {self.similarity:.4f}: the sum of all cells")
         figure.colorbar(image, ax=axes)
         dpi = min(150, 6000 / max(size))
@@ -388,11 +361,6 @@ def token_components(
 
     What may not be claimed: the σ are those of the whole sum, so that without one part all others
     would be scaled differently; and a part of a late layer was computed from all parts before it.
-
-    Args:
-        encoder: Left as it is.
-        text: The text.
-        dtype: What to run the model in.
     """
     names = _components(encoder)
     (found,) = traces(encoder, [text], names=names, dtype=dtype, arguments=["text"])
@@ -412,11 +380,9 @@ def explain_components(
     See `token_components` for the parts and for what may not be claimed.
 
     Args:
-        encoder: Left as it is.
-        a, b: The texts.
+        encoder, a, b, dtype: As in `explain`.
         by: "layer": the embeddings and each layer; "head": the embeddings, and of each layer its
             heads and the rest; "all": every part.
-        dtype: What to run the model in.
     """
     inputs.check_choice(by, ("layer", "head", "all"), "by")
     names = [*_components(encoder), *_POOLING]
@@ -455,17 +421,9 @@ def _component_group(label: str, by: str) -> str:
 
 def _components(encoder: Pipeline) -> list[str]:
     """Return the names of what `_split` needs of a trace."""
-    names = ["embeddings.word", "embeddings.position", "embeddings.token_type"]
-    names += ["embeddings.layer_norm.scale"]
-    names += [
-        f"layers.*.{name}"
-        for name in (
-            "attention.context",
-            "attention_layer_norm.scale",
-            "feed_forward.output",
-            "feed_forward_layer_norm.scale",
-        )
-    ]
+    names = [f"embeddings.{x}" for x in ("word", "position", "token_type", "layer_norm.scale")]
+    names += ["layers.*.attention.context", "layers.*.attention_layer_norm.scale"]
+    names += ["layers.*.feed_forward.output", "layers.*.feed_forward_layer_norm.scale"]
     return [*names, _last(encoder)]
 
 
@@ -482,13 +440,13 @@ def _split(encoder: Pipeline, trace: Trace) -> Components:
 
     def add(label: str, part: _Array) -> None:
         labels.append(label)
-        parts.append(part)
+        parts.append(np.broadcast_to(part, parts[0].shape))
 
     def normalize(path: str, norm: Any) -> None:
         scale = numbers(trace[f"{path}.scale"])[:, None]
-        weight, bias = numbers(norm.weight), numbers(norm.bias)
+        weight = numbers(norm.weight)
         parts[:] = [weight * (x - x.mean(axis=1, keepdims=True)) / scale for x in parts]
-        add(f"{path}.bias", np.broadcast_to(bias, parts[0].shape))
+        add(f"{path}.bias", numbers(norm.bias))
 
     normalize("embeddings.layer_norm", bert.embeddings.layer_norm)
     for number, layer in enumerate(bert.layers):
@@ -500,13 +458,12 @@ def _split(encoder: Pipeline, trace: Trace) -> Components:
         output = numbers(attention.output.weight).reshape(-1, heads, size)
         for head in range(heads):
             add(f"{path}.attention.head.{head}", context[:, head] @ output[:, head].T)
-        bias = numbers(attention.output.bias)
-        add(f"{path}.attention.bias", np.broadcast_to(bias, parts[0].shape))
+        add(f"{path}.attention.bias", numbers(attention.output.bias))
         normalize(f"{path}.attention_layer_norm", layer.attention_layer_norm)
         feed_forward: Any = layer.feed_forward
         bias = numbers(feed_forward.output.bias)
         add(f"{path}.feed_forward", numbers(trace[f"{path}.feed_forward.output"]) - bias)
-        add(f"{path}.feed_forward.bias", np.broadcast_to(bias, parts[0].shape))
+        add(f"{path}.feed_forward.bias", bias)
         normalize(f"{path}.feed_forward_layer_norm", layer.feed_forward_layer_norm)
     hidden_states = numbers(trace[_last(encoder)])
     together = np.stack(parts)
@@ -553,10 +510,8 @@ def explain_deletions(
     sentence without a word is another sentence, often one that nobody would write.
 
     Args:
-        encoder: Left as it is.
+        encoder, b, dtype: As in `explain`.
         a: The text whose words are deleted, with the characters that they are written in.
-        b: The text to compare with.
-        dtype: What to run the model in.
     """
     whole, other = _sides(encoder, (a, b), ("a", "b"), dtype)
     words = [block for block in whole.blocks("word") if not block.special]
@@ -598,12 +553,8 @@ class Contrast(_Finding):
         """Show the parts of the query, and what each adds to the difference."""
         rows = [("", "share")]
         rows += [(x, f"{y:+.4f}") for x, y in zip(self.labels, self.share, strict=True)]
-        rows.append(
-            (
-                f"{self.similarity_a:.4f} - {self.similarity_b:.4f}",
-                f"{self.difference:+.4f}",
-            )
-        )
+        whole = f"{self.similarity_a:.4f} - {self.similarity_b:.4f}"
+        rows.append((whole, f"{self.difference:+.4f}"))
         return "\n".join([*aligned(rows, right=(1,)), f"residual {self.residual:.1e}"])
 
 
@@ -620,12 +571,6 @@ def contrast(
 
     What may not be claimed: as in `explain`. The difference says more than either similarity, as
     what both texts have in common, [CLS] and [SEP] among it, is taken away.
-
-    Args:
-        encoder: Left as it is.
-        query, a, b: The texts.
-        by: As in `explain`.
-        dtype: What to run the model in.
     """
     inputs.check_choice(by, _BY, "by")
     side, *others = _sides(encoder, (query, a, b), ("query", "a", "b"), dtype)
@@ -704,17 +649,11 @@ class _Side:
 def _grouped(blocks: list[_Block]) -> list[_Block]:
     """Group blocks into words, punctuation and special tokens: always three, some maybe empty."""
     groups = []
-    for group in _GROUPS:
+    for group in ("words", "punctuation", "special"):
         members = [block for block in blocks if _kind(block) == group]
-        spans = [block.span for block in members] or [(0, 0)]
-        groups.append(
-            _Block(
-                group,
-                (min(start for start, _ in spans), max(end for _, end in spans)),
-                tuple(token for block in members for token in block.tokens),
-                group == "special",
-            )
-        )
+        starts, ends = zip(*([block.span for block in members] or [(0, 0)]), strict=True)
+        tokens = tuple(token for block in members for token in block.tokens)
+        groups.append(_Block(group, (min(starts), max(ends)), tokens, group == "special"))
     return groups
 
 
@@ -783,10 +722,6 @@ def _summing(blocks: list[_Block], count: int) -> _Array:
     for row, block in enumerate(blocks):
         matrix[row, list(block.tokens)] = 1
     return matrix
-
-
-def _percent(part: float, whole: float) -> str:
-    return f"{part / whole:.0%}" if whole else ""
 
 
 # Blue for what adds, orange for what takes away: told apart with any eyes.

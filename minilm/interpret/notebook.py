@@ -11,7 +11,7 @@ import jinja2
 
 from minilm.report import shortened
 
-__all__ = ["clipped", "fragment"]
+__all__ = ["clipped", "environment", "fragment"]
 
 # In characters. A word may be as long as its text, as one unknown token; a notebook keeps each
 # output in its file.
@@ -23,13 +23,20 @@ def clipped(text: str, kind: str) -> str:
     return shortened(text, _LONGEST[kind])
 
 
-def fragment(template: str, **context: Any) -> str:
-    """Fill in a template of `templates/notebook/`; what is put in is escaped."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("minilm.interpret", "templates/notebook"),
+def environment(**options: Any) -> jinja2.Environment:
+    """What reads `templates/`; what is put in is escaped."""
+    return jinja2.Environment(
+        loader=jinja2.PackageLoader("minilm.interpret"),
         autoescape=True,
         trim_blocks=True,
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
+        **options,
     )
-    return environment.get_template(template).render(context)
+
+
+def fragment(template: str, **context: Any) -> str:
+    """Fill in a template of `templates/notebook/`."""
+    reader = environment()
+    reader.filters["clipped"] = clipped
+    return reader.get_template(f"notebook/{template}").render(context)

@@ -17,14 +17,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import jinja2
 import numpy as np
 from torch import nn
 
 from minilm import inputs, tokenizer
 from minilm.bert import BertLayer, BertModel
 from minilm.errors import InputError
-from minilm.interpret import explain, figures
+from minilm.interpret import explain, figures, notebook
 from minilm.interpret.trace import Source, Trace, in_dtype, place, state, traces
 from minilm.pipeline import Pipeline
 from minilm.pooling import MeanPooling
@@ -70,7 +69,10 @@ def tour(encoder: Pipeline, a: str, b: str) -> str:
         InputError: A text is longer than 128 tokens or has a lone surrogate, or the model is of
             another kind.
     """
-    return _page(_measure(encoder, a, b))
+    environment = notebook.environment(keep_trailing_newline=True)
+    environment.filters |= figures.FILTERS
+    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
+    return environment.get_template("page.html").render(_context(_measure(encoder, a, b)))
 
 
 # --- The numbers ----------------------------------------------------------------------------------
@@ -228,21 +230,6 @@ def _weights(encoder: Pipeline) -> str:
 
 
 # --- The page -------------------------------------------------------------------------------------
-
-
-def _page(scene: _Scene) -> str:
-    """Fill the templates."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("minilm.interpret"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters |= figures.FILTERS
-    environment.policies["json.dumps_kwargs"] = {"separators": (",", ":")}
-    return environment.get_template("page.html").render(_context(scene))
 
 
 def _context(scene: _Scene) -> dict[str, Any]:

@@ -29,7 +29,7 @@ import sys
 import types
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -58,8 +58,6 @@ __all__ = ["Source", "Trace", "TraceEntry", "in_dtype", "trace"]
 _Array = np.ndarray[Any, Any]
 
 _WATCHED = tuple(str(Path(module.__file__ or "")) for module in (bert, pooling))
-
-
 _Encoder = TypeVar("_Encoder", bound=Pipeline)
 
 
@@ -114,6 +112,7 @@ class TraceEntry:
         return str(len(self.tensor))
 
 
+@dataclass(eq=False, repr=False)
 class Trace(Mapping[str, Any]):
     """What `SentenceEncoder.trace` found: name -> tensor, in the order of execution.
 
@@ -130,23 +129,13 @@ class Trace(Mapping[str, Any]):
             the fast path, in the encoder's own dtype.
     """
 
-    def __init__(
-        self,
-        text: str,
-        offsets: list[tuple[int, int]],
-        unread: int,
-        entries: dict[str, TraceEntry],
-        difference: float,
-        numbers: "_Numbers",
-        rules: "dict[str, _Rule]",
-    ) -> None:
-        self.text = text
-        self.offsets = offsets
-        self.unread = unread
-        self.entries = entries
-        self.difference = difference
-        self._numbers = numbers
-        self._rules = rules
+    text: str
+    offsets: list[tuple[int, int]]
+    unread: int
+    entries: dict[str, TraceEntry]
+    difference: float
+    _numbers: "_Numbers"
+    _rules: "dict[str, _Rule]"
 
     def __getitem__(self, name: str) -> Any:
         """Return the tensor of that name; with a `*` for the number, those of all layers, stacked.
@@ -168,20 +157,14 @@ class Trace(Mapping[str, Any]):
         """Return a table: name, shape, mean, standard deviation, norm, source."""
         rows: list[tuple[str, ...]] = [("name", "shape", "mean", "std", "norm", "source")]
         for name, entry in self.entries.items():
+            shown = [""] * 3
             if isinstance(entry.tensor, Tensor):
                 numbers = entry.tensor.double()
-                figures = [
-                    numbers.mean(),
-                    numbers.std(correction=0),
-                    torch.linalg.vector_norm(numbers),
-                ]
-                shown = [f"{x:.4g}" for x in figures]
-            else:
-                shown = [""] * 3
+                norm = torch.linalg.vector_norm(numbers)
+                shown = [f"{x:.4g}" for x in (numbers.mean(), numbers.std(correction=0), norm)]
             rows.append((name, entry.shape, *shown, str(entry.source)))
-        lines = aligned(rows, right=(2, 3, 4))
         end = f"differs from encode by {self.difference:.1e}"
-        return "\n".join([repr(self.text), *lines, end])
+        return "\n".join([repr(self.text), *aligned(rows, right=(2, 3, 4)), end])
 
     def __repr__(self) -> str:
         return f"<Trace of {self.text!r}: {len(self)} tensors>"
@@ -190,7 +173,7 @@ class Trace(Mapping[str, Any]):
         """Return what a notebook shows: the names, with the shape and the making of each."""
         return notebook.fragment(
             "trace.html",
-            text=notebook.clipped(self.text, "text"),
+            text=self.text,
             entries=list(self.entries.values()),
             difference=self.difference,
         )
@@ -219,14 +202,12 @@ class Trace(Mapping[str, Any]):
 
     def to_numpy(self) -> dict[str, _Array]:
         """Return arrays by name; `tokens` is an array of str, and bfloat16 becomes float32."""
-        return {
-            name: np.array(entry.tensor)
-            if isinstance(entry.tensor, list)
-            else (entry.tensor.float() if entry.tensor.dtype == torch.bfloat16 else entry.tensor)
-            .numpy()
-            .copy()
-            for name, entry in self.entries.items()
-        }
+        found = {}
+        for name, value in self.items():
+            if isinstance(value, Tensor):
+                value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+            found[name] = np.array(value)
+        return found
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: the tensors, and as metadata `text`, and in JSON `tokens`,
@@ -241,11 +222,7 @@ class Trace(Mapping[str, Any]):
         metadata |= {"entries": json.dumps(about, ensure_ascii=False, default=str)}
         if "tokens" in self.entries:
             metadata["tokens"] = json.dumps(self["tokens"], ensure_ascii=False)
-        tensors = {
-            name: entry.tensor
-            for name, entry in self.entries.items()
-            if isinstance(entry.tensor, Tensor)
-        }
+        tensors = {name: each for name, each in self.items() if isinstance(each, Tensor)}
         data = with_metadata(safetensors.torch.save(tensors), metadata)
         write_output(Path(path), lambda file: file.write(data))
 
@@ -439,26 +416,18 @@ class _Recorder(TorchFunctionMode):
     @contextmanager
     def watching(self, encoder: Pipeline) -> Iterator[None]:
         """Put hooks on the modules of `encoder`, inside a `with`."""
-        handles = []
-        try:
-            for path, module in [*encoder.bert.named_modules(), ("pooling", encoder.pooling)]:
-                if type(module) in _SEEN or path.endswith(_SEEN_PATHS):
-                    handles.append(module.register_forward_hook(self._hook(path)))
-            handles.append(encoder.normalize.register_forward_hook(self._hook("")))
+        named = [*encoder.bert.named_modules(), ("pooling", encoder.pooling)]
+        seen = [each for each in named if type(each[1]) in _SEEN or each[0].endswith(_SEEN_PATHS)]
+        with ExitStack() as hooks:
+            for path, module in [*seen, ("", encoder.normalize)]:
+                hook = functools.partial(self._see, path)
+                hooks.enter_context(module.register_forward_hook(hook))
             with self:
                 yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def _hook(self, path: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-            self._see(path, module, args[0], output)
-
-        return hook
-
-    def _see(self, path: str, module: nn.Module, given: Tensor, output: Tensor) -> None:
-        """Record what a module got and gave."""
+    def _see(self, path: str, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        """Record what a module got and gave: a hook, once it knows the path."""
+        given = args[0]
         if isinstance(module, nn.LayerNorm):
             before = "embeddings.sum" if path.startswith("embeddings") else f"{path}.residual"
             self._keep(before, given)
@@ -481,11 +450,9 @@ class _Recorder(TorchFunctionMode):
     def _keep(self, name: str, tensor: Tensor, made_with: Tensor | None = None) -> None:
         """Record a tensor, without the batch axis, and the statement that made it."""
         key = id(tensor if made_with is None else made_with)
-        if key not in self._made:  # handed on as it came
-            source = _statement_of_caller()
-            assert source is not None
-        else:
-            source = self._made[key][1]
+        # If it wasn't made, it is handed on as it came.
+        source = self._made[key][1] if key in self._made else _statement_of_caller()
+        assert source is not None
         one = tensor if name == "embeddings.position" else tensor[0]
         own = one.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         self.found[name] = own, source

@@ -36,7 +36,7 @@ from minilm import inputs
 from minilm.encoder import SentenceEncoder
 from minilm.errors import InputError
 from minilm.parity.ids import choose_readings
-from minilm.parity.mistakes import Cause, Variant, VariantRunner, causes_for
+from minilm.parity.mistakes import Cause, Variant, VariantRunner, causes_for, settings_of
 from minilm.quantize import precision_of_bits
 from minilm.report import aligned, jsonable, shortened
 from minilm.similarity import Embeddings
@@ -115,7 +115,7 @@ class TextDifference:
     tokens: int
     max_abs: float
     cosine: float
-    unit_max_abs: float = math.nan
+    unit_max_abs: float
 
 
 @dataclass(frozen=True)
@@ -198,13 +198,8 @@ class Diagnosis:
         heading = "mostly" if self.verdict == "mostly" else "probable cause"
         return f"{heading}: {'; and '.join(names)}"
 
-    def table(self, worst: int = 5, nearest: int = 5) -> str:
-        """The finding as text.
-
-        Args:
-            worst: How many texts to show.
-            nearest: How many of the mistakes that were tried to show.
-        """
+    def table(self, worst: int = 5) -> str:
+        """The finding as text, with so many of the texts, and five of the mistakes tried."""
         rows = [("row", "scaled to 1", "cosine", "tokens", "text, the worst first")]
         rows += [
             (f"{row.row}", f"{row.unit_max_abs:.1e}", f"{row.cosine:.6f}", f"{row.tokens}",
@@ -219,10 +214,8 @@ class Diagnosis:
             f"lengths: {_range(self.lengths)}; of this model's: {_range(self.own_lengths)}",
             self.summary,
         ]
-        if (
-            self.verdict in ("cause", "tie", "mostly", "ids")
-            and self.remaining < self.unit_max_abs / 2
-        ):
+        explains = self.verdict in ("cause", "tie", "mostly", "ids")
+        if explains and self.remaining < self.unit_max_abs / 2:
             lines.append(
                 f"  with it a difference of {self.remaining:.1e} remains, "
                 f"of {self.unit_max_abs:.1e} (scaled to length 1)"
@@ -231,21 +224,20 @@ class Diagnosis:
             shown = [*self.alternatives, *self.causes]
             remedies = dict.fromkeys(cause.remedy for cause in shown)
             lines += [f"  what to do: {remedy}" for remedy in remedies]
-        if self.unexplained and self.verdict in ("cause", "tie", "mostly", "ids"):
+        if self.unexplained and explains:
             shown_rows = ", ".join(map(str, self.unexplained[:20]))
             more = f" and {len(self.unexplained) - 20} more" if len(self.unexplained) > 20 else ""
             lines.append(f"rows that this doesn't explain: {shown_rows}{more}")
         lines += [f"note: {note}" for note in self.notes]
         if self.candidates and not self.is_equal:
             tried = [("max abs", "rms", f"tried on {self.compared} texts")]
-            for each in self.candidates[:nearest]:
-                pattern = ""
+            for each in self.candidates[:5]:
+                name = " + ".join(each.names)
                 if each.correlation is not None:
-                    pattern = f" (errors correlate by {each.correlation:.2f})"
-                name = " + ".join(each.names) + pattern
+                    name += f" (errors correlate by {each.correlation:.2f})"
                 tried.append((f"{each.max_abs:.1e}", f"{each.rms:.1e}", name))
-            if len(self.candidates) > nearest:
-                tried.append(("", "", f"and {len(self.candidates) - nearest} more"))
+            if len(self.candidates) > 5:
+                tried.append(("", "", f"and {len(self.candidates) - 5} more"))
             lines += ["", *aligned(tried, right=(0, 1))]
         return "\n".join(lines)
 
@@ -366,12 +358,8 @@ class _Case:
         scaled = (_unit(self.foreign) - _unit(self.ours)).abs().amax(dim=1)
         scaled[~self.finite] = torch.inf
         columns = difference.tolist(), cosines.tolist(), scaled.tolist()
-        rows = [
-            TextDifference(row, text, tokens, max_abs, cosine, unit_max_abs)
-            for row, (text, tokens, max_abs, cosine, unit_max_abs) in enumerate(
-                zip(self.texts, self.counts, *columns, strict=True)
-            )
-        ]
+        every = zip(range(len(self.texts)), self.texts, self.counts, *columns, strict=True)
+        rows = [TextDifference(*each) for each in every]
         broken = int((~self.finite).sum())
         if broken:
             first = int((~self.finite).nonzero()[0])
@@ -477,26 +465,17 @@ class _Case:
         right = state.of_text <= slack
         taken, rivals = choose_readings(
             [cause for cause in self.causes if cause.is_of_reading],
-            lambda causes: self.runner.ids(self._variant(state, causes)),
+            lambda causes: self.runner.ids(state.variant.with_(*causes)),
             lambda causes: self._read_right(state, causes, slack).tolist(),
         )
         if not taken:
             return [state] if float(right.double().mean()) > _MOST else None
-        found = []
-        for last in [taken[-1], *rivals]:
-            causes = (*state.causes, *taken[:-1], last)
-            found.append(self._try(causes, self._variant(state, [*taken[:-1], last])))
-        return found
-
-    def _variant(self, state: "_Trial", causes: Sequence[Cause]) -> Variant:
-        variant = state.variant
-        for cause in causes:
-            variant = variant.with_(cause)
-        return variant
+        several = [(*taken[:-1], last) for last in (taken[-1], *rivals)]
+        return [self._try((*state.causes, *c), state.variant.with_(*c)) for c in several]
 
     def _read_right(self, state: "_Trial", causes: Sequence[Cause], slack: float) -> Tensor:
         """Which texts are right with these readings. Only what has other ids is computed."""
-        variant = self._variant(state, causes)
+        variant = state.variant.with_(*causes)
         own = self.runner.ids(state.variant)
         changed = [place for place, row in enumerate(self.runner.ids(variant)) if row != own[place]]
         now = state.of_text <= slack
@@ -515,10 +494,8 @@ class _Case:
             rest = [self.texts[row] for row in self.chosen[~left].tolist()]
             common = in_common(texts, rest)
             if common:
-                self.notes.append(
-                    "what is not explained has in common, and nothing else has: "
-                    + ", ".join(common)
-                )
+                said = "what is not explained has in common, and nothing else has: "
+                self.notes.append(said + ", ".join(common))
         return read
 
     # --- vectors that depend on more than the text
@@ -566,21 +543,18 @@ class _Case:
 
     def _nearly(self, trials: "list[_Trial]", base: "_Trial") -> "list[_Trial]":
         """The trials that explain nearly all of the difference, or most of it, or of the texts."""
-        least = min((trial.rms for trial in trials), default=math.inf)
+        ranked = sorted(trials, key=lambda trial: trial.rms)
+        least, rival = [*(trial.rms for trial in ranked), math.inf, math.inf][:2]
         if least <= _CLEAR * base.rms:
-            near = [trial for trial in trials if trial.rms <= _TIE * least]
-            near.sort(key=lambda trial: trial.rms)
-            self.notes.append(f"what remains, {near[0].max_abs:.1e}, is more than rounding")
-            return near
+            self.notes.append(f"what remains, {ranked[0].max_abs:.1e}, is more than rounding")
+            return [trial for trial in ranked if trial.rms <= _TIE * least]
         wrong = base.of_text > self.tolerance
         right = {trial: int((trial.of_text[wrong] <= self.tolerance).sum()) for trial in trials}
         most = max(right.values(), default=0)
         if most > _MOST * int(wrong.sum()):
             self.notes.append(f"it explains {most} of the {int(wrong.sum())} texts that differ")
             return [trial for trial in trials if right[trial] == most]
-        ranked = sorted(trials, key=lambda trial: trial.rms)
-        rival = ranked[1].rms if len(ranked) > 1 else math.inf
-        if ranked and least < _MOSTLY * base.rms and rival > _TIE * least:
+        if least < _MOSTLY * base.rms and rival > _TIE * least:
             self.is_most = True
             self.notes.append(f"it leaves {least / base.rms:.0%} of the difference (rms)")
             return ranked[:1]
@@ -593,7 +567,7 @@ class _Case:
         if self._has_right_arithmetic(base):  # then only padding is left, which some texts hide
             kinds = ("simple", "width")
         tiers: dict[str, list[tuple[Cause, Variant]]] = {kind: [] for kind in kinds}
-        changed = frozenset[str]().union(*(cause.settings for cause in base.causes))
+        changed = settings_of(base.causes)
         for cause in self.causes:
             if changed & cause.settings:
                 continue
@@ -601,13 +575,11 @@ class _Case:
             kind = _kind(cause, variant)
             if kind in kinds and self.runner.differs(base.variant, variant):
                 tiers[kind].append((cause, variant))
-        for cause, variant in tiers["simple"]:
-            trials.append(self._try((*base.causes, cause), variant))
-        for tier in kinds[1:]:
+        for tier, tried in tiers.items():
             if self._explaining(trials):
-                return trials
-            for cause, variant in self._screened(base, tier, tiers[tier]):
-                trials.append(self._try((*base.causes, cause), variant))
+                break
+            chosen = tried if tier == "simple" else self._screened(base, tier, tried)
+            trials += [self._try((*base.causes, cause), variant) for cause, variant in chosen]
         return trials
 
     def _screened(
@@ -700,10 +672,8 @@ class _Case:
     def _say_what_would_tell(self, found: "list[_Trial]") -> None:
         needs = dict.fromkeys(each.causes[-1].needs for each in found)
         wanted = " and ".join(need for need in needs if need != "any texts")
-        self.notes.append(
-            "these cannot be told apart on these texts"
-            + (f": add {wanted}" if wanted else ": add more texts, of all lengths")
-        )
+        wanted = wanted or "more texts, of all lengths"
+        self.notes.append(f"these cannot be told apart on these texts: add {wanted}")
 
     def _result(
         self,
@@ -719,7 +689,7 @@ class _Case:
             if not self.runner.differs(self.right, self.right.with_(cause))
         )
         unread = [cause.needs for cause in untried if "limit" in cause.settings]
-        if verdict in ("equal", "cause") and unread and "limit" not in self.shown(causes):
+        if verdict in ("equal", "cause") and unread and "limit" not in settings_of(causes):
             self.notes.append(f"where it cuts shows only on other texts: add {min(unread)}")
         finite = [row for row in self.rows if math.isfinite(row.max_abs)]
         difference = (self.foreign - self.ours)[self.finite]
@@ -731,16 +701,10 @@ class _Case:
         if found and found[0].causes:
             left = found[0].of_text > self._slack(found[0])
             unexplained = self.chosen[left].tolist()
-        ranked = sorted(self.tried, key=lambda trial: trial.score)
-        candidates = [
-            Candidate(
-                tuple(cause.name for cause in trial.causes) or ("as we do it",),
-                trial.max_abs,
-                trial.rms,
-                trial.correlation,
-            )
-            for trial in ranked
-        ]
+        candidates = []
+        for trial in sorted(self.tried, key=lambda trial: trial.score):
+            names = tuple(cause.name for cause in trial.causes) or ("as we do it",)
+            candidates.append(Candidate(names, trial.max_abs, trial.rms, trial.correlation))
         if remaining is None:
             remaining = found[0].max_abs if found else base
         return Diagnosis(
@@ -763,10 +727,6 @@ class _Case:
             own_lengths=_extremes(self.ours),
             unexplained=tuple(unexplained),
         )
-
-    def shown(self, causes: Sequence[Cause]) -> frozenset[str]:
-        """The settings that causes are about."""
-        return frozenset[str]().union(*(cause.settings for cause in causes))
 
 
 class _Trial:

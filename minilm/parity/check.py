@@ -113,22 +113,13 @@ class CheckResult:
 
     def to_dict(self) -> dict[str, Any]:
         """The finding as an object for JSON."""
-        return jsonable(  # type: ignore[no-any-return]
-            {
-                "verdict": self.verdict,
-                "summary": self.summary,
-                "reason": self.reason,
-                "rows": self.rows,
-                "checked": self.checked,
-                "max_abs": self.max_abs,
-                "limit": self.limit,
-                "fingerprints_agree": self.fingerprints_agree,
-                "own": self.own,
-                "recorded": self.recorded,
-                "differing": list(self.agreement.differing) if self.agreement else None,
-                "worst": [{"row": row, "max_abs": value} for row, value in self.worst],
-            }
-        )
+        names = ("verdict", "summary", "reason", "rows", "checked", "max_abs", "limit",
+                 "fingerprints_agree", "own", "recorded")  # fmt: skip
+        return {
+            **{name: jsonable(getattr(self, name)) for name in names},
+            "differing": list(self.agreement.differing) if self.agreement else None,
+            "worst": [{"row": row, "max_abs": jsonable(value)} for row, value in self.worst],
+        }
 
 
 def check_vectors(
@@ -323,7 +314,6 @@ class _Recorded:
 
     def __init__(self, encoder: SentenceEncoder, record: Fingerprint) -> None:
         full = encoder.bert.config.hidden_size
-        self.record = record
         self.precision, self.dimension = record.precision, record.dimension
         self.options: dict[str, Any] = {
             "prompt": record.prompt,
@@ -448,6 +438,8 @@ def _explaining_limit(
 ) -> int | None:
     """The `max_seq_length` with which our vectors are the stored ones, but for rounding."""
     wrong = [row for row in range(len(texts)) if float(difference[row]) > bound]
+    # A text that the limit doesn't reach has not changed: those that agreed still do.
+    rest = [row for row in range(len(texts)) if not float(difference[row]) > bound]
     worst = sorted(wrong, key=lambda row: -float(difference[row]))[:_WORST]
     longest = encoder.bert.config.max_position_embeddings
     limits = dict.fromkeys([recorded.max_seq_length, *_LIMITS] if recorded else _LIMITS)
@@ -456,16 +448,12 @@ def _explaining_limit(
             continue
         other: Any = copy.copy(encoder)  # shares all but the limit, which other threads use
         other.max_seq_length = limit
-        for rows in (worst, wrong):
+        for rows in filter(None, (worst, wrong, rest)):
             again = made.embed(other, [texts[row] for row in rows])
             if float(made.differences(again, stored[rows]).max()) > bound:
                 break
         else:
-            # A text that the limit doesn't reach has not changed: those that agreed still do.
-            rest = [row for row in range(len(texts)) if row not in set(wrong)]
-            again = made.embed(other, [texts[row] for row in rest]) if rest else stored[rest]
-            if not rest or float(made.differences(again, stored[rest]).max()) <= bound:
-                return limit
+            return limit
     return None
 
 
@@ -486,8 +474,7 @@ def _diagnosed(
     result = replace(result, diagnosis=diagnosis, reason=diagnosis.summary)
     names = [cause.name for cause in (*diagnosis.causes, *diagnosis.alternatives)]
     fewer_bits = names and all(name.startswith(("float16", "bfloat16")) for name in names)
-    if diagnosis.verdict in ("cause", "tie") and fewer_bits:
-        return replace(result, verdict="rounding")
-    if diagnosis.is_equal:  # as to directions; then the lengths are what differs, or a bound is
+    # Equal as to directions: then the lengths are what differs, or a bound is.
+    if diagnosis.is_equal or (diagnosis.verdict in ("cause", "tie") and fewer_bits):
         return replace(result, verdict="rounding")
     return result

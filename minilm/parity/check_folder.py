@@ -154,9 +154,11 @@ def _sampled(
     name = text_column(first, column or header.get("column"), place, vectors)
     starts = [0, *accumulate(counts.values())]
     total = starts[-1]
-    rows = {number * total // sample for number in range(sample)} if total > sample else set()
     first_row = dict(zip(paths, starts, strict=False))
-    rows |= set(range(total)) if total <= sample else _longest(whole, name, first_row)
+    rows = set(range(total))
+    if total > sample:
+        rows = {number * total // sample for number in range(sample)}
+        rows |= _longest(whole, name, first_row)
     texts: list[str] = []
     found: list[np.ndarray[Any, Any]] = []
     of_part: dict[int, list[int]] = {}

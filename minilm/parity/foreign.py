@@ -37,21 +37,18 @@ class ForeignVectors:
     Attributes:
         texts: n texts.
         vectors: Floating point `[n, d]`.
-        origin: The file that they came from, for a heading.
     """
 
     texts: list[str]
     vectors: "np.ndarray[Any, Any]"
-    origin: str
 
 
-def read_texts(path: Path, column: str | None = None, argument: str = "--texts") -> list[str]:
+def read_texts(path: Path, column: str | None = None) -> list[str]:
     """Read the texts of a file, at least one, as `files.tables.read_table` does.
 
     Args:
         path: The file.
         column: The name of the text in it.
-        argument: What to call it in an error.
 
     Raises:
         InputError: It is empty, or as in `read_table`.
@@ -59,7 +56,7 @@ def read_texts(path: Path, column: str | None = None, argument: str = "--texts")
     """
     texts = read_table([str(path)], column).texts
     if not texts:
-        raise InputError(f"{path}: is empty; give one text a line", argument)
+        raise InputError(f"{path}: is empty; give one text a line", "--texts")
     return texts
 
 
@@ -131,7 +128,7 @@ def read_vectors(
         raise InputError(
             f"{path}: holds {len(vectors)} vectors, but {whose} {len(known)}{hint}", argument
         )
-    return ForeignVectors(list(known), vectors, str(path))
+    return ForeignVectors(list(known), vectors)
 
 
 def _read_npy(path: Path, column: str | None) -> tuple[list[str] | None, Any]:
@@ -144,22 +141,15 @@ def _read_npz(path: Path, column: str | None) -> tuple[list[str] | None, Any]:
     from minilm.files.arrays import open_npz
 
     with open_npz(path) as archive:
-        return _from_archive(archive)
-
-
-def _from_archive(archive: Any) -> tuple[list[str] | None, Any]:
-    texts = None
-    if "texts_json" in archive:
-        texts = _strings("texts_json", parse_json(archive["texts_json"]().tobytes()))
-    elif "texts" in archive:
-        texts = _strings("texts", archive["texts"]().tolist())
-    names = [name for name in archive if name != "texts" and not name.endswith("_json")]
-    name = next((name for name in VECTOR_FIELDS if name in names), None)
-    if name is None and len(names) == 1:
-        name = names[0]
-    if name is None:
-        raise KeyError("embeddings")
-    return texts, archive[name]()
+        texts = None
+        if "texts_json" in archive:
+            texts = _strings("texts_json", parse_json(archive["texts_json"]().tobytes()))
+        elif "texts" in archive:
+            texts = _strings("texts", archive["texts"]().tolist())
+        names = [name for name in archive if name != "texts" and not name.endswith("_json")]
+        only = names[0] if len(names) == 1 else "embeddings"
+        name = next((name for name in VECTOR_FIELDS if name in names), only)
+        return texts, archive[name]()
 
 
 def _read_safetensors(path: Path, column: str | None) -> tuple[list[str] | None, Any]:
@@ -304,7 +294,7 @@ def run_onnx(
             mask = features["attention_mask"][:count]
             found = encoder.normalize(encoder.pooling(found, mask))
         vectors.append(found.numpy())
-    return ForeignVectors(list(texts), np.concatenate(vectors), str(path))
+    return ForeignVectors(list(texts), np.concatenate(vectors))
 
 
 def _session(path: Path) -> Any:

@@ -66,10 +66,6 @@ _COARSER = {
 }
 
 
-def _package_data(name: str) -> str:
-    return resources.files("minilm.parity").joinpath(name).read_text(encoding="utf-8")
-
-
 _OF_ALL = ("input_ids", "pooled", "embedding")  # kept for every text
 
 
@@ -190,10 +186,9 @@ def _readme(index: Mapping[str, Any]) -> str:
         f"  {name:<28} {each['bytes'] / 1e6:5.1f} MB, {each['tensors']} tensors in {each['dtype']}"
         for name, each in index["files"].items()
     ]
-    files.append(
-        f"  {INDEX:<28} the texts, each with its ids, tokens, offsets, and why it is there"
-    )
-    return _package_data("golden_readme.txt").format(
+    files += [f"  {INDEX:<28} the texts, each with its ids, tokens, offsets, and why it is there"]
+    template = resources.files("minilm.parity").joinpath("golden_readme.txt")
+    return template.read_text(encoding="utf-8").format(
         model=index["model"] or "a model",
         weights=index["weights_sha256"] or "unknown",
         made_by=index["made_by"],
@@ -274,9 +269,7 @@ class StageReport:
              "PASS" if row.passed else "FAIL")
             for row in self.rows
         ]  # fmt: skip
-        lines = aligned(rows, right=(1, 2, 3))
-        lines.append("")
-        first = self.first
+        lines, first = [*aligned(rows, right=(1, 2, 3)), ""], self.first
         if first is None:
             lines.append("equal to rounding, in every stage given")
         else:
@@ -298,13 +291,8 @@ class StageReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as an object for JSON."""
-        return {
-            "passed": self.passed,
-            "first": jsonable(self.first),
-            "rows": jsonable(self.rows),
-            "ignored": list(self.ignored),
-            "missing": list(self.missing),
-        }
+        names = ("passed", "first", "rows", "ignored", "missing")
+        return {name: jsonable(getattr(self, name)) for name in names}
 
 
 def compare_stages_file(folder: Path, file: Path) -> StageReport:

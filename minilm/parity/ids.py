@@ -15,7 +15,7 @@ from typing import Any
 
 from minilm.encoder import SentenceEncoder
 from minilm.errors import InputError
-from minilm.parity.mistakes import Cause, Variant, VariantRunner, causes_for
+from minilm.parity.mistakes import Cause, Variant, VariantRunner, causes_for, settings_of
 from minilm.report import aligned, jsonable, shortened
 
 __all__ = ["IdsReport", "choose_readings", "compare_ids", "read_ids"]
@@ -68,7 +68,7 @@ def choose_readings(
 
 def _without(taken: Sequence[Cause], more: Sequence[Cause]) -> list[Cause]:
     """The mistakes that can be made beside others."""
-    settings = frozenset[str]().union(*(cause.settings for cause in more))
+    settings = settings_of(more)
     return [cause for cause in taken if not cause.settings & settings]
 
 
@@ -167,22 +167,19 @@ def compare_ids(encoder: SentenceEncoder, texts: Sequence[str], ids: Ids) -> Ids
     runner = VariantRunner(encoder, list(texts), counts, list(range(len(texts))))
     first = tokenizer([""]).input_ids[0][0]
     known = _with_no_cut(causes_for(encoder), encoder.max_seq_length, max(counts, default=0))
-    start: list[Cause] = []
+    own, start = Variant(encoder.max_seq_length), list[Cause]()
     if sum(row[:1] == [first] for row in theirs) < len(theirs) / 2:
         start = [cause for cause in known if "specials" in cause.changes]
 
     def ids_with(causes: Sequence[Cause]) -> Ids:
-        variant = Variant(encoder.max_seq_length)
-        for cause in (*start, *causes):
-            variant = variant.with_(cause)
-        return runner.ids(variant)
+        return runner.ids(own.with_(*start, *causes))
 
     def right_with(causes: Sequence[Cause]) -> list[bool]:
         return [a == b for a, b in zip(ids_with(causes), theirs, strict=True)]
 
     readings = [cause for cause in known if cause.is_of_reading]
     causes, alternatives = choose_readings(readings, ids_with, right_with)
-    ours = runner.ids(Variant(encoder.max_seq_length))
+    ours = runner.ids(own)
     rows = [row for row, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a != b]
     right = right_with(causes)
 

@@ -12,8 +12,7 @@ model. A text is computed once for all variants that give the model the same ids
 import copy
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import resources
@@ -32,8 +31,9 @@ from minilm.pipeline import Batch
 from minilm.pooling import ClsPooling, MeanPooling
 from minilm.pretrained.save import read_pooler
 
-__all__ = ["Cause", "Variant", "VariantRunner", "causes_for"]
+__all__ = ["Cause", "Variant", "VariantRunner", "causes_for", "settings_of"]
 
+_Change = Callable[[Tensor], Tensor]
 _TOKENS = 4096  # computed at a time
 _OWN_READING = Reading()
 _PLAIN = (None, False, "")  # the key of `VariantRunner._changed` if nothing in the model differs
@@ -62,7 +62,7 @@ class Cause:
 
     @property
     def settings(self) -> frozenset[str]:
-        """The names of what it changes; two mistakes with one in common exclude each other."""
+        """The names of what it changes."""
         names = {name for name in self.changes if name != "reading"}
         return frozenset(names | {f"reading.{name}" for name in self.changes.get("reading", ())})
 
@@ -93,12 +93,15 @@ class Variant:
         """What is done with ids, but for the pooling: equal ids have equal vectors by it."""
         return self.gelu, self.eps, self.token_type, self.bits
 
-    def with_(self, cause: Cause) -> "Variant":
-        """The same with one more mistake."""
-        changes = dict(cause.changes)
-        if "reading" in changes:
-            changes["reading"] = replace(self.reading, **changes["reading"])
-        return replace(self, **changes)
+    def with_(self, *causes: Cause) -> "Variant":
+        """The same with more mistakes."""
+        made = self
+        for cause in causes:
+            changes = dict(cause.changes)
+            if "reading" in changes:
+                changes["reading"] = replace(made.reading, **changes["reading"])
+            made = replace(made, **changes)
+        return made
 
 
 _MASK = "give the attention mask to the model"
@@ -126,6 +129,11 @@ def _padding_causes(name: str, needs: str, **changes: Any) -> list[Cause]:
              counted | attended),
         )
     ]  # fmt: skip
+
+
+def settings_of(causes: Iterable[Cause]) -> frozenset[str]:
+    """The names of what some mistakes change; one with none of them can be made beside them."""
+    return frozenset[str]().union(*(cause.settings for cause in causes))
 
 
 def causes_for(encoder: SentenceEncoder) -> list[Cause]:
@@ -177,7 +185,8 @@ class VariantRunner:
         self.texts = texts
         self.counts = counts
         self.rows = rows
-        self._pooler = functools.cache(lambda: _published_pooler(encoder))
+        # BERT's own, which is in the file of the weights though this model doesn't use it
+        self._pooler = functools.cache(lambda: read_pooler(encoder))
         self._reader = Reader(encoder.get_tokenizer())
         self._all_ids: dict[Reading, list[list[int]]] = {}
         self._kept: dict[Any, Tensor] = {}  # pooled vectors, by what was computed of which ids
@@ -185,25 +194,19 @@ class VariantRunner:
 
     def ids(self, variant: Variant) -> list[list[int]]:
         """The token ids of the chosen texts."""
-        if variant.reading not in self._all_ids:
+        reading, limit = variant.reading, variant.limit
+        if reading not in self._all_ids:
             chosen = [self.texts[row] for row in self.rows]
-            if variant.reading == _OWN_READING:
-                self._all_ids[variant.reading] = self.encoder.get_tokenizer()(chosen).input_ids
+            if reading == _OWN_READING:
+                self._all_ids[reading] = self.encoder.get_tokenizer()(chosen).input_ids
             else:
-                self._all_ids[variant.reading] = [
-                    self._reader.ids(text, variant.reading) for text in chosen
-                ]
-        rows = self._all_ids[variant.reading]
+                self._all_ids[reading] = [self._reader.ids(text, reading) for text in chosen]
+        rows = self._all_ids[reading]
         if not variant.specials:
-            return [row[1:-1][: variant.limit] for row in rows]
-        return [
-            row
-            if len(row) <= variant.limit
-            else row[: variant.limit - 1] + row[-1:]
-            if variant.closed
-            else row[: variant.limit]
-            for row in rows
-        ]
+            return [row[1:-1][:limit] for row in rows]
+        if not variant.closed:
+            return [row[:limit] for row in rows]
+        return [row if len(row) <= limit else row[: limit - 1] + row[-1:] for row in rows]
 
     def widths(self, variant: Variant) -> list[int]:
         """The number of tokens to which each of the chosen texts is padded."""
@@ -225,7 +228,7 @@ class VariantRunner:
 
     def differs(self, variant: Variant, other: Variant) -> bool:
         """Whether the chosen texts show the difference between two variants."""
-        if other.pooling == "pooler" and self._pooler() is None:
+        if other.pooling == "pooler" and not self._pooler():
             return False
         names = ("limit", "closed", "specials", "reading", "width", "attended", "counted")
         if replace(other, **{name: getattr(variant, name) for name in names}) != variant:
@@ -253,7 +256,7 @@ class VariantRunner:
     def pooled(self, variant: Variant, places: Sequence[int] | None = None) -> Tensor:
         """The vectors of the chosen texts before they are normalized, float64 `[n, 384]`.
 
-        With `places`, those of the texts at these places alone.
+        With `places`, those of the texts at these places alone, one or more.
         """
         ids = self.ids(variant)
         places = range(len(ids)) if places is None else places
@@ -267,25 +270,19 @@ class VariantRunner:
         if missing:
             self._keep(variant, [list(row) for row in missing])
         found = [self._kept[variant.computed, tuple(ids[i]), variant.pooling] for i in places]
-        width = self.encoder.bert.config.hidden_size
-        return (
-            torch.stack(found)
-            if found
-            else torch.empty(0, width, dtype=torch.float64, device="cpu")
-        )
+        return torch.stack(found)
 
     def _keep(self, variant: Variant, rows: list[list[int]]) -> None:
         """Compute some ids and keep their vectors: by all poolings where nothing else differs."""
-        model = self._changed(variant)
         names = {variant.pooling}
         if variant.computed == Variant(variant.limit).computed:
-            names |= {"", *_POOLINGS} - ({"pooler"} if self._pooler() is None else set())
+            names |= {"", *_POOLINGS} - (set() if self._pooler() else {"pooler"})
         for batch in batches([len(row) for row in rows], _TOKENS):
             of_batch = [rows[i] for i in batch]
-            is_packed = all(of_batch)
-            made = self._packed if is_packed else self._padded
-            with _gelu(variant.gelu):
-                found = made(variant, model, of_batch, max(map(len, of_batch)), sorted(names))
+            if all(of_batch):
+                found = self._packed(variant, of_batch, names)
+            else:
+                found = self._padded(variant, of_batch, max(map(len, of_batch)), names)
             for name, vectors in found.items():
                 for row, vector in zip(of_batch, vectors.cpu().double(), strict=True):
                     self._kept[variant.computed, tuple(row), name] = vector
@@ -293,43 +290,28 @@ class VariantRunner:
     def _pooled_in_batches(self, variant: Variant, places: Sequence[int]) -> Tensor:
         """The same with padding, which is to be seen."""
         ids, widths = self.ids(variant), self.widths(variant)
-        model = self._changed(variant)
         shape = len(places), self.encoder.bert.config.hidden_size
         out = torch.empty(shape, dtype=torch.float64, device="cpu")
-        with _gelu(variant.gelu):
-            for batch in batches([widths[i] for i in places], _TOKENS, exact=True):
-                rows = [ids[places[i]] for i in batch]
-                width = max(widths[places[i]] for i in batch)
-                found = self._padded(variant, model, rows, width, [variant.pooling])
-                out[batch] = found[variant.pooling].cpu().double()
+        for batch in batches([widths[i] for i in places], _TOKENS, exact=True):
+            rows = [ids[places[i]] for i in batch]
+            found = self._padded(variant, rows, widths[places[batch[0]]], [variant.pooling])
+            out[batch] = found[variant.pooling].cpu().double()
         return out
 
     def _packed(
-        self,
-        variant: Variant,
-        model: SentenceEncoder,
-        rows: list[list[int]],
-        _: int,
-        poolings: Sequence[str],
+        self, variant: Variant, rows: list[list[int]], poolings: Iterable[str]
     ) -> dict[str, Tensor]:
         """Compute without padding, which is less work, where no mistake is about padding."""
-        batch = PackedBatch(rows, model.device)
+        batch = PackedBatch(rows, self.encoder.device)
         batch.token_type_ids = torch.full_like(batch.input_ids, int(variant.token_type == "1"))
-        tokens = model(batch)["token_embeddings"]
-        return {
-            name: batch.pool(partial(self._pool, name, model.pooling), tokens) for name in poolings
-        }
+        tokens = self._tokens(variant, batch)
+        return {name: batch.pool(partial(self._pool, name), tokens) for name in poolings}
 
     def _padded(
-        self,
-        variant: Variant,
-        model: SentenceEncoder,
-        rows: list[list[int]],
-        width: int,
-        poolings: Sequence[str],
+        self, variant: Variant, rows: list[list[int]], width: int, poolings: Iterable[str]
     ) -> dict[str, Tensor]:
         """Compute with `width` tokens in each row, and the masks of the variant."""
-        device, pad = model.device, self.encoder.get_tokenizer().pad_token_id
+        device, pad = self.encoder.device, self.encoder.get_tokenizer().pad_token_id
         width = max(width, 1)  # even where there is no token at all
         lengths = torch.tensor([len(row) for row in rows], dtype=torch.int64, device=device)
         real = (torch.arange(width, device=device) < lengths[:, None]).to(torch.int64)
@@ -338,15 +320,20 @@ class VariantRunner:
         types = torch.full_like(input_ids, int(variant.token_type == "1"))
         batch = Batch(input_ids, torch.ones_like(real) if variant.attended else real, types)
         counted = torch.ones_like(real) if variant.counted else real
-        tokens = model(batch)["token_embeddings"]
-        return {name: self._pool(name, model.pooling, tokens, counted) for name in poolings}
+        tokens = self._tokens(variant, batch)
+        return {name: self._pool(name, tokens, counted) for name in poolings}
 
-    def _pool(self, name: str, pooling: nn.Module, tokens: Tensor, mask: Tensor) -> Tensor:
+    def _tokens(self, variant: Variant, batch: Any) -> Tensor:
+        model = self._changed(variant)
+        with _Gelu(_GELUS[variant.gelu]):
+            tokens: Tensor = model(batch)["token_embeddings"]
+        return tokens
+
+    def _pool(self, name: str, tokens: Tensor, mask: Tensor) -> Tensor:
         """`[batch, tokens, 384]` -> `[batch, 384]`, by the model's own pooling or another."""
         if name:
-            weights = self._pooler() if name == "pooler" else None
-            return _POOLINGS[name](tokens, mask, weights)
-        pooled: Tensor = pooling(tokens, mask)
+            return _POOLINGS[name](tokens, mask, self._pooler() if name == "pooler" else None)
+        pooled: Tensor = self.encoder.pooling(tokens, mask)
         return pooled
 
     def _changed(self, variant: Variant) -> SentenceEncoder:
@@ -381,8 +368,8 @@ def _largest(token_embeddings: Tensor, mask: Tensor, _: Any) -> Tensor:
     return token_embeddings.masked_fill(mask[:, :, None] == 0, -torch.inf).amax(dim=1)
 
 
-def _bert_pooler(token_embeddings: Tensor, _: Tensor, weights: tuple[Tensor, Tensor]) -> Tensor:
-    weight, bias = (each.to(token_embeddings) for each in weights)
+def _bert_pooler(token_embeddings: Tensor, _: Tensor, pooler: dict[str, Tensor]) -> Tensor:
+    weight, bias = (pooler[f"pooler.dense.{x}"].to(token_embeddings) for x in ("weight", "bias"))
     return F.linear(token_embeddings[:, 0], weight, bias).tanh()
 
 
@@ -395,16 +382,10 @@ _POOLINGS: dict[str, Callable[[Tensor, Tensor, Any], Tensor]] = {
 }
 
 
-def _published_pooler(encoder: SentenceEncoder) -> tuple[Tensor, Tensor] | None:
-    """BERT's own pooler, which is in the file of the weights though this model doesn't use it."""
-    found = read_pooler(encoder)
-    return (found["pooler.dense.weight"], found["pooler.dense.bias"]) if found else None
-
-
 class _Gelu(TorchFunctionMode):
     """Replaces the exact GELU by another one, on this thread."""
 
-    def __init__(self, gelu: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, gelu: _Change) -> None:
         super().__init__()
         self._other = gelu
 
@@ -426,21 +407,18 @@ def _from_table(tensor: Tensor) -> Tensor:
     return torch.where(tensor.abs() >= 10, tensor.clamp_min(0), found)
 
 
-_GELUS: dict[str, Callable[[Tensor], Tensor]] = {
+_GELUS: dict[str, _Change] = {
+    "": F.gelu,
     "tanh": lambda x: F.gelu(x, approximate="tanh"),
     "sigmoid": lambda x: x * torch.sigmoid(1.702 * x),
-    "table": lambda x: _from_table(x),
+    "table": _from_table,
 }
-
-
-def _gelu(name: str) -> AbstractContextManager[Any]:
-    return _Gelu(_GELUS[name]) if name else nullcontext()
 
 
 # --- fewer bits
 
 
-def _in(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
+def _in(dtype: torch.dtype) -> _Change:
     """Make a function that rounds to a dtype, and back."""
     return lambda tensor: tensor.to(dtype).to(tensor.dtype)
 
@@ -462,40 +440,28 @@ def _rounded(dtype: torch.dtype, *kinds: type[nn.Module], results: bool = True) 
     return change
 
 
-def _int8(per_channel: bool, activations: bool) -> Any:
-    """Round weights to a scale times -127 to 127, and activations to a scale times 0 to 255."""
+def _in_codes(linear: _Change, embedding: _Change, entering: _Change | None = None) -> Any:
+    """Round the weights of linear layers and embeddings, and what enters a linear layer."""
 
     def change(model: SentenceEncoder) -> None:
         for part in model.modules():
             if isinstance(part, nn.Linear | nn.Embedding):
-                weight = part.weight
-                largest = weight.abs().max()
-                if per_channel and isinstance(part, nn.Linear):
-                    largest = weight.abs().amax(dim=1, keepdim=True)
-                scale = (largest / 127).clamp_min(1e-12)
-                weight.copy_((weight / scale).round() * scale)
-            if isinstance(part, nn.Linear) and activations:
-                part.register_forward_pre_hook(lambda _, args: (_in_uint8(args[0]),))
-
-    return change
-
-
-def _in_codes(round_: Callable[[Tensor], Tensor]) -> Callable[[SentenceEncoder], None]:
-    """Round the weights, and what enters a linear layer."""
-
-    def change(model: SentenceEncoder) -> None:
-        for part in model.modules():
-            if isinstance(part, nn.Linear | nn.Embedding):
+                round_ = linear if isinstance(part, nn.Linear) else embedding
                 part.weight.copy_(round_(part.weight))
-            if isinstance(part, nn.Linear):
-                part.register_forward_pre_hook(lambda _, args: (round_(args[0]),))
+            if isinstance(part, nn.Linear) and entering is not None:
+                part.register_forward_pre_hook(lambda _, args: (entering(args[0]),))
 
     return change
 
 
-def _in_int8(tensor: Tensor) -> Tensor:
-    """Round by a scale for each output of a weight, or each token."""
+def _by_row(tensor: Tensor) -> Tensor:
+    """Round to -127 to 127 times a scale for each output of a weight, or each token."""
     scale = (tensor.abs().amax(dim=-1, keepdim=True) / 127).clamp_min(1e-12)
+    return (tensor / scale).round() * scale
+
+
+def _by_tensor(tensor: Tensor) -> Tensor:
+    scale = (tensor.abs().max() / 127).clamp_min(1e-12)
     return (tensor / scale).round() * scale
 
 
@@ -513,10 +479,10 @@ _BITS: dict[str, Callable[[SentenceEncoder], None]] = {
     "bfloat16 weights": _rounded(torch.bfloat16, results=False),
     "bfloat16 products": _rounded(torch.bfloat16, nn.Linear),
     "bfloat16": _rounded(torch.bfloat16),
-    "int8 tensor": _int8(per_channel=False, activations=False),
-    "int8 channel": _int8(per_channel=True, activations=False),
-    "int8 both": _int8(per_channel=False, activations=True),
-    "int8 both channel": _int8(per_channel=True, activations=True),
-    "uint8 both": _in_codes(_in_uint8),
-    "int8 tokens": _in_codes(_in_int8),
+    "int8 tensor": _in_codes(_by_tensor, _by_tensor),
+    "int8 channel": _in_codes(_by_row, _by_tensor),
+    "int8 both": _in_codes(_by_tensor, _by_tensor, _in_uint8),
+    "int8 both channel": _in_codes(_by_row, _by_tensor, _in_uint8),
+    "uint8 both": _in_codes(_in_uint8, _in_uint8, _in_uint8),
+    "int8 tokens": _in_codes(_by_row, _by_row, _by_row),
 }

@@ -8,6 +8,7 @@ character is asked of the library: which ones it drops, takes for a blank, a mar
 """
 
 import functools
+import re
 import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -82,9 +83,6 @@ _BLANK_CONTROLS = {
     "some blank": "\v\f\x85",
     "some blank, others kept": "\v\f\x85",
 }
-# Of a code point the library would strip marks, and composes Hangul, by these tables.
-_JAMO = range(0x1100, 0x1200)
-_FIRST = range(0x1100, 0x1160)
 
 
 class Reader:
@@ -154,7 +152,7 @@ class Reader:
         if self._own.clean_text:
             text = _mapped(text, lambda character: _cleaned(character, reading))
         if self._own.handle_chinese_chars and reading.chinese != "whole":
-            text = _mapped(text, lambda c: f" {c} " if _is_chinese(c) else c)
+            text = _mapped(text, lambda c: _done("handle_chinese_chars", c))
         long: set[str] = set()
         if reading.limit == "before":
             long = {word for word in text.split() if len(word) > self._longest}
@@ -177,14 +175,13 @@ class Reader:
                 found.append("\ufffd" * (self._longest + 1))  # too long, whatever is in it
                 continue
             folded = word
-            if self._strips and reading.marks != "kept" and not word.isascii():
-                folded = _stripped(word, reading)
-            if word.isascii():
-                pass
-            elif reading.hangul == "composed":
-                folded = _with_syllables(folded)
-            elif reading.hangul == "first":
-                folded = "".join(c for c in folded if ord(c) not in _JAMO or ord(c) in _FIRST)
+            if not word.isascii():
+                if self._strips and reading.marks != "kept":
+                    folded = _stripped(word, reading)
+                if reading.hangul == "composed":
+                    folded = _with_syllables(folded)
+                elif reading.hangul == "first":
+                    folded = re.sub("[\u1160-\u11ff]", "", folded)
             if self._own.lowercase and reading.case == "folded":
                 folded = "".join(map(_case_folded, folded))
             elif self._own.lowercase and reading.case != "kept":
@@ -241,44 +238,30 @@ class Reader:
         return ids[::-1]
 
 
-_CLEAN = BertNormalizer(
-    clean_text=True, handle_chinese_chars=False, strip_accents=False, lowercase=False
-)
-_STRIP = BertNormalizer(
-    clean_text=False, handle_chinese_chars=False, strip_accents=True, lowercase=False
-)
-_CHINESE = BertNormalizer(
-    clean_text=False, handle_chinese_chars=True, strip_accents=False, lowercase=False
-)
-_LOWER = BertNormalizer(
-    clean_text=False, handle_chinese_chars=False, strip_accents=False, lowercase=True
-)
+_STEPS = ("clean_text", "handle_chinese_chars", "strip_accents", "lowercase")
+# Each does one step alone.
+_DOING = {step: BertNormalizer(**{each: each == step for each in _STEPS}) for step in _STEPS}
 _NFD, _SPLIT = normalizers.NFD(), BertPreTokenizer()
 
 
-@functools.lru_cache(maxsize=4096)
-def _is_chinese(character: str) -> bool:
-    return bool(_CHINESE.normalize_str(character) != character)
+@functools.lru_cache(maxsize=16384)
+def _done(step: str, text: str) -> str:
+    """What one step makes of a character or two."""
+    return str(_DOING[step].normalize_str(text))
 
 
-@functools.lru_cache(maxsize=4096)
 def _is_mark(character: str) -> bool:
-    return bool(_STRIP.normalize_str("a" + character) == "a")
+    return _done("strip_accents", "a" + character) == "a"
 
 
-@functools.lru_cache(maxsize=4096)
 def _lower(character: str) -> str:
-    return str(_LOWER.normalize_str(character))
+    return _done("lowercase", character)
 
 
 @functools.lru_cache(maxsize=4096)
-def _splits(character: str) -> bool:
-    return len(_SPLIT.pre_tokenize_str(f"a{character}b")) == 3
-
-
-@functools.lru_cache(maxsize=4096)
-def _is_blank(character: str) -> bool:
-    return len(_SPLIT.pre_tokenize_str(f"a{character}b")) == 2
+def _parts(character: str) -> int:
+    """Of a word with the character in it: 1 for a letter, 2 for a blank, 3 for punctuation."""
+    return len(_SPLIT.pre_tokenize_str(f"a{character}b"))
 
 
 def _case_folded(character: str) -> str:
@@ -302,33 +285,25 @@ def _cleaned(character: str, reading: Reading) -> str:
     """What cleaning makes of one character: nothing, a blank, or itself."""
     category = unicodedata.category(character)
     if character in " \t\n\r":
-        if reading.blanks == "U+0020" and character != " ":
-            return character
-        return " "
+        return character if reading.blanks == "U+0020" else " "
     if category == "Cc":
         some = _BLANK_CONTROLS.get(reading.controls, "")
         if character in some or reading.controls in ("blank", "blank, format too"):
             return "" if character == "\0" and some else " "
         return character if reading.controls.endswith("kept") else ""
-    if category == "Cf":
-        if reading.controls == "blank, format too":
-            return " "
-        if reading.formats == "kept":
-            return character
+    if category == "Cf" and reading.controls == "blank, format too":
+        return " "
+    if category == "Cf" and reading.formats == "kept":
+        return character
     if category == "Cn" and reading.unassigned == "dropped":
         return ""
     if (category == "Co" and reading.private) or (character == "\ufffd" and reading.replacement):
         return character
-    if reading.blanks and unicodedata.category(character)[0] == "Z":
+    if reading.blanks and category[0] == "Z":
         if reading.blanks == "line dropped":
             return "" if category in ("Zl", "Zp") else " "
         return character if reading.blanks != "line" or category in ("Zl", "Zp") else " "
-    return _own_cleaned(character)
-
-
-@functools.lru_cache(maxsize=4096)
-def _own_cleaned(character: str) -> str:
-    return str(_CLEAN.normalize_str(character))
+    return _done("clean_text", character)
 
 
 def _at_blanks(text: str, reading: Reading) -> list[str]:
@@ -336,10 +311,9 @@ def _at_blanks(text: str, reading: Reading) -> list[str]:
     if reading.blanks == "U+0020":
         words = text.split(" ")
     elif reading.blanks in ("ASCII", "line") or reading.controls.endswith("kept"):
-        kept = "".join(" " if c in " \t\n\r" else c for c in text)
-        words = kept.split(" ")
+        words = re.split("[ \t\n\r]", text)
     else:
-        words = _mapped(text, lambda c: " " if _is_blank(c) else c).split(" ")
+        words = _mapped(text, lambda c: " " if _parts(c) == 2 else c).split(" ")
     return [word for word in words if word]
 
 
@@ -362,18 +336,11 @@ def _stripped(word: str, reading: Reading) -> str:
 
 def _with_syllables(word: str) -> str:
     """The syllables of Hangul put together again, and nothing else."""
-    found, run = "", ""
-    for character in word:
-        if ord(character) in _JAMO:
-            run += character
-        else:
-            found += unicodedata.normalize("NFC", run) + character
-            run = ""
-    return found + unicodedata.normalize("NFC", run)
+    return re.sub("[\u1100-\u11ff]+", lambda jamo: unicodedata.normalize("NFC", jamo[0]), word)
 
 
 def _is_punctuation(character: str, reading: Reading) -> bool:
-    splits = _splits(character)
+    splits = _parts(character) == 3
     if reading.tables in ("newer", "punctuation"):
         splits = splits or unicodedata.category(character)[0] == "P"
     if reading.punctuation == "ASCII":

@@ -363,10 +363,8 @@ def compare_stages(
                 on_padding = max(on_padding, float((mine * padding).abs().max()))
                 # [batch, heads, query, key] -> [batch, query, heads, key]: real queries are rows
                 mine, its, true = (stage.transpose(1, 2) for stage in (mine, its, true))
-                off_one = (
-                    max(off_one[0], _off_one(mine[real])),
-                    max(off_one[1], _off_one(its[real])),
-                )
+                now = _off_one(mine[real]), _off_one(its[real])
+                off_one = max(off_one[0], now[0]), max(off_one[1], now[1])
             errors[name][0].add(mine, true, rows, text_of)
             if truth is not None:
                 errors[name][1].add(its, true, rows, text_of)
