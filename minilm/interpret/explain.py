@@ -361,6 +361,9 @@ def token_components(
 
     What may not be claimed: the σ are those of the whole sum, so that without one part all others
     would be scaled differently; and a part of a late layer was computed from all parts before it.
+
+    Args:
+        encoder, text, dtype: As in `explain`, for one text.
     """
     names = _components(encoder)
     (found,) = traces(encoder, [text], names=names, dtype=dtype, arguments=["text"])
@@ -571,6 +574,10 @@ def contrast(
 
     What may not be claimed: as in `explain`. The difference says more than either similarity, as
     what both texts have in common, [CLS] and [SEP] among it, is taken away.
+
+    Args:
+        encoder, by, dtype: As in `explain`.
+        query, a, b: The texts.
     """
     inputs.check_choice(by, _BY, "by")
     side, *others = _sides(encoder, (query, a, b), ("query", "a", "b"), dtype)

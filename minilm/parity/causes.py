@@ -198,8 +198,8 @@ class Diagnosis:
         heading = "mostly" if self.verdict == "mostly" else "probable cause"
         return f"{heading}: {'; and '.join(names)}"
 
-    def table(self, worst: int = 5) -> str:
-        """The finding as text, with so many of the texts, and five of the mistakes tried."""
+    def table(self, worst: int = 5, nearest: int = 5) -> str:
+        """The finding as text, with so many of the texts, and of the mistakes that were tried."""
         rows = [("row", "scaled to 1", "cosine", "tokens", "text, the worst first")]
         rows += [
             (f"{row.row}", f"{row.unit_max_abs:.1e}", f"{row.cosine:.6f}", f"{row.tokens}",
@@ -231,13 +231,13 @@ class Diagnosis:
         lines += [f"note: {note}" for note in self.notes]
         if self.candidates and not self.is_equal:
             tried = [("max abs", "rms", f"tried on {self.compared} texts")]
-            for each in self.candidates[:5]:
+            for each in self.candidates[:nearest]:
                 name = " + ".join(each.names)
                 if each.correlation is not None:
                     name += f" (errors correlate by {each.correlation:.2f})"
                 tried.append((f"{each.max_abs:.1e}", f"{each.rms:.1e}", name))
-            if len(self.candidates) > 5:
-                tried.append(("", "", f"and {len(self.candidates) - 5} more"))
+            if len(self.candidates) > nearest:
+                tried.append(("", "", f"and {len(self.candidates) - nearest} more"))
             lines += ["", *aligned(tried, right=(0, 1))]
         return "\n".join(lines)
 
