@@ -176,8 +176,7 @@ def read_source(encoder: Pipeline) -> list[bytes]:
 
 def read_pooler(encoder: Pipeline) -> dict[str, Tensor]:
     """BERT's own pooler from the weights file, which no embedding uses; {} if it isn't there."""
-    size = encoder.bert.config.hidden_size
-    return read_unused(read_source(encoder), (size, size), (size,))
+    return read_unused(read_source(encoder), encoder.bert.config.hidden_size)
 
 
 _WEIGHTS = "model.safetensors"
