@@ -231,12 +231,12 @@ class ShardFolder:
         if self.is_lost:
             known = self.header or {}
             of_run = run_of(header) == {k: v for k, v in known.items() if k != "fingerprint"}
-            whole = [part for part in self.done.values() if of_run and self._is_readable(part)]
             self.done = {
-                _number(part.name): replace(part, sha256=file_sha256(self.folder / part.name))
-                for part in whole
+                number: replace(part, sha256=file_sha256(self.folder / part.name))
+                for number, part in self.done.items()
+                if of_run and not _problems_of(self.folder / part.name, part, known, pages=True)
             }
-            self._whole = {part.name for part in whole}
+            self._whole = {part.name for part in self.done.values()}
         self.header, self.is_lost = header, False
         broken = [n for n, part in self.done.items() if part.name not in self._intact()]
         for number in broken:
@@ -252,17 +252,13 @@ class ShardFolder:
             # From now on it is not what the folder has.
             remove_files([self.folder / _INSIDE, self.manifest])
 
-    def _is_readable(self, part: Part) -> bool:
-        return not _problems_of(self.folder / part.name, part, self.header or {}, pages=True)
-
-    def _is_intact(self, part: Part) -> bool:
-        path = self.folder / part.name
-        return path.is_file() and file_sha256(path) == part.sha256
-
     def _intact(self) -> set[str]:
         """The names of the finished parts that are as they were written; read once."""
         if self._whole is None:
-            self._whole = {part.name for part in self.done.values() if self._is_intact(part)}
+            paths = {self.folder / part.name: part.sha256 for part in self.done.values()}
+            self._whole = {
+                p.name for p, sha in paths.items() if p.is_file() and file_sha256(p) == sha
+            }
         return self._whole
 
     def check_parts(self) -> None:
