@@ -388,18 +388,14 @@ def _write_files(
             lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
             write("lengths", lengths.astype(np.float32))
             for code in manifest.codes:
-                write(code, _codes_of(vectors, code))
+                ranges = model_ranges(vectors.shape[1]) if code == "int8" else None
+                write(code, quantize_embeddings(vectors, code, ranges))
             lines_file.writelines(lines)
             ends = size + np.cumsum([len(line) for line in lines], dtype=np.int64)
             write("offsets", ends)
             count, size = count + len(lines), int(ends[-1])
         sync(lines_file)
     return count
-
-
-def _codes_of(vectors: _Array, precision: str) -> _Array:
-    ranges = model_ranges(vectors.shape[1]) if precision == "int8" else None
-    return quantize_embeddings(vectors, precision, ranges)
 
 
 class _Rows:
