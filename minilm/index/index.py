@@ -16,14 +16,8 @@ lists it. So whatever happens, the index is the old one or the new one; what an 
 left is ignored, and removed by the next call that writes. Readers keep what they have opened. Small
 segments are merged when more is added, so that there are never many.
 
-Exact search takes time in proportion to the rows. For an approximate index of many millions, pass
-the vectors to another library, here to faiss (`pip install faiss-cpu`)::
-
-    graph = faiss.IndexHNSWFlat(index.dimension, 32, faiss.METRIC_INNER_PRODUCT)
-    for vectors in index.vectors:
-        graph.add(vectors)
-    scores, ids = graph.search(queries, 10)
-    rows = [[index.row(i) for i in of_query] for of_query in ids.tolist()]
+Exact search takes time in proportion to the rows. README.md shows how another library, here faiss,
+makes an approximate index of many millions.
 """
 
 import os
