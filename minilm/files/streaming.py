@@ -35,7 +35,7 @@ from minilm.errors import (
 )  # fmt: skip
 from minilm.files.arrow import import_pyarrow, with_vectors
 from minilm.files.rows import DEFAULT_COLUMN
-from minilm.files.shards import Part, ShardFolder, run_of
+from minilm.files.shards import Part, ShardFolder, part_name, run_of
 from minilm.files.sources import ON_BAD_ROW, Layout, Shard, find_files, read_shards, survey
 from minilm.inference.encode import required_ranges
 from minilm.inference.kernels import give_back_freed_memory
@@ -302,10 +302,8 @@ class _Parts:
     ) -> None:
         self.encoder, self.shards, self.files = encoder, shards, files
         self.layout, self.options = layout, options
-        self.settings = header["settings"]
+        self.header, self.settings = header, header["settings"]
         self.fingerprint = json.dumps(header["fingerprint"], ensure_ascii=False)
-        count = max(1, -(-header["rows"]["written"] // self.settings["shard_rows"]))
-        self.digits = max(5, len(str(count - 1)))
         self.characters = 0  # in the parts that are written
         self.flight: dict[int, tuple[Shard, list[int]]] = {}  # the parts that are being computed
 
@@ -350,13 +348,11 @@ class _Parts:
             yield Job(shard.number, (list(places), self.options), self._called(shard))
 
     def _called(self, shard: Shard) -> str:
+        name = part_name(shard.number, self.header)
         if not shard.places:
-            return self._name(shard.number)
+            return name
         first, last = self._place(shard.places[0]), self._place(shard.places[-1])
-        return f"{self._name(shard.number)} ({first} to {last})"
-
-    def _name(self, number: int) -> str:
-        return f"part-{number:0{self.digits}}.parquet"
+        return f"{name} ({first} to {last})"
 
     def _place(self, place: tuple[int, int]) -> str:
         kind = "row" if self.layout.form == "parquet" else "line"
@@ -402,7 +398,7 @@ class _Parts:
         ]
         return self.shards.add(
             shard.number,
-            self._name(shard.number),
+            part_name(shard.number, self.header),
             table,
             unique=len(answer.kept),
             tokens=sum(answer.kept),
