@@ -42,7 +42,7 @@ from minilm.similarity import SIMILARITY_FUNCTIONS
 from minilm.source import ModelFiles
 from minilm.tokenizer import WordPieceTokenizer, is_built_anew, read_vocabulary
 
-__all__ = ["ModelParts", "check_beside", "read_model"]
+__all__ = ["POOLING_MODES", "ModelParts", "check_beside", "read_model"]
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ _SENTENCE_CONFIGS = tuple(f"sentence_{kind}_config.json" for kind in (
     "bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet",
 ))  # fmt: skip
 
-_POOLING_MODES: dict[str, Literal["mean", "cls"]] = {
+POOLING_MODES: dict[str, Literal["mean", "cls"]] = {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_cls_token": "cls",
 }
@@ -394,8 +394,8 @@ def _read_pooling(
         chosen = [key for key, on in flags.items() if on]
         if not chosen and default not in flags and values:
             chosen = [default]
-        asked = [key for key in chosen if key not in _POOLING_MODES]
-        modes = [_POOLING_MODES[key] for key in chosen if key in _POOLING_MODES]
+        asked = [key for key in chosen if key not in POOLING_MODES]
+        modes = [POOLING_MODES[key] for key in chosen if key in POOLING_MODES]
     if asked or len(modes) != 1:
         problems.append(
             f"asks for the pooling {', '.join(map(str, asked or modes)) or 'none'}; "

@@ -40,7 +40,7 @@ from minilm.inference.kernels import has_own_forward
 from minilm.pipeline import Pipeline
 from minilm.pooling import ClsPooling, MeanPooling, Normalize
 from minilm.pretrained.checkpoint import published_name, published_shapes, read_unused
-from minilm.pretrained.folder import check_beside
+from minilm.pretrained.folder import POOLING_MODES, check_beside
 from minilm.source import ModelFiles, record_of
 from minilm.tokenizer import WordPieceTokenizer
 from minilm.version import __version__
@@ -247,7 +247,7 @@ def _contents(encoder: Pipeline) -> dict[str, bytes]:
         },
         "1_Pooling/config.json": {
             "word_embedding_dimension": encoder.bert.config.hidden_size,
-            **{name: name == _POOLING_FLAGS[pooling] for name in _POOLING_MODES},
+            **{name: POOLING_MODES.get(name) == pooling for name in _POOLING_FLAGS},
             "include_prompt": True,
         },
     }
@@ -261,8 +261,7 @@ def _contents(encoder: Pipeline) -> dict[str, bytes]:
     return contents
 
 
-_POOLING_FLAGS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
-_POOLING_MODES = tuple(f"pooling_mode_{mode}" for mode in (
+_POOLING_FLAGS = tuple(f"pooling_mode_{mode}" for mode in (
     "cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens",
     "lasttoken",
 ))  # fmt: skip
