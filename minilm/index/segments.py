@@ -279,11 +279,7 @@ def _blocks_of(segment: Segment) -> Iterator[tuple[_Array, list[bytes]]]:
 def _checked(
     blocks: Iterable[Block], width: int | None, column: str
 ) -> Iterator[tuple[_Array, list[bytes]]]:
-    """Yield blocks as float32 `[n, d]` and n lines, n at least 1.
-
-    Raises:
-        InputError, InputTypeError: As in `add`.
-    """
+    """Yield blocks as float32 `[n, d]` and n lines, n at least 1. Errors as in `Index.add`."""
     for embeddings, rows in blocks:
         if isinstance(rows, str | bytes | Mapping):
             raise InputTypeError(
