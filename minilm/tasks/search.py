@@ -46,7 +46,8 @@ __all__ = [
 ]
 
 ScoreFunction = Callable[[Any, Any], Tensor]
-Found = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]
+_Array = np.ndarray[Any, Any]
+Found = tuple[_Array, _Array, _Array]
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -440,7 +441,7 @@ class Best:
         return found
 
     @property
-    def lowest(self) -> np.ndarray[Any, Any]:
+    def lowest(self) -> _Array:
         """The k-th best score of each query, -inf where there are fewer, `[queries]`."""
         lowest = np.full(self.queries, -np.inf, self.values.dtype)
         ends = np.cumsum(np.bincount(self.rows, minlength=self.queries))
@@ -448,12 +449,7 @@ class Best:
         lowest[full] = self.values[ends[full] - 1]
         return lowest
 
-    def add(
-        self,
-        rows: np.ndarray[Any, Any],
-        ids: np.ndarray[Any, Any],
-        values: np.ndarray[Any, Any],
-    ) -> None:
+    def add(self, rows: _Array, ids: _Array, values: _Array) -> None:
         rows, ids = np.concatenate([self.rows, rows]), np.concatenate([self.ids, ids])
         values = np.concatenate([self.values, values])
         order = np.lexsort((ids, -values, rows))
