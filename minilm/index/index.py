@@ -312,7 +312,10 @@ class Index:
                 f"{' and '.join(self.codes) or 'no kind'}; create it with codes=[{precision!r}]",
                 "precision",
             )
-        query = _as_query(fingerprint, self.fingerprint)
+        query = fingerprint
+        if isinstance(query, Fingerprint) and self.fingerprint is not None:
+            ours = self.fingerprint  # queries may have a prompt and a truncation of their own
+            query = replace(query, prompt=ours.prompt, truncation=ours.truncation)
         _check_same(self.folder, self.fingerprint, query, "search with queries")
         queries = float_vectors(query_embeddings, self.dimension, "query_embeddings").cpu()
         names = ("query_embeddings", str(self.folder))
@@ -401,13 +404,6 @@ def _check_same(
             "that model, or build another index with this one",
             "fingerprint",
         )
-
-
-def _as_query(query: Fingerprint | None, index: Fingerprint | None) -> Fingerprint | None:
-    """A query's record with the prompt and truncation of the index, which may differ."""
-    if not isinstance(query, Fingerprint) or index is None:
-        return query
-    return replace(query, prompt=index.prompt, truncation=index.truncation)
 
 
 def _check_int8(fingerprint: Fingerprint | None, codes: Sequence[str]) -> None:
