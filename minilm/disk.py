@@ -430,16 +430,14 @@ def lock_folder(folder: Path, name: str, argument: str) -> Iterator[None]:
     thread = threading.get_ident()
     with _turns_lock:
         turn = _turns.setdefault(key, _Turn())
-        if turn.owner == thread:
-            raise InputError(
-                f"{folder}: this thread is writing there already; wait until it is done", argument
-            )
         if turn.waits_for(thread):
-            raise InputError(
-                f"{folder}: the thread that is writing there waits for this one; let one of them "
-                "finish before the other begins",
-                argument,
-            )
+            why = "this thread is writing there already; wait until it is done"
+            if turn.owner != thread:
+                why = (
+                    "the thread that is writing there waits for this one; let one of them finish "
+                    "before the other begins"
+                )
+            raise InputError(f"{folder}: {why}", argument)
         _waiting[thread] = turn
     try:
         with turn.lock:
