@@ -55,6 +55,10 @@ class Table:
     texts: list[str] = field(default_factory=list)
     rows: list[dict[str, Any]] = field(default_factory=list)
 
+    def add(self, text: str, row: dict[str, Any]) -> None:
+        self.texts.append(text)
+        self.rows.append(row)
+
     @property
     def has_more(self) -> bool:
         """Whether the rows hold more than texts under their usual name."""
@@ -80,8 +84,7 @@ def read_table(names: Sequence[str], column: str | None = None) -> Table:
     table = Table()
     for name in names:
         for _, text, row in Reader(column).good_rows(name):
-            table.texts.append(text)
-            table.rows.append(row)
+            table.add(text, row)
     return table
 
 
