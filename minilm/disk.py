@@ -21,7 +21,7 @@ import threading
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from functools import partial
+from operator import methodcaller
 from pathlib import Path, PureWindowsPath
 from types import MappingProxyType
 from typing import IO, Any
@@ -199,7 +199,7 @@ def write_together(
             ends the process, or the power, a file has its own record or none.
     """
     given = {path: data for path, data in records.items() if data is not None}
-    files = dict(files) | {path: partial(_put, data) for path, data in given.items()}
+    files = dict(files) | {path: methodcaller("write", data) for path, data in given.items()}
     temporaries: dict[Path, Path] = {}
     try:
         for path, write in files.items():
@@ -209,7 +209,7 @@ def write_together(
                 _keep_attributes(path, temporary)
                 write(file)
                 sync(file)
-        remove_files(path for path, data in records.items() if _differs(path, data))
+        remove_files(p for p, data in records.items() if p.is_file() and p.read_bytes() != data)
         for path, temporary in temporaries.items():
             if path in records:
                 sync_folder(path.parent)
@@ -221,14 +221,6 @@ def write_together(
         raise
     for folder in {path.parent for path in files}:
         sync_folder(folder)
-
-
-def _put(data: bytes, file: IO[bytes]) -> None:
-    file.write(data)
-
-
-def _differs(path: Path, data: bytes | None) -> bool:
-    return path.is_file() and path.read_bytes() != data
 
 
 def with_metadata(data: bytes, metadata: Mapping[str, str]) -> bytes:
@@ -438,16 +430,14 @@ def lock_folder(folder: Path, name: str, argument: str) -> Iterator[None]:
     thread = threading.get_ident()
     with _turns_lock:
         turn = _turns.setdefault(key, _Turn())
-        if turn.owner == thread:
-            raise InputError(
-                f"{folder}: this thread is writing there already; wait until it is done", argument
-            )
         if turn.waits_for(thread):
-            raise InputError(
-                f"{folder}: the thread that is writing there waits for this one; let one of them "
-                "finish before the other begins",
-                argument,
-            )
+            why = "this thread is writing there already; wait until it is done"
+            if turn.owner != thread:
+                why = (
+                    "the thread that is writing there waits for this one; let one of them finish "
+                    "before the other begins"
+                )
+            raise InputError(f"{folder}: {why}", argument)
         _waiting[thread] = turn
     try:
         with turn.lock:

@@ -53,16 +53,11 @@ def check_output(path: Path, argument: str, beside: Sequence[Path] = ()) -> None
     Raises:
         InputError: It can't be written; the message says why.
     """
-    problem = _problem(path)
-    if problem is not None:
-        raise InputError(f"{path}: {problem}", argument)
-    for each in () if is_stream(path) else beside:
+    other = f"; it would be written beside {path.name}, choose another name"
+    for each in (path, *(() if is_stream(path) else beside)):
         problem = _problem(each)
         if problem is not None:
-            raise InputError(
-                f"{each}: {problem}; it would be written beside {path.name}, choose another name",
-                argument,
-            )
+            raise InputError(f"{each}: {problem}{'' if each is path else other}", argument)
 
 
 def check_folder(folder: Path, argument: str) -> None:

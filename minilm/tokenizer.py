@@ -199,27 +199,23 @@ class WordPieceTokenizer:
             check_unicode(rows, argument)
             raise
         counts = [len(row) for row in ids]
-        second = dict(zip(pairs, range(len(pairs)), strict=True))
-        token_type_ids = [[0] * count for count in counts] if pairs else None
+        types = {}
+        for number, (row, other) in enumerate(zip(pairs, other_ids, strict=True)):
+            counts[row] += len(other) - 1
+            keep, keep_other = _share(len(ids[row]) - 2, len(other) - 2, max_length)
+            types[row] = [0] * (keep + 2) + [second_type_id] * (keep_other + 1)
+            ids[row] = _pair(ids[row], other, keep, keep_other)
+            if return_offsets:
+                offsets[row] = _pair(offsets[row], other_offsets[number], keep, keep_other)
         for row, of_row in enumerate(ids):
-            if row in second:
-                other = other_ids[second[row]]
-                counts[row] += len(other) - 1
-                keep, keep_other = _share(len(of_row) - 2, len(other) - 2, max_length)
-                ids[row] = _pair(of_row, other, keep, keep_other)
-                if token_type_ids is not None:
-                    types = [0] * (keep + 2) + [second_type_id] * (keep_other + 1)
-                    token_type_ids[row] = types
-                if return_offsets:
-                    others = other_offsets[second[row]]
-                    offsets[row] = _pair(offsets[row], others, keep, keep_other)
-            elif max_length is not None and counts[row] > max_length:
+            if max_length is not None and len(of_row) > max_length:
                 # The last one is kept: [SEP] closes a cut text too.
                 ids[row] = of_row[: max_length - 1] + of_row[-1:]
-                if token_type_ids is not None:
-                    token_type_ids[row] = [0] * max_length
                 if return_offsets:
                     offsets[row] = offsets[row][: max_length - 1] + offsets[row][-1:]
+        token_type_ids = None
+        if pairs:
+            token_type_ids = [types.get(row, [0] * len(of_row)) for row, of_row in enumerate(ids)]
         return Tokens(ids, counts, offsets if return_offsets else None, token_type_ids)
 
     def _encode(
@@ -258,9 +254,7 @@ class WordPieceTokenizer:
         integers: dict[str, Any] = {"dtype": torch.int64, "device": "cpu"}
         rows = [torch.tensor(row, **integers) for row in input_ids]
         padded = pad_sequence(rows, batch_first=True, padding_value=self.pad_token_id)
-        lengths = torch.tensor([len(row) for row in rows], **integers)
-        places = torch.arange(padded.shape[1], **integers)
-        attention_mask = (places < lengths[:, None]).to(torch.int64)
+        attention_mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         types = torch.zeros_like(padded)
         if token_type_ids is not None:
             type_rows = [torch.tensor(row, **integers) for row in token_type_ids]
@@ -278,15 +272,14 @@ class WordPieceTokenizer:
         Raises:
             InputError: An id is not in the vocabulary.
         """
-        pieces = [
-            self._backend.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
-            for token_id in input_ids
-        ]
-        for position, piece in enumerate(pieces):
+        pieces = []
+        for position, token_id in enumerate(input_ids):
+            piece = self._backend.id_to_token(token_id) if 0 <= token_id < self.vocab_size else None
             if piece is None:
                 place = f"input_ids[{position}]"
-                raise InputError(f"{place} is {input_ids[position]}: no such token", place)
-        return [piece for piece in pieces if piece is not None]
+                raise InputError(f"{place} is {token_id}: no such token", place)
+            pieces.append(piece)
+        return pieces
 
 
 def _groups(texts: Sequence[str]) -> Iterator[list[str]]:
@@ -442,7 +435,8 @@ def _add_tokens(
             is_special = content in names
             listed[number] = _token(content, normalized=not is_special, special=is_special)
         listed |= {token["id"]: _token(token) for token in of_file}
-    known = {token.content for token in (*listed.values(), *_added(backend))}
+    before = backend.get_added_tokens_decoder().values()
+    known = {token.content for token in (*listed.values(), *before)}
     backend.add_tokens([token for _, token in sorted(listed.items())])
     backend.add_tokens([token for token in named if token.content not in known])
     return [
@@ -451,10 +445,6 @@ def _add_tokens(
         for number, token in sorted(listed.items())
         if backend.token_to_id(token.content) != number
     ]
-
-
-def _added(backend: tokenizers.Tokenizer) -> Iterable[AddedToken]:
-    return backend.get_added_tokens_decoder().values()
 
 
 def _second_type_id(

@@ -33,11 +33,7 @@ def read_npy(path: Path) -> _Array:
 
 
 def map_npy(path: Path) -> _Array:
-    """Map a .npy file, read-only, so that numbers are read when they are used.
-
-    Raises:
-        As in `read_npy`.
-    """
+    """Map a .npy file, read-only, so that numbers are read when used. Errors as in `read_npy`."""
     # Not np.load, which opens an archive of that name too, and leaves it open.
     mapped = np.lib.format.open_memmap(path, mode="r")
     if mapped.offset + mapped.nbytes != path.stat().st_size:

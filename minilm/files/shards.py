@@ -24,7 +24,7 @@ import os
 import re
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -49,8 +49,8 @@ from minilm.inference.truncation import caller_level
 from minilm.outputs import check_folder
 
 __all__ = [
-    "PROGRESS", "Part", "ShardFolder", "Verified", "lacking", "manifest_path", "part_paths",
-    "run_of", "verify_parts",
+    "PROGRESS", "Part", "ShardFolder", "Verified", "lacking", "manifest_path", "part_name",
+    "part_paths", "run_of", "verify_parts",
 ]  # fmt: skip
 
 PROGRESS = "_progress.jsonl"
@@ -108,6 +108,12 @@ class Part:
         if not _PART.fullmatch(inside(values["name"])):
             raise ValueError(f"{values['name']!r} is not the name of a part")
         return cls(**{name: values[name] for name in kinds})
+
+
+def part_name(number: int, header: Mapping[str, Any]) -> str:
+    """The name of a part of a run, with as many digits as the last part needs."""
+    last = (header["rows"]["written"] - 1) // header["settings"]["shard_rows"]
+    return f"part-{number:0{max(5, len(str(last)))}}.parquet"
 
 
 def part_paths(folder: Path) -> list[Path]:
@@ -231,12 +237,12 @@ class ShardFolder:
         if self.is_lost:
             known = self.header or {}
             of_run = run_of(header) == {k: v for k, v in known.items() if k != "fingerprint"}
-            whole = [part for part in self.done.values() if of_run and self._is_readable(part)]
             self.done = {
-                _number(part.name): replace(part, sha256=file_sha256(self.folder / part.name))
-                for part in whole
+                number: replace(part, sha256=file_sha256(self.folder / part.name))
+                for number, part in self.done.items()
+                if of_run and not _problems_of(self.folder / part.name, part, known, pages=True)
             }
-            self._whole = {part.name for part in whole}
+            self._whole = {part.name for part in self.done.values()}
         self.header, self.is_lost = header, False
         broken = [n for n, part in self.done.items() if part.name not in self._intact()]
         for number in broken:
@@ -252,17 +258,13 @@ class ShardFolder:
             # From now on it is not what the folder has.
             remove_files([self.folder / _INSIDE, self.manifest])
 
-    def _is_readable(self, part: Part) -> bool:
-        return not _problems_of(self.folder / part.name, part, self.header or {}, pages=True)
-
-    def _is_intact(self, part: Part) -> bool:
-        path = self.folder / part.name
-        return path.is_file() and file_sha256(path) == part.sha256
-
     def _intact(self) -> set[str]:
         """The names of the finished parts that are as they were written; read once."""
         if self._whole is None:
-            self._whole = {part.name for part in self.done.values() if self._is_intact(part)}
+            paths = {self.folder / part.name: part.sha256 for part in self.done.values()}
+            self._whole = {
+                p.name for p, sha in paths.items() if p.is_file() and file_sha256(p) == sha
+            }
         return self._whole
 
     def check_parts(self) -> None:
@@ -370,7 +372,7 @@ def lacking(folder: Path) -> str | None:
     if found.source is not None and not found.is_complete:
         return "is not complete; run the command that writes it again"
     there, known = ({path.name for path in part_paths(folder)}, {part.name for part in found.parts})
-    wanted = known if found.source else known | _expected(found.header, known)
+    wanted = known if found.source else known | _expected(found.header)
     for names, what in ((wanted - there, "has lost"), (there - known, "has more than its run:")):
         if names:
             more = f" and {len(names) - 1:,} more" if len(names) > 1 else ""
@@ -585,7 +587,7 @@ def verify_parts(folder: Path) -> Verified:
         what = "of this run" if source is None else "in the manifest"
         names = {part.name for part in found.parts}
         if source is None:
-            problems += [f"{name} is missing" for name in _expected(header, names) - names]
+            problems += [f"{name} is missing" for name in _expected(header) - names]
         problems += [
             f"{path.name} is not {what}" for path in part_paths(folder) if path.name not in names
         ]
@@ -616,11 +618,10 @@ def _problems_of(path: Path, part: Part, header: dict[str, Any], *, pages: bool)
     return problems
 
 
-def _expected(header: dict[str, Any], names: Iterable[str]) -> set[str]:
+def _expected(header: dict[str, Any]) -> set[str]:
     """The names of all parts of a run."""
     rows = header.get("settings", {}).get("shard_rows")
     if not rows:
         return set()
-    digits = len(min(names).removeprefix("part-").removesuffix(".parquet"))
     count = max(1, -(-header["rows"]["written"] // rows))
-    return {f"part-{number:0{digits}}.parquet" for number in range(count)}
+    return {part_name(number, header) for number in range(count)}

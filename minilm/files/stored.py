@@ -183,8 +183,7 @@ def _decoded(vectors: _Array, record: Fingerprint | None, path: Path) -> _Array:
             )
         unit = record.normalize and record.dimension < 384
         ranges = model_ranges(record.dimension, unit_after_truncation=unit)
-        return dequantize(vectors.astype(kind), precision, ranges)
-    return dequantize(vectors.astype(kind), precision, width=record.dimension)
+    return dequantize(vectors.astype(kind), precision, ranges, width=record.dimension)
 
 
 # --- one form each: rows, or None for .npy, and numbers as they are stored

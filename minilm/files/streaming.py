@@ -17,7 +17,7 @@ import os
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -35,7 +35,7 @@ from minilm.errors import (
 )  # fmt: skip
 from minilm.files.arrow import import_pyarrow, with_vectors
 from minilm.files.rows import DEFAULT_COLUMN
-from minilm.files.shards import Part, ShardFolder, run_of
+from minilm.files.shards import Part, ShardFolder, part_name, run_of
 from minilm.files.sources import ON_BAD_ROW, Layout, Shard, find_files, read_shards, survey
 from minilm.inference.encode import required_ranges
 from minilm.inference.kernels import give_back_freed_memory
@@ -288,26 +288,18 @@ def encode_files(
     )
 
 
+@dataclass
 class _Parts:
     """The parts of one run, computed from the rows of files and written."""
 
-    def __init__(
-        self,
-        encoder: SentenceEncoder,
-        shards: ShardFolder,
-        files: list[Path],
-        layout: Layout,
-        header: dict[str, Any],
-        options: dict[str, Any],
-    ) -> None:
-        self.encoder, self.shards, self.files = encoder, shards, files
-        self.layout, self.options = layout, options
-        self.settings = header["settings"]
-        self.fingerprint = json.dumps(header["fingerprint"], ensure_ascii=False)
-        count = max(1, -(-header["rows"]["written"] // self.settings["shard_rows"]))
-        self.digits = max(5, len(str(count - 1)))
-        self.characters = 0  # in the parts that are written
-        self.flight: dict[int, tuple[Shard, list[int]]] = {}  # the parts that are being computed
+    encoder: SentenceEncoder
+    shards: ShardFolder
+    files: list[Path]
+    layout: Layout
+    header: dict[str, Any]
+    options: dict[str, Any]
+    characters: int = 0  # in the parts that are written
+    flight: dict[int, tuple[Shard, list[int]]] = field(default_factory=dict)  # being computed
 
     def compute(self, workers: int, show: bool | None) -> None:
         """Compute and write all parts that are not there."""
@@ -335,7 +327,7 @@ class _Parts:
                 bar.update(part.tokens)
 
     def _jobs(self) -> Iterator[Job]:
-        settings = self.settings
+        settings = self.header["settings"]
         shards = read_shards(
             self.files, self.layout, settings["shard_rows"], settings["on_bad_row"]
         )
@@ -350,13 +342,11 @@ class _Parts:
             yield Job(shard.number, (list(places), self.options), self._called(shard))
 
     def _called(self, shard: Shard) -> str:
+        name = part_name(shard.number, self.header)
         if not shard.places:
-            return self._name(shard.number)
+            return name
         first, last = self._place(shard.places[0]), self._place(shard.places[-1])
-        return f"{self._name(shard.number)} ({first} to {last})"
-
-    def _name(self, number: int) -> str:
-        return f"part-{number:0{self.digits}}.parquet"
+        return f"{name} ({first} to {last})"
 
     def _place(self, place: tuple[int, int]) -> str:
         kind = "row" if self.layout.form == "parquet" else "line"
@@ -384,25 +374,25 @@ class _Parts:
         return NotFiniteError(found, f"that is {where}; {error.reason}")
 
     def _write(self, shard: Shard, rows: list[int], answer: Answer) -> Part:
-        called = f"{self._called(shard)}: "
-        vectors = as_stored(answer.vectors, self.settings["precision"], called)
+        called, settings = f"{self._called(shard)}: ", self.header["settings"]
+        vectors = as_stored(answer.vectors, settings["precision"], called)
         import pyarrow
 
-        table, number = shard.table, self.settings.get("row_number")
+        table, number = shard.table, settings.get("row_number")
         if number is not None:
-            first = shard.number * self.settings["shard_rows"]
+            first = shard.number * settings["shard_rows"]
             numbers = pyarrow.array(range(first, first + len(rows)), pyarrow.int64())
-            field = pyarrow.field(number, pyarrow.int64(), nullable=False)
-            table = table.append_column(field, numbers)
-        name = self.settings["embedding_column"]
-        table = with_vectors(table, name, vectors[rows], self.fingerprint)
+            column = pyarrow.field(number, pyarrow.int64(), nullable=False)
+            table = table.append_column(column, numbers)
+        told = json.dumps(self.header["fingerprint"], ensure_ascii=False)
+        table = with_vectors(table, settings["embedding_column"], vectors[rows], told)
         self.characters += sum(map(len, shard.texts))
         cut = [
             row for row, place in enumerate(rows) if answer.token_counts[place] > answer.kept[place]
         ]
         return self.shards.add(
             shard.number,
-            self._name(shard.number),
+            part_name(shard.number, self.header),
             table,
             unique=len(answer.kept),
             tokens=sum(answer.kept),

@@ -197,9 +197,10 @@ def write_table(
                 metadata[METADATA_KEY] = fingerprint
             data = safetensors.numpy.save({"embeddings": embeddings})
             file.write(with_metadata(data, metadata))
+        elif suffix == ".jsonl":
+            _write_text(file, lambda text: write_jsonl(text, table, embeddings, column))
         else:
-            write_text = write_jsonl if suffix == ".jsonl" else _write_csv
-            _write_text(file, lambda text: write_text(text, table, embeddings, column))
+            _write_text(file, lambda text: _write_csv(text, table, embeddings))
 
     record = None if fingerprint is None else f"{fingerprint}\n".encode()
     write_output(output, write, dict.fromkeys(sidecars_of(output), record))
@@ -302,10 +303,7 @@ def write_rows(output: Path, table: Table) -> None:
 
 
 def _write_csv(
-    file: IO[str],
-    table: Table,
-    embeddings: "np.ndarray[Any, Any] | None" = None,
-    column: str = "",
+    file: IO[str], table: Table, embeddings: "np.ndarray[Any, Any] | None" = None
 ) -> None:
     """Write the rows' columns, and the numbers of the vectors, if there are any."""
     names = list(dict.fromkeys(name for row in table.rows for name in row)) or [DEFAULT_COLUMN]

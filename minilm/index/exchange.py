@@ -16,7 +16,7 @@ from minilm.disk import with_home
 from minilm.errors import InputError
 from minilm.files.arrow import import_pyarrow, with_vectors
 from minilm.files.rows import column_of
-from minilm.files.shards import ShardFolder, run_of
+from minilm.files.shards import ShardFolder, part_name, run_of
 from minilm.files.sources import read_shards, survey
 from minilm.files.stored import read_blocks, record_of
 from minilm.files.streaming import FORMAT_VERSION
@@ -109,7 +109,6 @@ def _export_folder(index: Index, folder: Path, embedding_column: str) -> None:
         "bad_rows": layout.examples,
     }
     told = json.dumps(record, ensure_ascii=False) if record else None
-    digits = max(5, len(str((len(index) - 1) // _PART_ROWS)))
     with ShardFolder(folder) as parts:
         known = run_of(header) | {"fingerprint": record} if parts.is_lost else header
         if parts.header is not None and parts.header != known:
@@ -126,7 +125,7 @@ def _export_folder(index: Index, folder: Path, embedding_column: str) -> None:
             vectors = np.stack([index.vector(first + row) for row in range(len(shard.texts))])
             parts.add(
                 shard.number,
-                f"part-{shard.number:0{digits}}.parquet",
+                part_name(shard.number, header),
                 with_vectors(shard.table, embedding_column, vectors, told),
                 unique=len(set(shard.texts)),
                 tokens=0,  # none was read

@@ -16,14 +16,8 @@ lists it. So whatever happens, the index is the old one or the new one; what an 
 left is ignored, and removed by the next call that writes. Readers keep what they have opened. Small
 segments are merged when more is added, so that there are never many.
 
-Exact search takes time in proportion to the rows. For an approximate index of many millions, pass
-the vectors to another library, here to faiss (`pip install faiss-cpu`)::
-
-    graph = faiss.IndexHNSWFlat(index.dimension, 32, faiss.METRIC_INNER_PRODUCT)
-    for vectors in index.vectors:
-        graph.add(vectors)
-    scores, ids = graph.search(queries, 10)
-    rows = [[index.row(i) for i in of_query] for of_query in ids.tolist()]
+Exact search takes time in proportion to the rows. README.md shows how another library, here faiss,
+makes an approximate index of many millions.
 """
 
 import os
@@ -318,7 +312,10 @@ class Index:
                 f"{' and '.join(self.codes) or 'no kind'}; create it with codes=[{precision!r}]",
                 "precision",
             )
-        query = _as_query(fingerprint, self.fingerprint)
+        query = fingerprint
+        if isinstance(query, Fingerprint) and self.fingerprint is not None:
+            ours = self.fingerprint  # queries may have a prompt and a truncation of their own
+            query = replace(query, prompt=ours.prompt, truncation=ours.truncation)
         _check_same(self.folder, self.fingerprint, query, "search with queries")
         queries = float_vectors(query_embeddings, self.dimension, "query_embeddings").cpu()
         names = ("query_embeddings", str(self.folder))
@@ -407,13 +404,6 @@ def _check_same(
             "that model, or build another index with this one",
             "fingerprint",
         )
-
-
-def _as_query(query: Fingerprint | None, index: Fingerprint | None) -> Fingerprint | None:
-    """A query's record with the prompt and truncation of the index, which may differ."""
-    if not isinstance(query, Fingerprint) or index is None:
-        return query
-    return replace(query, prompt=index.prompt, truncation=index.truncation)
 
 
 def _check_int8(fingerprint: Fingerprint | None, codes: Sequence[str]) -> None:

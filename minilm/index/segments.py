@@ -279,11 +279,7 @@ def _blocks_of(segment: Segment) -> Iterator[tuple[_Array, list[bytes]]]:
 def _checked(
     blocks: Iterable[Block], width: int | None, column: str
 ) -> Iterator[tuple[_Array, list[bytes]]]:
-    """Yield blocks as float32 `[n, d]` and n lines, n at least 1.
-
-    Raises:
-        InputError, InputTypeError: As in `add`.
-    """
+    """Yield blocks as float32 `[n, d]` and n lines, n at least 1. Errors as in `Index.add`."""
     for embeddings, rows in blocks:
         if isinstance(rows, str | bytes | Mapping):
             raise InputTypeError(
@@ -388,18 +384,14 @@ def _write_files(
             lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
             write("lengths", lengths.astype(np.float32))
             for code in manifest.codes:
-                write(code, _codes_of(vectors, code))
+                ranges = model_ranges(vectors.shape[1]) if code == "int8" else None
+                write(code, quantize_embeddings(vectors, code, ranges))
             lines_file.writelines(lines)
             ends = size + np.cumsum([len(line) for line in lines], dtype=np.int64)
             write("offsets", ends)
             count, size = count + len(lines), int(ends[-1])
         sync(lines_file)
     return count
-
-
-def _codes_of(vectors: _Array, precision: str) -> _Array:
-    ranges = model_ranges(vectors.shape[1]) if precision == "int8" else None
-    return quantize_embeddings(vectors, precision, ranges)
 
 
 class _Rows:

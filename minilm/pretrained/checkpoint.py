@@ -176,19 +176,17 @@ def published_shapes(config: BertConfig) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in _without_memory(config).state_dict().items()}
 
 
-def read_unused(
-    files: Iterable[bytes], weight: Sequence[int], bias: Sequence[int]
-) -> dict[str, Tensor]:
+def read_unused(files: Iterable[bytes], size: int) -> dict[str, Tensor]:
     """Read the pooler of a checkpoint, which is not used, and copied when a model is saved.
 
     Args:
         files: The contents of its safetensors files.
-        weight, bias: The shapes that `pooler.dense.weight` and `pooler.dense.bias` must have.
+        size: The width of the model.
 
     Returns:
-        Both tensors under their published names; {} if they are not there in these shapes.
+        Both tensors under their published names; {} if they are not there in their shapes.
     """
-    shapes = {"pooler.dense.weight": tuple(weight), "pooler.dense.bias": tuple(bias)}
+    shapes = {"pooler.dense.weight": (size, size), "pooler.dense.bias": (size,)}
     found = {}
     try:
         for data in files:

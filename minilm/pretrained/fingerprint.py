@@ -323,13 +323,11 @@ def _file_sha256(encoder: Pipeline) -> str | None:
         return None
     ours = encoder.bert.state_dict()
     is_same = ours.keys() == of_file.keys() and all(
-        _equal_bits(tensor, of_file[name].to(tensor.dtype)) for name, tensor in ours.items()
+        tensor.shape == of_file[name].shape
+        and np.array_equal(_words(tensor), _words(of_file[name].to(tensor.dtype)))
+        for name, tensor in ours.items()
     )
     return hashlib.sha256(data).hexdigest() if is_same else None
-
-
-def _equal_bits(a: Tensor, b: Tensor) -> bool:
-    return a.shape == b.shape and bool(np.array_equal(_words(a), _words(b)))
 
 
 def _words(tensor: Tensor) -> np.ndarray[Any, Any]:

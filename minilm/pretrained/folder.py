@@ -42,7 +42,7 @@ from minilm.similarity import SIMILARITY_FUNCTIONS
 from minilm.source import ModelFiles
 from minilm.tokenizer import WordPieceTokenizer, is_built_anew, read_vocabulary
 
-__all__ = ["ModelParts", "check_beside", "read_model"]
+__all__ = ["POOLING_MODES", "ModelParts", "check_beside", "read_model"]
 
 logger = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ _SENTENCE_CONFIGS = tuple(f"sentence_{kind}_config.json" for kind in (
     "bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet",
 ))  # fmt: skip
 
-_POOLING_MODES: dict[str, Literal["mean", "cls"]] = {
+POOLING_MODES: dict[str, Literal["mean", "cls"]] = {
     "pooling_mode_mean_tokens": "mean",
     "pooling_mode_cls_token": "cls",
 }
@@ -266,7 +266,7 @@ def _stage(name: str) -> str:
 def check_beside(files: ModelFiles, folder: str) -> None:
     """Refuse files that the reference acts upon and that are not implemented."""
     name = folder + "adapter_config.json"
-    if _is_there(files, name):
+    if files.find(name) is not None:
         problem = (
             "is of an adapter, which changes the weights of the model that it names, and is not "
             "implemented; merge it (merge_and_unload of peft) and save the model that results"
@@ -394,8 +394,8 @@ def _read_pooling(
         chosen = [key for key, on in flags.items() if on]
         if not chosen and default not in flags and values:
             chosen = [default]
-        asked = [key for key in chosen if key not in _POOLING_MODES]
-        modes = [_POOLING_MODES[key] for key in chosen if key in _POOLING_MODES]
+        asked = [key for key in chosen if key not in POOLING_MODES]
+        modes = [POOLING_MODES[key] for key in chosen if key in POOLING_MODES]
     if asked or len(modes) != 1:
         problems.append(
             f"asks for the pooling {', '.join(map(str, asked or modes)) or 'none'}; "
@@ -453,7 +453,7 @@ def _read_tokenizer(
 ) -> WordPieceTokenizer:
     name = folder + _TOKENIZER
     vocabulary = folder + "vocab.txt"
-    if files.find(name) is None and _is_there(files, vocabulary):
+    if files.find(name) is None and files.find(vocabulary) is not None:
         name = vocabulary
         tokenizer_json: bytes | str = read_vocabulary(
             _read(files, name, TokenizerError), files.path(name)
@@ -463,7 +463,7 @@ def _read_tokenizer(
             problem = f"is missing; tokenizer_class is {kind!r}, which does not read vocab.txt"
             raise TokenizerError(files.path(folder + _TOKENIZER), [problem])
         for other in (folder + each for each in _OTHER_VOCABULARIES):
-            if _is_there(files, other):
+            if files.find(other) is not None:
                 problem = "is another vocabulary than vocab.txt; remove the one that is not meant"
                 raise TokenizerError(files.path(other), [problem])
     else:
@@ -489,7 +489,7 @@ def _read_weights(
     """Read one file, if there is one, else those that the index names, as the reference does."""
     name, index = folder + "model.safetensors", folder + "model.safetensors.index.json"
     data = files.read_unverified(name)
-    if data is None and _is_there(files, index):
+    if data is None and files.find(index) is not None:
         return _read_shards(files, index, folder, config, dtype)
     with ThreadPoolExecutor(1) as other:  # hashing 91 MB takes as long as reading them
         verified = other.submit(files.verify, name, data)
@@ -555,10 +555,6 @@ def _unreadable(data: bytes | None) -> str | None:
     return f"looks like {foreign}" if foreign else None
 
 
-def _is_there(files: ModelFiles, name: str) -> bool:
-    return files.find(name) is not None
-
-
 def _read_json(
     files: ModelFiles,
     name: str,
@@ -566,7 +562,7 @@ def _read_json(
     default: dict[str, Any] | None = None,
     error: type[ConfigError | WeightsError] = ConfigError,
 ) -> Any:
-    if default is not None and not _is_there(files, name):
+    if default is not None and files.find(name) is None:
         return dict(default)
     data = _read(files, name, error)
     try:

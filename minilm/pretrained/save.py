@@ -40,7 +40,7 @@ from minilm.inference.kernels import has_own_forward
 from minilm.pipeline import Pipeline
 from minilm.pooling import ClsPooling, MeanPooling, Normalize
 from minilm.pretrained.checkpoint import published_name, published_shapes, read_unused
-from minilm.pretrained.folder import check_beside
+from minilm.pretrained.folder import POOLING_MODES, check_beside
 from minilm.source import ModelFiles, record_of
 from minilm.tokenizer import WordPieceTokenizer
 from minilm.version import __version__
@@ -176,8 +176,7 @@ def read_source(encoder: Pipeline) -> list[bytes]:
 
 def read_pooler(encoder: Pipeline) -> dict[str, Tensor]:
     """BERT's own pooler from the weights file, which no embedding uses; {} if it isn't there."""
-    size = encoder.bert.config.hidden_size
-    return read_unused(read_source(encoder), (size, size), (size,))
+    return read_unused(read_source(encoder), encoder.bert.config.hidden_size)
 
 
 _WEIGHTS = "model.safetensors"
@@ -248,7 +247,7 @@ def _contents(encoder: Pipeline) -> dict[str, bytes]:
         },
         "1_Pooling/config.json": {
             "word_embedding_dimension": encoder.bert.config.hidden_size,
-            **{name: name == _POOLING_FLAGS[pooling] for name in _POOLING_MODES},
+            **{name: POOLING_MODES.get(name) == pooling for name in _POOLING_FLAGS},
             "include_prompt": True,
         },
     }
@@ -262,8 +261,7 @@ def _contents(encoder: Pipeline) -> dict[str, bytes]:
     return contents
 
 
-_POOLING_FLAGS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
-_POOLING_MODES = tuple(f"pooling_mode_{mode}" for mode in (
+_POOLING_FLAGS = tuple(f"pooling_mode_{mode}" for mode in (
     "cls_token", "mean_tokens", "max_tokens", "mean_sqrt_len_tokens", "weightedmean_tokens",
     "lasttoken",
 ))  # fmt: skip

@@ -23,7 +23,7 @@ from minilm.similarity import Embeddings, cos_sim
 from minilm.tasks.search import Scores
 from minilm.vectors import as_matrix
 
-__all__ = ["Neighbours", "check_threshold", "community_detection", "equal_rows", "first_of_each"]
+__all__ = ["Neighbours", "check_threshold", "community_detection"]
 
 _Array = np.ndarray[Any, Any]
 
@@ -69,8 +69,8 @@ def community_detection(
     if not vectors.numel() or len(vectors) < smallest:
         return []
 
-    groups = equal_rows(vectors)
-    neighbours = Neighbours(first_of_each(groups, vectors), threshold)
+    neighbours = Neighbours(vectors, threshold)
+    groups = neighbours.groups
     weights = np.array([len(rows) for rows in groups])
     sizes, pairs = _sizes(neighbours, weights, min(batch_size, _BLOCK), show_progress_bar)
     centres = np.lexsort((np.arange(len(groups)), -sizes))
@@ -106,15 +106,19 @@ def check_threshold(threshold: Any) -> float:
 
 
 class Neighbours:
-    """Which vectors of a set are near enough to others.
+    """Which vectors of a set are near enough to others; of equal ones the first stands for all.
 
     Attributes:
-        scores: Their cosines.
+        groups: The numbers of equal rows, in order of the first of each group.
+        scores: The cosines of those first ones.
         threshold: The smallest cosine that is near enough, as `check_threshold` returns it.
     """
 
     def __init__(self, vectors: Tensor, threshold: float) -> None:
         """Take vectors `[n, d]`, floating point; one that is not finite is an `InputError`."""
+        self.groups = _equal_rows(vectors)
+        if len(self.groups) < len(vectors):
+            vectors = vectors[[rows[0] for rows in self.groups]]
         self.scores = Scores(vectors, vectors, cos_sim, ("embeddings", "embeddings"))
         self.threshold = threshold
 
@@ -208,7 +212,7 @@ def _communities(
         yield [first, *(row for _, row in sorted(others))]
 
 
-def equal_rows(vectors: Tensor) -> list[list[int]]:
+def _equal_rows(vectors: Tensor) -> list[list[int]]:
     """Group the numbers of equal rows, in order of the first of each group. A sentence that occurs
     many times would otherwise be compared with itself as often, and exactly if the threshold is 1.
     """
@@ -230,11 +234,3 @@ def equal_rows(vectors: Tensor) -> list[list[int]]:
         # 128 bits tell vectors apart as their own bytes do, and a million take 16 MB.
         groups.setdefault(hashlib.blake2b(vector, digest_size=16).digest(), []).append(row)
     return sorted(groups.values())
-
-
-def first_of_each(groups: list[list[int]], vectors: Tensor) -> Tensor:
-    """The first vector of each group of equal rows, `[groups, d]`."""
-    if len(groups) == len(vectors):
-        return vectors
-    first = [rows[0] for rows in groups]
-    return vectors[torch.tensor(first, dtype=torch.int64, device=vectors.device)]

@@ -18,7 +18,7 @@ import torch
 
 from minilm.inputs import check_positive_int, with_progress
 from minilm.similarity import Embeddings
-from minilm.tasks.communities import Neighbours, check_threshold, equal_rows, first_of_each
+from minilm.tasks.communities import Neighbours, check_threshold
 from minilm.vectors import as_matrix
 
 __all__ = ["Duplicate", "deduplicate", "near_duplicates"]
@@ -73,8 +73,8 @@ def near_duplicates(
     vectors = as_matrix(embeddings, "embeddings")
     if not vectors.numel():
         return []
-    groups = equal_rows(vectors)
-    neighbours = Neighbours(first_of_each(groups, vectors), threshold)
+    neighbours = Neighbours(vectors, threshold)
+    groups = neighbours.groups
     leaders = _leaders(neighbours, len(groups), min(batch_size, _BLOCK), show_progress_bar)
 
     # Equal rows are near to each other, unless they are zero or the threshold is above 1.

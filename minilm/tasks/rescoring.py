@@ -172,14 +172,13 @@ class _Decoded(Scores):
         if precision.endswith("int8"):
             self.ranges = model_ranges(queries.shape[1]) if ranges is None else ranges
             zero = np.zeros((1, queries.shape[1]), np.int8)
-            one = zero + np.int8(1)
-            self.step = dequantize(one, "int8", self.ranges) - dequantize(zero, "int8", self.ranges)
             middle = dequantize(zero, "int8", self.ranges)
+            step = dequantize(zero + np.int8(1), "int8", self.ranges) - middle
             # No cosine depends on a constant factor, which is all that decoding then is.
             self.is_plain = bool(
                 precision == "int8"
-                and (np.abs(self.step - self.step[0, 0]) < 1e-4 * self.step[0, 0]).all()
-                and (np.abs(middle) < 1e-3 * self.step[0, 0]).all()
+                and (np.abs(step - step[0, 0]) < 1e-4 * step[0, 0]).all()
+                and (np.abs(middle) < 1e-3 * step[0, 0]).all()
             )
         super().__init__(queries, codes, cos_sim, ("query_embeddings", "codes"))
 

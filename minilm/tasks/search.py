@@ -46,7 +46,8 @@ __all__ = [
 ]
 
 ScoreFunction = Callable[[Any, Any], Tensor]
-Found = tuple[np.ndarray[Any, Any], np.ndarray[Any, Any], np.ndarray[Any, Any]]
+_Array = np.ndarray[Any, Any]
+Found = tuple[_Array, _Array, _Array]
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:
@@ -182,16 +183,16 @@ class Scores:
         self._query_lengths = self._lengths(self.queries)
         self._check_lengths(self._query_lengths, names[0])
         self._query_scale = self._on_device(1 / self._query_lengths)
-        self._longest = 0.0  # of the vectors of the corpus that were used so far
-        self._lengths_are_known = corpus is queries or corpus_lengths is not None
+        known = self._query_lengths if corpus is queries else corpus_lengths
+        self._lengths_are_known = known is not None
+        # Of the vectors of the corpus that were used so far.
+        self._longest = 0.0 if known is None or not len(known) else float(known.max())
         # 1 / length of each, NaN before it is first used.
         if corpus is queries:
             self._corpus_scale = self._query_scale
-            self._longest = float(self._query_lengths.max()) if len(self.corpus) else 0.0
         elif corpus_lengths is not None:
             self._check_lengths(corpus_lengths, names[1])
             self._corpus_scale = 1 / corpus_lengths.to(self.queries).clamp(min=_SHORTEST)
-            self._longest = float(corpus_lengths.max()) if len(self.corpus) else 0.0
         else:
             self._corpus_scale = self.queries.new_full((len(self.corpus),), torch.nan)
 
@@ -440,7 +441,7 @@ class Best:
         return found
 
     @property
-    def lowest(self) -> np.ndarray[Any, Any]:
+    def lowest(self) -> _Array:
         """The k-th best score of each query, -inf where there are fewer, `[queries]`."""
         lowest = np.full(self.queries, -np.inf, self.values.dtype)
         ends = np.cumsum(np.bincount(self.rows, minlength=self.queries))
@@ -448,12 +449,7 @@ class Best:
         lowest[full] = self.values[ends[full] - 1]
         return lowest
 
-    def add(
-        self,
-        rows: np.ndarray[Any, Any],
-        ids: np.ndarray[Any, Any],
-        values: np.ndarray[Any, Any],
-    ) -> None:
+    def add(self, rows: _Array, ids: _Array, values: _Array) -> None:
         rows, ids = np.concatenate([self.rows, rows]), np.concatenate([self.ids, ids])
         values = np.concatenate([self.values, values])
         order = np.lexsort((ids, -values, rows))
