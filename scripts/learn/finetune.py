@@ -1,11 +1,10 @@
 """Fine-tune the model on pairs of texts that belong together, in plain PyTorch.
 
-    python scripts/learn/finetune.py [--pairs pairs.tsv] [-o my-model] [--markdown FILE]
+    python scripts/learn/finetune.py [--pairs pairs.tsv] [-o my-model]  # some minutes on two cores
 
 Each text should be nearer to its own partner than to those of the others in its batch (in-batch
 negatives: Henderson et al. 2017, arXiv:1705.00652, section 4.4). By default the pairs are the first
 and the last sentence of 1,000 abstracts (SciFact). Texts of the held-out pairs are not trained on.
-It takes some minutes on two cores.
 """
 
 import argparse
@@ -19,7 +18,6 @@ import torch.nn.functional as F
 from torch.optim.lr_scheduler import OneCycleLR
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # reference.py and retrieval.py
-import results
 from minilm import SentenceEncoder, cos_sim
 from minilm.pretrained import hub
 from reference import is_installed, load_reference
@@ -80,13 +78,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("-o", "--output", type=Path, default=Path("finetuned"))
     for name, value in {"epochs": 2, "batch": 32, "rate": 2e-5, "held-out": 200, "seed": 0}.items():
         parser.add_argument(f"--{name}", type=type(value), default=value, help=f"default: {value}")
-    results.add_option(parser)
     options = parser.parse_args(arguments)
-    with results.recorded(options.markdown, "Fine-tuning"):
-        run(options)
-
-
-def run(options: argparse.Namespace) -> None:
     torch.manual_seed(options.seed)
     pairs, held_out = split(read_pairs(options.pairs), options.held_out)
     print(f"{len(pairs)} pairs to train on, {len(held_out)} held out")
