@@ -495,6 +495,7 @@ def how_long(call: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [NAME, hub.DEFAULT_MODEL], ids=["by branch", "by commit"])
 @pytest.mark.parametrize("kind", ["refuses", "swallows", "no such name", "names take forever"])
 def test_a_quick_no(
@@ -569,6 +570,7 @@ def test_a_quick_no_of_a_proxy_and_of_what_is_no_server(
     assert seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [NAME, hub.DEFAULT_MODEL], ids=["by branch", "by commit"])
 def test_a_slow_hub_is_waited_for(pinned_hub: FakeHub, name: str) -> None:
     pinned_hub.delay = 3
