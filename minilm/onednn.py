@@ -1,8 +1,9 @@
-"""oneDNN's product of float32 or bfloat16 matrices, which torch has in it and gives to MKL instead.
+"""oneDNN's matrix product, which torch has in it and doesn't use for `F.linear` in float32.
 
-In: rows and a weight on a CPU. Out: rows Wᵀ + b, as `F.linear` has it but for rounding. MKL, which
-is behind `F.linear` and `torch.mm` in float32, is Intel's, and on AMD's processors two to three
-times as slow. `inference/kernels.py`, `similarity.py` and `tasks/` multiply by this.
+In: rows and a weight on a CPU, in float32 or bfloat16. Out: rows Wᵀ + b, as `F.linear` has it but
+for rounding. MKL, which is behind `F.linear` and `torch.mm` in float32, is Intel's, and slower on
+AMD's processors: `scripts/bench/bench.py` prints the speed of both. `inference/kernels.py`,
+`similarity.py` and `tasks/` multiply by this.
 
 The operator is the one that `torch.compile` emits when it freezes a model. It is no public API, so
 that it is looked up first; and it has no gradient.

@@ -246,8 +246,6 @@ def _attend_by_products(
     query, key, value = (_by_head(run, tensor) for tensor in (query, key, value))
     scores = torch.baddbmm(query.new_empty(1, 1, 1), query, key.mT, beta=0, alpha=scale)
     context = torch.bmm(scores.softmax(-1), value)  # [count x heads, length, head_size]
-    if run.count == 1:
-        return context.transpose(0, 1).unsqueeze(0)
     return context.view(run.count, -1, *context.shape[1:]).transpose(1, 2)
 
 

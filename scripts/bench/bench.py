@@ -371,9 +371,9 @@ def to_text(report: Result) -> str:
     lines += [f"×: how many times as fast as {BASE}; median of the rounds, and their range.", ""]
     if machine["kind"].endswith("-emulated"):
         lines.append(
-            "- Emulated by variables for torch, MKL and oneDNN. onnxruntime reads none of them, "
-            "and OpenVINO heeds them in part (it was faster than these products alone), so that "
-            "neither stands here for what it does on a real one."
+            "- Emulated by variables for torch, MKL and oneDNN. onnxruntime and OpenVINO have "
+            "products of their own, which these don't bind, or not all: their rows don't say how "
+            "fast they are on such a processor."
         )
     for what in ("skipped", "failed"):
         lines += [f"- {name} {what}: {reason}" for name, reason in report[what].items()]
